@@ -1,0 +1,93 @@
+"""What FROMAGe asks of its backbones: widths, pooling, and what an LM does after its head. The only place for it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+
+def vision_width(vision_config: PreTrainedConfig) -> int:
+    """Width of the encoder's pooled features: `hidden_size`, or the last of `hidden_sizes` (ResNet and its kind)."""
+    config = vision_config.to_dict()
+    if isinstance(config.get("hidden_size"), int):
+        return config["hidden_size"]
+    if config.get("hidden_sizes"):
+        return config["hidden_sizes"][-1]
+    raise ValueError(
+        f"Cannot tell the feature width of a vision model of type {vision_config.model_type!r}: its configuration has "
+        "neither `hidden_size` nor `hidden_sizes`."
+    )
+
+
+def pool_vision_output(output: ModelOutput, pooling: str, model_name: str) -> torch.Tensor:
+    """One vector per image, (N, width), from a vision encoder's output.
+
+    Raises:
+        ValueError: `pooling` is `"pooler"` and the encoder has no pooled output.
+    """
+    if pooling == "pooler":
+        pooled = output.get("pooler_output")
+        if pooled is None:
+            raise ValueError(
+                f"{model_name} has no pooled output. Set `vision_pooling='cls'` or `vision_pooling='mean'` in the "
+                "configuration, or use a vision model with a pooler."
+            )
+        return pooled.flatten(1)  # ResNet gives (N, C, 1, 1)
+    hidden = output["last_hidden_state"]  # (N, tokens, width) or (N, width, h, w)
+    if pooling == "mean":
+        return hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2)
+    if hidden.dim() != 3:
+        raise ValueError(
+            f"`vision_pooling='cls'` needs a sequence of tokens, but {model_name} gives {tuple(hidden.shape)}."
+        )
+    return hidden[:, 0]
+
+
+def decoder_and_head(language_model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The LM without its head, and the head."""
+    decoder, head = language_model.get_decoder(), language_model.get_output_embeddings()
+    if head is None or decoder is language_model:
+        raise ValueError(
+            f"{type(language_model).__name__} is not a causal language model with an output head. Load the language "
+            "model with AutoModelForCausalLM."
+        )
+    return decoder, head
+
+
+def hidden_state_width(text_config: PreTrainedConfig, layer: int, head_width: int) -> int:
+    """Width of `hidden_states[layer]`; the last one has gone through OPT-350m's `project_out`."""
+    return head_width if layer in (-1, text_config.num_hidden_layers) else text_config.hidden_size
+
+
+def logit_transform(text_config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The elementwise function that the LM applies after its head: Cohere's and Granite's scale, Gemma's soft cap."""
+    config = text_config.to_dict()
+    scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
+    cap = config.get("final_logit_softcapping")
+
+    def transform(logits: torch.Tensor) -> torch.Tensor:
+        if scale != 1.0:
+            logits = logits * scale
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return transform
+
+
+@torch.no_grad()
+def check_logit_transform(language_model: PreTrainedModel) -> None:
+    """Compare decoder + head + [`logit_transform`] with the LM's own logits on two tokens.
+
+    Raises:
+        ValueError: The LM does something between its decoder and its logits that is not known here.
+    """
+    ids = torch.tensor([[0, 1]], device=language_model.get_input_embeddings().weight.device)
+    decoder, head = decoder_and_head(language_model)
+    expected = language_model(input_ids=ids, use_cache=False).logits.float()
+    logits = logit_transform(language_model.config)(head(decoder(input_ids=ids, use_cache=False)[0])).float()
+    if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+        raise ValueError(
+            f"{type(language_model).__name__} transforms its logits in a way that FROMAGe does not know (largest "
+            f"difference {(logits - expected).abs().max().item():.3g}). Please open an issue that names the model."
+        )

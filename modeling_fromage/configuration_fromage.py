@@ -1,0 +1,143 @@
+"""Configuration of FROMAGe (arXiv 2301.13823)."""
+
+import copy
+import functools
+import math
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .vision_efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel  # noqa: F401 (registers the classes)
+
+
+@strict
+class FromageConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`FromageForConditionalGeneration`]: a frozen causal LM, a frozen vision encoder, and the sizes
+    and token ids of what is trained between them.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to OPT's defaults):
+            Configuration of the frozen causal language model.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP's vision defaults):
+            Configuration of the frozen vision encoder.
+        num_image_tokens (`int`, defaults to 1):
+            `k` of the paper (section 3.1): vectors in the LM's input space, and placeholders in the text, per image.
+        projection_dim (`int`, defaults to 256):
+            `q` of the paper (section 3.2): width of the space shared by images and `[RET]` embeddings.
+        text_embed_layers (`list[int]`, defaults to `[-1]`):
+            Indices into the LM's `hidden_states` whose projections are summed at `[RET]`.
+        image_token_id (`int`, *optional*): Id of `<|image|>`. Defaults to the LM's `vocab_size`.
+        ret_token_id (`int`, *optional*): Id of the first `[RET]` token. Defaults to `image_token_id + 1`.
+        num_ret_tokens (`int`, defaults to 1): Number of `[RET]` tokens, with contiguous ids.
+        tie_ret_embedding (`bool`, defaults to `True`):
+            One row serves as input embedding and as output-head row of `[RET]`. Where the LM's input and head widths
+            differ a separate output row is trained whatever this says.
+        logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Initial log of the contrastive temperature.
+        projector_type (`"linear"`): Kind of `multi_modal_projector`.
+        vision_pooling (`"pooler"`, `"cls"` or `"mean"`, defaults to `"pooler"`):
+            What one vector stands for an image: the encoder's `pooler_output`, its first token, or the mean over its
+            tokens (or pixels of the feature map).
+        captioning_loss_weight, ret_token_loss_weight, contrastive_loss_weight (`float`, default to 1):
+            Weights of the three losses in their sum (section 3.3).
+        mask_duplicate_images (`bool`, defaults to `False`):
+            Do not count an image that occurs twice in a batch as its own negative.
+        text_model_id, vision_model_id, text_model_revision, vision_model_revision (`str`, *optional*):
+            Where the frozen backbones came from.
+    """
+
+    model_type = "fromage"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt"),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+    }
+    keys_to_ignore_at_inference = ["past_key_values", "logits", "hidden_states", "attentions", "logits_per_image",
+                                   "logits_per_text"]  # fmt: skip
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    num_image_tokens: int = 1
+    projection_dim: int = 256
+    text_embed_layers: list[int] | None = None
+    image_token_id: int | None = None
+    ret_token_id: int | None = None
+    num_ret_tokens: int = 1
+    tie_ret_embedding: bool = True
+    logit_scale_init_value: float = math.log(1 / 0.07)
+    projector_type: Literal["linear"] = "linear"
+    vision_pooling: Literal["pooler", "cls", "mean"] = "pooler"
+    captioning_loss_weight: float = 1.0
+    ret_token_loss_weight: float = 1.0
+    contrastive_loss_weight: float = 1.0
+    mask_duplicate_images: bool = False
+    text_model_id: str | None = None
+    text_model_revision: str | None = None
+    vision_model_id: str | None = None
+    vision_model_revision: str | None = None
+    tie_word_embeddings: bool = False  # the LM ties its own; nothing is tied across the parts
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        if self.text_embed_layers is None:
+            self.text_embed_layers = [-1]
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size
+        if self.ret_token_id is None:
+            self.ret_token_id = self.image_token_id + 1
+        self._check()
+
+    def _check(self):
+        for name in ("num_image_tokens", "projection_dim", "num_ret_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.text_embed_layers or len(set(self.text_embed_layers)) != len(self.text_embed_layers):
+            raise ValueError(
+                f"`text_embed_layers` must be a non-empty list without repeats, got {self.text_embed_layers}."
+            )
+        depth = self.text_config.num_hidden_layers
+        for layer in self.text_embed_layers:
+            if not -depth - 1 <= layer <= depth:
+                raise ValueError(
+                    f"`text_embed_layers` has {layer}, but the language model has hidden states {-depth - 1}..{depth}."
+                )
+        if self.ret_token_id <= self.image_token_id:
+            raise ValueError(
+                f"`ret_token_id` ({self.ret_token_id}) must come after `image_token_id` ({self.image_token_id}): "
+                "FromageProcessor adds `<|image|>` first and `[RET]` after it."
+            )
+
+    @classmethod
+    def from_vision_text_configs(cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs: Any):
+        """Build a [`FromageConfig`] from the configurations of its two backbones, which are copied."""
+        return cls(vision_config=copy.deepcopy(vision_config), text_config=copy.deepcopy(text_config), **kwargs)
+
+    @property
+    def logit_width(self) -> int:
+        """Number of columns of the model's logits: the LM's up to the last `[RET]`."""
+        return self.ret_token_id + self.num_ret_tokens
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The LM's configuration, whose `vocab_size` is [`logit_width`], as transformers' generation code needs."""
+        inner = self.text_config
+        if not isinstance(inner, PreTrainedConfig):  # while the base class is still building the sub-configs
+            return self
+        view = object.__new__(_full_width_class(type(inner), self.logit_width)) if self.ret_token_id else inner
+        if view is not inner:
+            object.__setattr__(view, "__dict__", inner.__dict__)  # shared: callers write to it
+        return view
+
+
+@functools.lru_cache
+def _full_width_class(base: type, width: int) -> type:
+    def refuse(self, value):
+        raise NotImplementedError(
+            "The vocabulary of a FROMAGe model cannot be resized: its language model is frozen. Add tokens to the "
+            "language model first, then assemble the FROMAGe model from it."
+        )
+
+    return type(base.__name__, (base,), {"vocab_size": property(lambda self: width, refuse)})
+
+
+__all__ = ["FromageConfig"]

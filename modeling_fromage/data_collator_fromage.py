@@ -1,0 +1,123 @@
+"""Image-caption pairs to training batches (section 3.3), concatenated captions included."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .images_fromage import load_rgb_image
+from .processing_fromage import FromageProcessor
+
+
+@dataclass
+class FromageDataCollator:
+    """Turn a list of `{"image" or "pooled_image_features", "caption"}` into a batch for the model's `forward`.
+
+    The captioning rows are images, `caption_prefix`, BOS, caption, `caption_suffix`; the retrieval rows BOS, caption,
+    `[RET]`, and never concatenated.
+
+    Args:
+        processor ([`FromageProcessor`]): Tokenizer, image processor and token ids.
+        max_length (`int`): Tokens of a caption, BOS, suffix and `[RET]` included; longer ones lose their last words.
+        concat_captions_prob (`float`): Chance, per batch, that captioning rows 2i and 2i + 1 become one sequence.
+            Whether they do is a function of `seed` and the batch's tokens, so that a resumed run repeats it.
+        caption_prefix (`str`): Text between the visual tokens and BOS, not a target.
+        caption_suffix (`str`): Text that ends a caption, a target of captioning.
+        seed (`int`): Seed of that draw.
+        training (`bool`): With False nothing is concatenated.
+
+    Raises:
+        ValueError: An empty batch, an empty caption, a caption that holds a special token, or an unreadable image.
+    """
+
+    processor: FromageProcessor
+    max_length: int = 24
+    concat_captions_prob: float = 0.5
+    caption_prefix: str = ""
+    caption_suffix: str = ""
+    seed: int = 0
+    training: bool = True
+
+    def __post_init__(self):
+        tokenizer = self.processor.tokenizer
+        self._bos = [tokenizer.bos_token_id] if self.processor.bos_text else []
+        self._prefix = self._tokenize(self.caption_prefix)
+        self._suffix = self._tokenize(self.caption_suffix)
+        if self.max_length < len(self._bos) + len(self._suffix) + 2:
+            raise ValueError(
+                f"`max_length` {self.max_length} leaves no room for a caption beside BOS, suffix and [RET]."
+            )
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False).input_ids
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if not examples:
+            raise ValueError("The batch is empty.")
+        captions = [self._caption_ids(row, example["caption"]) for row, example in enumerate(examples)]
+        ret = [self.processor.ret_token_id]
+        retrieval = _pad([self._bos + ids + ret for ids in captions], self._pad_id, self._left)
+        rows = [self._captioning_row(ids) for ids in captions]
+        if self._concatenate(captions):
+            pairs = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+            rows = [tuple(sum(parts, []) for parts in zip(*pair, strict=True)) for pair in pairs]
+        input_ids, attention_mask = _pad([ids for ids, _ in rows], self._pad_id, self._left)
+        labels, _ = _pad([targets for _, targets in rows], -100, self._left)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "retrieval_input_ids": retrieval[0],
+            "retrieval_attention_mask": retrieval[1],
+            **self._images(examples),
+        }
+
+    @property
+    def _pad_id(self) -> int:
+        return self.processor.tokenizer.pad_token_id
+
+    @property
+    def _left(self) -> bool:
+        return self.processor.tokenizer.padding_side == "left"
+
+    def _caption_ids(self, row: int, caption: str) -> list[int]:
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"Example {row} of the batch has an empty caption: {caption!r}.")
+        for token in (self.processor.image_token, self.processor.ret_token):
+            if token in caption:
+                raise ValueError(f"The caption of example {row} of the batch contains {token} literally: {caption!r}.")
+        if self._prefix and not self._bos:
+            caption = " " + caption  # it continues the prefix's sentence
+        return self._tokenize(caption)[: self.max_length - len(self._bos) - len(self._suffix) - 1]
+
+    def _captioning_row(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Tokens and targets; BOS is a target, predicted from the last visual token, as in the authors' code."""
+        head = [self.processor.image_token_id] * self.processor.num_image_tokens + self._prefix
+        body = self._bos + ids + self._suffix
+        return head + body, [-100] * len(head) + body
+
+    def _concatenate(self, captions: list[list[int]]) -> bool:
+        if not self.training:
+            return False
+        digest = hashlib.sha256(repr((self.seed, captions)).encode()).digest()
+        return int.from_bytes(digest[:7], "big") / 2**56 < self.concat_captions_prob
+
+    def _images(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "pooled_image_features" in examples[0]:
+            features = [torch.as_tensor(example["pooled_image_features"]) for example in examples]
+            return {"pooled_image_features": torch.stack(features)}
+        images = [load_rgb_image(example["image"]) for example in examples]
+        return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+
+
+def _pad(rows: list[list[int]], value: int, left: bool) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Rows to a (B, L) tensor and its mask."""
+    tensors = [torch.tensor(row) for row in rows]
+    side = "left" if left else "right"
+    pad = torch.nn.utils.rnn.pad_sequence
+    masks = pad([torch.ones_like(row) for row in tensors], batch_first=True, padding_side=side)
+    return pad(tensors, batch_first=True, padding_value=value, padding_side=side), masks
+
+
+__all__ = ["FromageDataCollator"]

@@ -1,0 +1,467 @@
+"""FROMAGe: a frozen causal LM and a frozen vision encoder joined by linear maps and a `[RET]` token.
+
+Axes: B rows of text, L tokens, N images, k visual tokens an image, D the LM's input width, H its head's width,
+V columns of logits, q the width of the shared image-text space, T target tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .assembly_fromage import assemble_from_vision_text
+from .backbones_fromage import (
+    decoder_and_head,
+    hidden_state_width,
+    logit_transform,
+    pool_vision_output,
+    vision_width,
+)
+from .configuration_fromage import FromageConfig
+from .generation_fromage import FromageGenerationMixin, extend_generation_config
+from .losses_fromage import contrastive_loss, duplicate_mask, gather_with_gradient, token_loss
+
+
+@dataclass
+class FromageOutput(ModelOutput):
+    """Output of [`FromageForConditionalGeneration`]. A part without inputs is `None`.
+
+    Attributes:
+        loss (): weighted sum of the three losses below.
+        captioning_loss (): next-token cross-entropy of the captions given their images, unweighted.
+        ret_token_loss (): next-token cross-entropy of the caption-plus-`[RET]` texts, unweighted.
+        contrastive_loss (): mean of the two InfoNCE losses between `[RET]` and image embeddings, unweighted.
+        logits (B, L, V): next-token logits; `None` in training with labels unless `return_logits=True`.
+        image_embeds (N, q), text_embeds (N, q): unit-norm embeddings of images and of `[RET]`.
+        logits_per_image (N, N), logits_per_text (N, N): scaled similarities, over all ranks' pairs in training.
+        past_key_values, hidden_states, attentions: as the language model returns them.
+    """
+
+    loss: torch.FloatTensor | None = None
+    captioning_loss: torch.FloatTensor | None = None
+    ret_token_loss: torch.FloatTensor | None = None
+    contrastive_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class FromageAdapter(nn.Module):
+    """All that is trained (section 3.2). Kept in fp32 whatever the dtype of the backbones."""
+
+    def __init__(self, config: FromageConfig, input_width: int, head_width: int):
+        super().__init__()
+        features = vision_width(config.vision_config)
+        self.multi_modal_projector = nn.Linear(features, config.num_image_tokens * input_width)
+        self.visual_projection = nn.Linear(features, config.projection_dim)
+        self.text_projection = nn.ModuleList(
+            nn.Linear(hidden_state_width(config.text_config, layer, head_width), config.projection_dim)
+            for layer in config.text_embed_layers
+        )
+        self.ret_embedding = nn.Embedding(config.num_ret_tokens, input_width)
+        tied = config.tie_ret_embedding and input_width == head_width
+        self.ret_lm_head = None if tied else nn.Linear(head_width, config.num_ret_tokens, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+
+    def ret_rows(self) -> torch.Tensor:
+        """The input embeddings of `[RET]` (num_ret_tokens, D), through a module call, so that offloading hooks fire."""
+        return self.ret_embedding(torch.arange(self.ret_embedding.num_embeddings, device=self.logit_scale.device))
+
+    def ret_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., num_ret_tokens), in the dtype of `hidden`."""
+        if self.ret_lm_head is not None:
+            return self.ret_lm_head(hidden.to(self.logit_scale.dtype)).to(hidden.dtype)
+        return hidden @ self.ret_rows().to(hidden.dtype).t()
+
+
+class FromagePreTrainedModel(PreTrainedModel):
+    config_class = FromageConfig
+    config: FromageConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # a contrastive loss cannot be normalised by a count of tokens
+    _keep_in_fp32_modules_strict = ["adapter"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, FromageAdapter):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+
+class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationMixin, GenerationMixin):
+    """FROMAGe with its frozen backbones; see [`FromageConfig`] for the sizes and section 3 of the paper for the model.
+
+    Args:
+        config ([`FromageConfig`]): The configuration.
+        language_model, vision_model (`PreTrainedModel`, *optional*):
+            Live backbones to join. Built with random weights from the configuration where absent.
+    """
+
+    def __init__(
+        self,
+        config: FromageConfig,
+        language_model: PreTrainedModel | None = None,
+        vision_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        given = language_model is not None
+        self.language_model = language_model if given else AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        config.text_config = self.language_model.config
+        config.vision_config = self.vision_model.config
+        input_width = self.language_model.get_input_embeddings().weight.shape[-1]
+        head_width = self.language_model.get_output_embeddings().weight.shape[-1]
+        self.adapter = FromageAdapter(config, input_width, head_width)
+        self.logit_transform = logit_transform(config.text_config)
+        self._ret_norm_target: float | None = None
+        extend_generation_config(self, self.language_model)
+        self.post_init()
+        if given:
+            self.init_ret_embedding()
+        self.freeze_backbones()
+
+    # ---- assembling, freezing -------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str,
+        text_model_name_or_path: str,
+        processor: Any = None,
+        **kwargs: Any,
+    ) -> "FromageForConditionalGeneration":
+        """Assemble a new model from two pretrained backbones; only the adapter is new.
+
+        Args:
+            vision_model_name_or_path, text_model_name_or_path (`str`):
+                Hub ids or folders.
+            processor ([`FromageProcessor`], *optional*):
+                Gives the token ids and `num_image_tokens`. Built from the text model's tokenizer where absent.
+            kwargs:
+                Fields of [`FromageConfig`]; `text_*` and `vision_*` for one backbone's `from_pretrained`
+                (`text_gguf_file`, `text_quantization_config`, ...); `dtype`, `token`, `cache_dir` ... for both.
+
+        Raises:
+            ValueError: A backbone misses weights that are in use, or an id disagrees with the processor's.
+        """
+        return assemble_from_vision_text(cls, vision_model_name_or_path, text_model_name_or_path, processor, kwargs)
+
+    @torch.no_grad()
+    def init_ret_embedding(self):
+        """Start `[RET]` as the LM's own row of that id where it has one (parity), else as the mean input row."""
+        first, count = self.config.ret_token_id, self.config.num_ret_tokens
+        pairs = [(self.adapter.ret_embedding, self.language_model.get_input_embeddings())]
+        if self.adapter.ret_lm_head is not None:
+            pairs.append((self.adapter.ret_lm_head, self.language_model.get_output_embeddings()))
+        for ours, theirs in pairs:
+            rows = theirs.weight
+            mean = rows.float().mean(dim=0)
+            start = [rows[i].float() if i < len(rows) else mean for i in range(first, first + count)]
+            ours.weight.copy_(torch.stack(start))
+
+    def freeze_backbones(self):
+        """Let exactly the parameters of `adapter` require gradient (LoRA's, if any, are left as they are)."""
+        for name, parameter in self.named_parameters():
+            if "lora_" not in name:
+                parameter.requires_grad_(name.startswith("adapter."))
+        self.train(self.training)
+        return self
+
+    @classmethod
+    def _finalize_model_loading(cls, model, load_config, loading_info):
+        info = super()._finalize_model_loading(model, load_config, loading_info)
+        model.freeze_backbones()  # loading makes new parameters, which require gradient
+        return info
+
+    def train(self, mode: bool = True):
+        """Set training mode; the frozen backbones stay in eval mode."""
+        super().train(mode)
+        self.language_model.eval()
+        self.vision_model.eval()
+        return self
+
+    @torch.no_grad()
+    def normalize_ret_embedding(self):
+        """Rescale each `[RET]` row to the mean norm of the LM's other input rows, as the authors do after each step."""
+        if self._ret_norm_target is None:
+            rows = self.language_model.get_input_embeddings().weight[: self.config.ret_token_id]
+            self._ret_norm_target = rows.float().norm(dim=-1).mean().item()
+        weight = self.adapter.ret_embedding.weight
+        weight.mul_(self._ret_norm_target / weight.norm(dim=-1, keepdim=True))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    # ---- images ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_pooled_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The frozen encoder's pooled output: (N, channels, height, width) -> (N, vision width)."""
+        return self._encode_images(pixel_values).pooler_output
+
+    @torch.no_grad()
+    def _encode_images(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        output = self.vision_model(pixel_values.to(self.vision_model.dtype), return_dict=True, **kwargs)
+        pooled = pool_vision_output(output, self.config.vision_pooling, type(self.vision_model).__name__)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
+
+    def _visual_tokens(self, pooled: torch.Tensor) -> torch.Tensor:
+        projected = self.adapter.multi_modal_projector(pooled.to(self.adapter.logit_scale.dtype))
+        return projected.unflatten(-1, (self.config.num_image_tokens, -1))  # (N, k, D)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode images for the LM: `pooler_output` holds the visual tokens (N, k, D)."""
+        output = self._encode_images(pixel_values, **kwargs)
+        output.pooler_output = self._visual_tokens(output.pooler_output)
+        return output
+
+    def get_image_embeds(
+        self, pixel_values: torch.Tensor | None = None, pooled_image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Unit-norm embeddings (N, q) of images, from pixels or from pooled features (N, vision width)."""
+        if (pixel_values is None) == (pooled_image_features is None):
+            raise ValueError("Give exactly one of `pixel_values` and `pooled_image_features`.")
+        pooled = pooled_image_features if pixel_values is None else self.get_pooled_image_features(pixel_values)
+        projected = self.adapter.visual_projection(pooled.to(self.adapter.logit_scale.dtype))
+        return nn.functional.normalize(projected, dim=-1)
+
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    def get_text_embeds(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pooled_image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Unit-norm embeddings (B, q) at the last `[RET]` of each row of `input_ids` (B, L).
+
+        Raises:
+            ValueError: A row has no `[RET]`.
+        """
+        embeds = self._embed(input_ids, self._pooled_or_none(pixel_values, pooled_image_features))
+        output = self._decode(embeds, attention_mask, output_hidden_states=self._needs_all_layers)
+        return self._project_text(output, *self._last_rets(input_ids))
+
+    @property
+    def _needs_all_layers(self) -> bool:
+        return self.config.text_embed_layers != [-1]
+
+    def _pooled_or_none(self, pixel_values, pooled_image_features):
+        if pixel_values is not None and pooled_image_features is not None:
+            raise ValueError("Give `pixel_values` or `pooled_image_features`, not both.")
+        return pooled_image_features if pixel_values is None else self.get_pooled_image_features(pixel_values)
+
+    def _is_ret(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        return (input_ids >= self.config.ret_token_id) & (input_ids < self.config.logit_width)
+
+    def _last_rets(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Rows and columns, (B,) each, of the last `[RET]` of every row."""
+        is_ret = self._is_ret(input_ids)
+        if not bool(is_ret.any(-1).all()):
+            rows = (~is_ret.any(-1)).nonzero().flatten().tolist()
+            raise ValueError(f"Rows {rows} have no [RET] token (id {self.config.ret_token_id}); end each text with it.")
+        columns = input_ids.shape[-1] - 1 - is_ret.flip(-1).int().argmax(-1)
+        return torch.arange(len(columns), device=columns.device), columns
+
+    def _project_text(self, output: BaseModelOutputWithPast, rows, columns) -> torch.Tensor:
+        """Sum of the layers' projections at (rows, columns), (M,) each: unit-norm (M, q)."""
+        total = 0
+        for layer, projection in zip(self.config.text_embed_layers, self.adapter.text_projection, strict=True):
+            hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+            total = total + projection(hidden[rows, columns].to(self.adapter.logit_scale.dtype))
+        return nn.functional.normalize(total, dim=-1)
+
+    def _embed(self, input_ids: torch.LongTensor, pooled: torch.Tensor | None, visual: torch.Tensor | None = None):
+        """Token ids (B, L) and image features -> the LM's inputs (B, L, D)."""
+        is_ret, is_image = self._is_ret(input_ids), input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_ret | is_image, 0))
+        ret_rows = self.adapter.ret_rows().to(embeds)
+        ret_index = (input_ids - self.config.ret_token_id).clamp(0, len(ret_rows) - 1)
+        embeds = torch.where(is_ret[..., None], ret_rows[ret_index], embeds)
+        if visual is None and pooled is not None:
+            visual = self._visual_tokens(pooled)  # (N, k, D)
+        count, k = int(is_image.sum()), self.config.num_image_tokens
+        images = 0 if visual is None else len(visual)
+        if count != images * k:
+            raise ValueError(
+                f"The text has {count} image placeholder tokens, but {images} images were given, which take "
+                f"{images * k} ({k} each). Let FromageProcessor build both."
+            )
+        if visual is not None:
+            embeds = embeds.masked_scatter(is_image[..., None], visual.to(embeds))
+        return embeds
+
+    def _decode(self, embeds, attention_mask=None, position_ids=None, **kwargs) -> BaseModelOutputWithPast:
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        kwargs.setdefault("use_cache", False)
+        decoder, _ = decoder_and_head(self.language_model)
+        return decoder(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
+        )
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., V): the LM's columns, the image token's, and `[RET]`'s own."""
+        _, head = decoder_and_head(self.language_model)
+        first = self.config.ret_token_id
+        frozen = head(hidden)[..., :first]
+        columns = [self.logit_transform(frozen), self.logit_transform(self.adapter.ret_logits(hidden))]
+        missing = first - frozen.shape[-1]
+        if missing > 0:  # ids that the LM has no row for: only `<|image|>`
+            columns.insert(1, frozen.new_full((*frozen.shape[:-1], missing), torch.finfo(frozen.dtype).min))
+        return torch.cat(columns, dim=-1)
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pooled_image_features: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        retrieval_input_ids: torch.LongTensor | None = None,
+        retrieval_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> FromageOutput:
+        """
+        Args:
+            input_ids (B, L): Tokens, `k` placeholders for each image.
+            attention_mask (B, L): 1 for tokens, 0 for padding on either side.
+            position_ids (B, L): Counted from the mask where absent.
+            pixel_values (N, channels, height, width) or pooled_image_features (N, vision width):
+                The images, in the order of their placeholders; in retrieval, image i is the match of text i.
+            labels (B, L): Targets of the captioning loss, -100 where there is none. Shifted here.
+            retrieval_input_ids, retrieval_attention_mask (N, L'): Texts that end in `[RET]`, for the retrieval losses.
+            return_logits: Whether to return logits beside a loss; defaults to True in eval mode only.
+
+        Raises:
+            ValueError: Counts of images, placeholders or retrieval texts disagree, or a text has no `[RET]`.
+        """
+        pooled = self._pooled_or_none(pixel_values, pooled_image_features)
+        output = FromageOutput()
+        if input_ids is not None or inputs_embeds is not None:
+            if inputs_embeds is None:
+                visual = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs else None
+                inputs_embeds = self._embed(input_ids, pooled, visual)
+            lm_output = self._decode(
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values=past_key_values,
+                use_cache=bool(use_cache),
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                **kwargs,
+            )
+            output.past_key_values = lm_output.get("past_key_values")
+            output.hidden_states, output.attentions = lm_output.get("hidden_states"), lm_output.get("attentions")
+            if labels is not None:
+                output.captioning_loss = self._captioning_loss(lm_output.last_hidden_state, labels)
+            if return_logits or labels is None or (return_logits is None and not self.training):
+                keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                output.logits = self._logits(lm_output.last_hidden_state[:, keep])
+        if retrieval_input_ids is not None:
+            self._retrieval(output, retrieval_input_ids, retrieval_attention_mask, pooled)
+        output.loss = self._weighted_loss(output)
+        return output
+
+    @property
+    def _across_processes(self) -> bool:
+        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    def _captioning_loss(self, hidden: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        targets = labels[:, 1:]
+        is_target = targets != -100
+        logits = self._logits(hidden[:, :-1][is_target])  # (T, V): no logits where there is no target
+        return token_loss(logits, targets[is_target], self._across_processes)
+
+    def _retrieval(self, output: FromageOutput, input_ids, attention_mask, pooled):
+        """Fill in the retrieval losses and embeddings: the text alone, without its image, up to `[RET]`."""
+        if pooled is None or len(pooled) != len(input_ids):
+            raise ValueError(
+                f"Retrieval text i pairs with image i, but there are {len(input_ids)} texts and "
+                f"{0 if pooled is None else len(pooled)} images."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        lm_output = self._decode(
+            self._embed(input_ids, None), attention_mask, output_hidden_states=self._needs_all_layers
+        )
+        is_token = attention_mask.bool()
+        is_target = is_token[:, 1:] & is_token[:, :-1]  # every token but the first, `[RET]` included
+        logits = self._logits(lm_output.last_hidden_state[:, :-1][is_target])
+        output.ret_token_loss = token_loss(logits, input_ids[:, 1:][is_target], self._across_processes)
+        output.text_embeds = self._project_text(lm_output, *self._last_rets(input_ids))
+        output.image_embeds = self.get_image_embeds(pooled_image_features=pooled)
+        image_embeds, text_embeds = output.image_embeds, output.text_embeds
+        if self._across_processes:
+            image_embeds, text_embeds = gather_with_gradient(image_embeds), gather_with_gradient(text_embeds)
+            pooled = gather_with_gradient(pooled)
+        output.logits_per_image = self.adapter.logit_scale.exp() * image_embeds @ text_embeds.t()
+        output.logits_per_text = output.logits_per_image.t()
+        duplicates = duplicate_mask(pooled) if self.config.mask_duplicate_images else None
+        output.contrastive_loss = contrastive_loss(output.logits_per_image, duplicates)
+
+    def _weighted_loss(self, output: FromageOutput) -> torch.Tensor | None:
+        parts = [
+            (self.config.captioning_loss_weight, output.captioning_loss),
+            (self.config.ret_token_loss_weight, output.ret_token_loss),
+            (self.config.contrastive_loss_weight, output.contrastive_loss),
+        ]
+        parts = [weight * loss for weight, loss in parts if loss is not None]
+        return sum(parts[1:], parts[0]) if parts else None
+
+
+__all__ = ["FromageForConditionalGeneration", "FromageOutput", "FromagePreTrainedModel"]

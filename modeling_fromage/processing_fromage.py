@@ -1,0 +1,172 @@
+"""Text and images to model inputs: the only place where FROMAGe's tokenizer is set up."""
+
+import os
+from typing import Any
+
+from PIL import Image
+from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .images_fromage import load_rgb_image
+
+IMAGE_TOKEN, RET_TOKEN = "<|image|>", "[RET]"  # noqa: S105 (no passwords)
+
+# The paper's dialogue style, for language models without a chat template of their own.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}A: {{ message['content'] }}\n"
+    "{% elif message['role'] == 'user' %}Q: {{ message['content'] }}\n"
+    "{% else %}{{ message['content'] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+class FromageProcessor(ProcessorMixin):
+    """
+    Image processor and tokenizer of a FROMAGe model.
+
+    `<|image|>` in a text stands for one image and becomes `num_image_tokens` placeholders; `[RET]` asks for an image.
+    On a fresh tokenizer of length V their ids are V and V + 1. Where the tokenizer adds a BOS token, there is exactly
+    one, directly after the leading images (section 3.2 and the authors' code).
+
+    Args:
+        image_processor: Any transformers image processor.
+        tokenizer: Any transformers tokenizer; it gains the two tokens where it lacks them.
+        num_image_tokens (`int`, defaults to 1): Placeholders per image (`k`).
+        chat_template (`str`, *optional*): Defaults to the tokenizer's, else to the paper's "Q: ... A: ...".
+
+    Raises:
+        ValueError: The tokenizer has the two tokens in an order or with gaps that FROMAGe does not use.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, num_image_tokens: int = 1, chat_template=None, **kwargs):
+        self.num_image_tokens = num_image_tokens
+        self.image_token, self.ret_token = IMAGE_TOKEN, RET_TOKEN
+        self.image_token_id, self.ret_token_id = _add_tokens(tokenizer)
+        self.bos_text = _bos_text(tokenizer)
+        chat_template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision_model_name_or_path: str, text_model_name_or_path: str, num_image_tokens: int = 1, **kwargs: Any
+    ) -> "FromageProcessor":
+        """Build a processor from the image processor and the tokenizer of two backbones.
+
+        `gguf_file` and `revision` go to the tokenizer; other keyword arguments (`token`, `cache_dir`, ...) to both.
+        """
+        for_tokenizer = {key: kwargs.pop(key) for key in ("gguf_file", "revision") if key in kwargs}
+        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **for_tokenizer, **kwargs)
+        return cls(image_processor=image_processor, tokenizer=tokenizer, num_image_tokens=num_image_tokens)
+
+    def __call__(self, images=None, text=None, **kwargs: Any) -> BatchFeature:
+        """
+        Args:
+            images: One image, a list for the batch in reading order, or one list per text; PIL images or file paths.
+            text: One text or a list, with one `<|image|>` where each image goes.
+            kwargs: As in transformers: `return_tensors`, `padding`, `padding_side`, ... `add_special_tokens=False`
+                leaves BOS out.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` (B, L), `pixel_values` (N, channels, height, width).
+
+        Raises:
+            ValueError: Images and placeholders differ in number, or an image cannot be read.
+        """
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+            if not text:
+                raise ValueError("The batch is empty: `text` is a list without texts.")
+        if kwargs.pop("add_special_tokens", True) and text and all(isinstance(row, str) for row in text):
+            text = [self._with_bos(row) for row in text]
+        return super().__call__(images=_read(images), text=text, add_special_tokens=False, **kwargs)
+
+    def _with_bos(self, text: str) -> str:
+        rest = text
+        while rest.startswith(self.image_token):
+            rest = rest[len(self.image_token) :]
+        if not rest or rest.startswith(self.bos_text):
+            return text
+        return text[: len(text) - len(rest)] + self.bos_text + rest
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs: Any) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs: Any):
+        """As in transformers; lists of content become text with `<|image|>` first: many templates refuse lists."""
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if batched else [conversation]
+        flat = [[self._flatten(message) for message in messages] for messages in conversations]
+        if kwargs.get("tokenize") and any(_images_of(messages) for messages in conversations):
+            per_conversation = [_images_of(messages) for messages in conversations]
+            processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
+            processor_kwargs["images"] = per_conversation if batched else per_conversation[0]
+            kwargs["processor_kwargs"] = processor_kwargs
+        return super().apply_chat_template(flat if batched else flat[0], chat_template, **kwargs)
+
+    def _flatten(self, message: dict) -> dict:
+        content = message.get("content")
+        if not isinstance(content, list):
+            return message
+        parts = [part["text"] if part["type"] == "text" else self.image_token for part in content]
+        return {**message, "content": "".join(parts)}
+
+    def check_config(self, config: Any):
+        """Raise a `ValueError` where a model's token ids or `num_image_tokens` differ from this processor's."""
+        for name in ("image_token_id", "ret_token_id", "num_image_tokens"):
+            ours, theirs = getattr(self, name), getattr(config, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"The processor's `{name}` is {ours}, the model's is {theirs}: they do not belong together. Load "
+                    "both from one checkpoint, or build the model with `processor=`."
+                )
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    tokens = [
+        AddedToken(IMAGE_TOKEN, special=True, normalized=False),
+        AddedToken(RET_TOKEN, special=False, normalized=False),
+    ]
+    present = tokenizer.get_vocab()
+    tokenizer.add_tokens([token for token in tokens[:1] if token.content not in present], special_tokens=True)
+    tokenizer.add_tokens([token for token in tokens[1:] if token.content not in present])
+    image_id, ret_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, RET_TOKEN])
+    if ret_id <= image_id:
+        raise ValueError(
+            f"The tokenizer has {RET_TOKEN} at {ret_id} and {IMAGE_TOKEN} at {image_id}; FROMAGe needs [RET] after "
+            "<|image|>. Start from a tokenizer without them."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return image_id, ret_id
+
+
+def _bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The BOS token's text where the tokenizer puts one before a text, else nothing."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else ""
+
+
+def _images_of(messages: list[dict]) -> list:
+    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+    keys = ("image", "url", "path")
+    return [part[key] for part in parts if part["type"] == "image" for key in keys if key in part]
+
+
+def _read(images):
+    """Files and odd PIL modes as RGB, in the nesting they came in; URLs and arrays are transformers' to read."""
+    if isinstance(images, (list, tuple)):
+        return [_read(image) for image in images]
+    is_url = isinstance(images, str) and images.startswith(("http://", "https://", "data:"))
+    return load_rgb_image(images) if isinstance(images, (str, os.PathLike, Image.Image)) and not is_url else images
+
+
+__all__ = ["FromageProcessor"]

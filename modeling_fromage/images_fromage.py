@@ -1,6 +1,8 @@
 """Reading image files of every common kind as RGB."""
 
+import io
 import os
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,8 +27,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_rgb_image(source: str | os.PathLike | Image.Image) -> Image.Image:
-    """Read a file, or take a PIL image, as RGB.
+def load_rgb_image(source: str | os.PathLike | Image.Image | dict[str, Any]) -> Image.Image:
+    """Read a file, a PIL image or an undecoded `datasets` image (`{"bytes", "path"}`) as RGB.
 
     Raises:
         ValueError: The file is missing, truncated or no image; the message names it.
@@ -34,10 +36,11 @@ def load_rgb_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return to_rgb(source)
-        with Image.open(source) as image:
+        data = io.BytesIO(source["bytes"]) if isinstance(source, dict) and source["bytes"] else source
+        with Image.open(data["path"] if isinstance(data, dict) else data) as image:
             return to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = getattr(source, "filename", "") or repr(source)
+        name = source["path"] if isinstance(source, dict) else getattr(source, "filename", "") or repr(source)
         raise ValueError(f"Cannot read the image {name}: {error}. Replace the file or leave it out.") from error
 
 

@@ -138,13 +138,12 @@ def test_losses_equal_a_plain_double_pass(name, layers):
                    retrieval_attention_mask=retrieval["attention_mask"])  # fmt: skip
 
     lm, adapter = model.language_model, model.adapter
+    ret_row = adapter.ret_embedding.weight[0]
     pooled = model.get_pooled_image_features(images)
     visual = adapter.multi_modal_projector(pooled).reshape(3, k, -1)
 
     def run(ids, visual=None):
-        rows = [
-            adapter.ret_embedding.weight[0] if i == RET else lm.get_input_embeddings()(torch.tensor(i)) for i in ids
-        ]
+        rows = [ret_row if i == RET else lm.get_input_embeddings()(torch.tensor(i)) for i in ids]
         embeds = torch.stack(rows) if visual is None else torch.cat([visual, torch.stack(rows)])
         return lm(inputs_embeds=embeds[None], output_hidden_states=True)
 

@@ -1,0 +1,48 @@
+"""Captioned images from a TSV, a folder or a `datasets` repository."""
+
+from pathlib import Path
+
+from datasets import Dataset, Image, load_dataset
+
+_CAPTION_COLUMNS = ("caption", "text", "captions", "title")
+
+
+def load_captioned_images(
+    source: str, split: str = "train", image_column: str = "image", caption_column: str | None = None
+) -> Dataset:
+    """Load a dataset of `{"image", "caption"}`; images stay undecoded until the collator reads them.
+
+    Args:
+        source: A `.tsv` or `.csv` file with a header and columns `caption` and `image` (paths relative to the file), a
+            folder that the `imagefolder` builder of `datasets` reads (`metadata.csv` with `file_name` and `caption`),
+            or the id of a `datasets` repository.
+        split: Split of a folder or repository.
+        caption_column: Found among caption, text, captions and title where absent.
+
+    Raises:
+        ValueError: A column is missing, or there is no example.
+    """
+    path = Path(source)
+    is_table = path.suffix in (".tsv", ".csv")
+    if is_table and not path.is_file():
+        raise ValueError(f"There is no file {source}.")
+    if is_table:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        dataset = load_dataset("csv", data_files=str(path), delimiter=delimiter, split="train", keep_default_na=False)
+    else:
+        options = {"path": "imagefolder", "data_dir": source} if path.is_dir() else {"path": source}
+        dataset = load_dataset(**options, split=split)
+    caption_column = caption_column or next((c for c in _CAPTION_COLUMNS if c in dataset.column_names), None)
+    if image_column not in dataset.column_names or caption_column not in dataset.column_names:
+        raise ValueError(
+            f"{source} needs a column {image_column!r} and one of {_CAPTION_COLUMNS}; it has {dataset.column_names}. "
+            "Name them with image_column and caption_column."
+        )
+    if not len(dataset):
+        raise ValueError(f"{source} has no examples.")
+    dataset = dataset.select_columns([image_column, caption_column])
+    names = {image_column: "image", caption_column: "caption"}
+    dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
+    if is_table:
+        return dataset.map(lambda row: {"image": str(path.parent / row["image"])}, desc="Resolving image paths")
+    return dataset.cast_column("image", Image(decode=False))

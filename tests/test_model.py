@@ -160,9 +160,9 @@ def test_losses_equal_a_plain_double_pass(name, layers):
         out = run(caption + [RET])
         ret_losses += [-log_probs(out)[t, token] for t, token in enumerate((caption + [RET])[1:])]
         texts.append(sum(p(out.hidden_states[n][0, -1]) for n, p in zip(layers, adapter.text_projection, strict=True)))
-    similarity = torch.nn.functional.normalize(adapter.visual_projection(pooled), dim=-1) @ torch.nn.functional.normalize(
-        torch.stack(texts), dim=-1
-    ).t() * adapter.logit_scale.exp()  # fmt: skip
+    normalize = torch.nn.functional.normalize
+    images, texts = normalize(adapter.visual_projection(pooled), dim=-1), normalize(torch.stack(texts), dim=-1)
+    similarity = images @ texts.t() * adapter.logit_scale.exp()
     targets = torch.arange(3)
     ce = torch.nn.functional.cross_entropy
     contrastive = (ce(similarity, targets) + ce(similarity.t(), targets)) / 2

@@ -15,13 +15,14 @@ from modeling_fromage.images_fromage import load_rgb_image  # noqa: E402
 
 DEFAULT_PROMPTS = ["a slice of pizza", "the moon", "a red heart", "a cat"]
 _SHOWN = 12
+_KS = ("R@1", "R@5", "R@10")
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1, h2 { line-height: 1.2 } td, th { padding: .25rem .8rem; text-align: left } table { border-collapse: collapse }
 tr + tr td { border-top: 1px solid #ddd } img.emoji { width: 72px; height: 72px; vertical-align: middle }
 img.hit { outline: 3px solid #2a9d3f } .bubble { padding: .6rem 1rem; border-radius: 1rem; margin: .4rem 0; width: fit-content }
 .user { background: #e8eefc; margin-left: auto } .model { background: #f1f1ee } small { color: #666 }
-""".strip()  # noqa: E501
+""".strip()
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -30,10 +31,7 @@ def summary(results: dict[str, Any]) -> str:
     low, high = t2i["R@1_95%"]
     lines = [
         f"{results['num_pairs']} held-out pairs, {results['steps']} steps, {results['seconds'] / 60:.1f} minutes in all",
-        *(
-            f"  R@{k}: text to image {t2i[f'R@{k}']:.1%}, image to text {i2t[f'R@{k}']:.1%} (chance {chance[f'R@{k}']:.1%})"
-            for k in (1, 5, 10)
-        ),
+        *(f"  {k}: text to image {t2i[k]:.1%}, image to text {i2t[k]:.1%} (chance {chance[k]:.1%})" for k in _KS),
         f"  text-to-image R@1, 95 % interval: {low:.1%} to {high:.1%}",
         f"  caption loss a token: {results['caption_loss']:.2f}, "
         f"with shuffled images {results['caption_loss_shuffled_images']:.2f}",
@@ -68,7 +66,6 @@ def _draw(path: Path, results: dict[str, Any], images: list[str], captions: list
         curves.plot([e["step"] for e in history], [e[name] for e in history], label=name.replace("_", " "))
     curves.set(title="Training losses", xlabel="step", ylim=(0, None))
     curves.legend()
-    ks = ("R@1", "R@5", "R@10")
     for i, (name, values) in enumerate(
         [
             ("text to image", results["text_to_image"]),
@@ -76,8 +73,8 @@ def _draw(path: Path, results: dict[str, Any], images: list[str], captions: list
             ("chance", results["chance"]),
         ]
     ):
-        bars.bar([x + 0.27 * i for x in range(3)], [100 * values[k] for k in ks], width=0.25, label=name)
-    bars.set_xticks([x + 0.27 for x in range(3)], ks)
+        bars.bar([x + 0.27 * i for x in range(3)], [100 * values[k] for k in _KS], width=0.25, label=name)
+    bars.set_xticks([x + 0.27 for x in range(3)], _KS)
     bars.set(title=f"Recall among {results['num_pairs']} emoji never seen in training (%)")
     bars.legend()
     _draw_grid(bottom, results, images, captions)
@@ -113,8 +110,7 @@ def _img(path: str, css: str = "emoji") -> str:
 def _page(output: Path, results: dict[str, Any], images: list[str], captions: list[str]) -> str:
     t2i, i2t, chance = results["text_to_image"], results["image_to_text"], results["chance"]
     recall = "".join(
-        f"<tr><td>{k}</td><td>{t2i[k]:.1%}</td><td>{i2t[k]:.1%}</td><td>{chance[k]:.1%}</td></tr>"
-        for k in ("R@1", "R@5", "R@10")
+        f"<tr><td>{k}</td><td>{t2i[k]:.1%}</td><td>{i2t[k]:.1%}</td><td>{chance[k]:.1%}</td></tr>" for k in _KS
     )
     shown = _examples(results, images)
     retrieval = "".join(

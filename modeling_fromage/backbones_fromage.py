@@ -61,6 +61,15 @@ def hidden_state_width(text_config: PreTrainedConfig, layer: int, head_width: in
     return head_width if layer in (-1, text_config.num_hidden_layers) else text_config.hidden_size
 
 
+def attention_window(text_config: PreTrainedConfig) -> float:
+    """Tokens that every layer's attention reaches back; infinite where no layer has a sliding window."""
+    config = text_config.to_dict()
+    layer_types = config.get("layer_types") or []
+    slides = any("sliding" in kind or "chunked" in kind for kind in layer_types) or not layer_types
+    windows = [config.get(name) for name in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window and slides), default=float("inf"))
+
+
 def logit_transform(text_config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """The elementwise function that the LM applies after its head: Cohere's and Granite's scale, Gemma's soft cap."""
     config = text_config.to_dict()

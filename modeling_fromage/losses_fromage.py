@@ -12,8 +12,26 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor, across_processes: bo
     With `across_processes` the mean is over the targets of all ranks: DDP averages gradients over ranks, so each
     rank's sum is scaled by world size / global count.
     """
-    total = F.cross_entropy(_at_least_fp32(logits), targets, reduction="sum")
-    count = torch.tensor(targets.numel(), device=logits.device, dtype=total.dtype)
+    return _global_mean(F.cross_entropy(_at_least_fp32(logits), targets, reduction="none"), across_processes)
+
+
+def ret_token_loss(
+    frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int, across_processes: bool = False
+) -> torch.Tensor:
+    """[`token_loss`] of constant logits (M, columns) and the `[RET]` columns' (M, R), the only ones with a gradient.
+
+    The cross-entropy is logsumexp(logsumexp(frozen), ret) - target logit, so no (M, V) gradient is ever held.
+    """
+    frozen, ret = _at_least_fp32(frozen), _at_least_fp32(ret)
+    normalizer = torch.cat([frozen.logsumexp(-1, keepdim=True), ret], dim=-1).logsumexp(-1)
+    is_ret = targets >= ret_token_id
+    from_frozen = frozen.gather(-1, targets.masked_fill(is_ret, 0)[:, None])[:, 0]
+    from_ret = ret.gather(-1, (targets - ret_token_id).clamp(min=0)[:, None])[:, 0]
+    return _global_mean(normalizer - torch.where(is_ret, from_ret, from_frozen), across_processes)
+
+
+def _global_mean(losses: torch.Tensor, across_processes: bool) -> torch.Tensor:
+    total, count = losses.sum(), torch.tensor(losses.numel(), device=losses.device, dtype=losses.dtype)
     if across_processes:
         dist.all_reduce(count)
         total = total * dist.get_world_size()

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .assembly_fromage import assemble_from_vision_text
 from .backbones_fromage import (
+    attention_window,
     decoder_and_head,
     hidden_state_width,
     logit_transform,
@@ -25,7 +26,7 @@ from .backbones_fromage import (
 )
 from .configuration_fromage import FromageConfig
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
-from .losses_fromage import contrastive_loss, duplicate_mask, gather_with_gradient, token_loss
+from .losses_fromage import contrastive_loss, duplicate_mask, gather_with_gradient, ret_token_loss, token_loss
 
 
 @dataclass
@@ -436,14 +437,10 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        lm_output = self._decode(
-            self._embed(input_ids, None), attention_mask, output_hidden_states=self._needs_all_layers
+        branch = (
+            self._ret_only_branch if self._only_ret_needs_gradient(input_ids, attention_mask) else self._text_branch
         )
-        is_token = attention_mask.bool()
-        is_target = is_token[:, 1:] & is_token[:, :-1]  # every token but the first, `[RET]` included
-        logits = self._logits(lm_output.last_hidden_state[:, :-1][is_target])
-        output.ret_token_loss = token_loss(logits, input_ids[:, 1:][is_target], self._across_processes)
-        output.text_embeds = self._project_text(lm_output, *self._last_rets(input_ids))
+        output.ret_token_loss, output.text_embeds = branch(input_ids, attention_mask)
         output.image_embeds = self.get_image_embeds(pooled_image_features=pooled)
         image_embeds, text_embeds = output.image_embeds, output.text_embeds
         if self._across_processes:
@@ -454,6 +451,56 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         duplicates = duplicate_mask(pooled) if self.config.mask_duplicate_images else None
         output.contrastive_loss = contrastive_loss(output.logits_per_image, duplicates)
 
+    def _text_branch(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next-token loss and `[RET]` embeddings (N, q), by one ordinary pass."""
+        lm_output = self._decode(
+            self._embed(input_ids, None), attention_mask, output_hidden_states=self._needs_all_layers
+        )
+        is_target = _has_previous_token(attention_mask)
+        logits = self._logits(lm_output.last_hidden_state[:, :-1][is_target])
+        loss = token_loss(logits, input_ids[:, 1:][is_target], self._across_processes)
+        return loss, self._project_text(lm_output, *self._last_rets(input_ids))
+
+    def _ret_only_branch(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """What [`_text_branch`] returns, at a fraction of its cost and with the same gradient.
+
+        Nothing before `[RET]` depends on a trained parameter: those tokens run without gradient into a KV cache, and
+        `[RET]` alone runs with gradient against it. Of the logits only the `[RET]` columns have a gradient.
+        """
+        rows, columns = self._last_rets(input_ids)
+        prefix_mask = attention_mask.masked_fill(self._is_ret(input_ids), 0)[:, :-1]
+        with torch.no_grad():
+            prefix = self._decode(
+                self._embed(input_ids[:, :-1].masked_fill(prefix_mask == 0, 0), None), prefix_mask, use_cache=True
+            )
+            is_target = _has_previous_token(attention_mask)
+            hidden = prefix.last_hidden_state[is_target]  # (T, H)
+            _, head = decoder_and_head(self.language_model)
+            frozen = self.logit_transform(head(hidden)[..., : self.config.ret_token_id])
+        ret = self.logit_transform(self.adapter.ret_logits(hidden))
+        loss = ret_token_loss(
+            frozen, ret, input_ids[:, 1:][is_target], self.config.ret_token_id, self._across_processes
+        )
+        last = self._decode(
+            self._embed(input_ids[rows, columns][:, None], None),
+            torch.cat([prefix_mask, prefix_mask.new_ones(len(rows), 1)], dim=1),
+            position_ids=prefix_mask.long().sum(-1, keepdim=True),
+            past_key_values=prefix.past_key_values,
+            use_cache=True,
+            output_hidden_states=self._needs_all_layers,
+        )
+        return loss, self._project_text(last, rows, torch.zeros_like(columns))
+
+    def _only_ret_needs_gradient(self, input_ids, attention_mask) -> bool:
+        """Whether [`_ret_only_branch`] is exact: a frozen LM that sees the whole text, and one `[RET]`, at its end."""
+        if not torch.is_grad_enabled() or any(p.requires_grad for p in self.language_model.parameters()):
+            return False
+        if self.language_model.training or input_ids.shape[1] > attention_window(self.config.text_config):
+            return False
+        is_ret = self._is_ret(input_ids)
+        after_ret = is_ret.int().cumsum(-1).bool() & attention_mask.bool()
+        return bool((is_ret.sum(-1) == 1).all() and (after_ret == is_ret).all() and attention_mask[:, :-1].any())
+
     def _weighted_loss(self, output: FromageOutput) -> torch.Tensor | None:
         parts = [
             (self.config.captioning_loss_weight, output.captioning_loss),
@@ -462,6 +509,12 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         ]
         parts = [weight * loss for weight, loss in parts if loss is not None]
         return sum(parts[1:], parts[0]) if parts else None
+
+
+def _has_previous_token(attention_mask: torch.Tensor) -> torch.BoolTensor:
+    """(B, L) -> (B, L - 1), True where a token follows a token: every one of a text but its first."""
+    is_token = attention_mask.bool()
+    return is_token[:, 1:] & is_token[:, :-1]
 
 
 __all__ = ["FromageForConditionalGeneration", "FromageOutput", "FromagePreTrainedModel"]

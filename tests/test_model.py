@@ -225,3 +225,37 @@ def test_backbones_without_their_pooler_are_refused(tmp_path):
     assert assemble(str(folder), str(case / "language_model"), vision_pooling="mean").config.ret_token_id == 501
     with pytest.raises(ValueError, match="Unknown arguments.*colour"):
         assemble(str(folder), str(case / "language_model"), colour="red")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ret_only_branch_equals_the_ordinary_pass(model, side):
+    # eager attention (Gemma 2) gives NaN for left-padded rows in float64, in transformers itself
+    eager = model.language_model.config._attn_implementation == "eager"
+    dtype, tolerance = (torch.float32, 1e-4) if eager else (torch.float64, 1e-10)
+    model = model.to(dtype).train()
+    model.adapter.to(dtype)
+    batch = pad([[2, 5, 6, RET], [2, 7, RET], [2, 8, 9, 10, 11, RET]], side)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert model._only_ret_needs_gradient(ids, mask)
+    trained = [p for n, p in model.named_parameters() if "text_projection" in n or "ret_" in n]
+    results = []
+    for branch in (model._ret_only_branch, model._text_branch):
+        loss, embeds = branch(ids, mask)
+        total = loss + (embeds * torch.arange(16.0)).sum()
+        results.append((total, *torch.autograd.grad(total, trained)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_ordinary_pass_takes_over_where_it_must():
+    model = make_model("gemma2_vit").train()
+    ids = torch.tensor([[2, 5, 6, RET]])
+    mask = torch.ones_like(ids)
+    assert model._only_ret_needs_gradient(ids, mask)
+    assert not model._only_ret_needs_gradient(torch.tensor([[2, RET, 6, RET]]), mask)
+    assert not model._only_ret_needs_gradient(torch.tensor([[2, 5, RET, 6]]), mask)
+    model.config.text_config.sliding_window = 3
+    assert not model._only_ret_needs_gradient(ids, mask)
+    model.config.text_config.sliding_window = 64
+    next(model.language_model.parameters()).requires_grad_(True)
+    assert not model._only_ret_needs_gradient(ids, mask)

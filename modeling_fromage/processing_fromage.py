@@ -79,10 +79,11 @@ class FromageProcessor(ProcessorMixin):
             if not text:
                 raise ValueError("The batch is empty: `text` is a list without texts.")
         if kwargs.pop("add_special_tokens", True) and text and all(isinstance(row, str) for row in text):
-            text = [self._with_bos(row) for row in text]
+            text = [self.add_bos(row) for row in text]
         return super().__call__(images=_read(images), text=text, add_special_tokens=False, **kwargs)
 
-    def _with_bos(self, text: str) -> str:
+    def add_bos(self, text: str) -> str:
+        """Put BOS, where the tokenizer uses one, directly after the leading images; none where the text has it."""
         rest = text
         while rest.startswith(self.image_token):
             rest = rest[len(self.image_token) :]

@@ -82,7 +82,7 @@ def caption(model, processor, features: torch.Tensor, prompt: str, batch_size: i
     texts = []
     for chunk in features.split(batch_size):
         inputs = processor.tokenizer(
-            [processor._with_bos(processor.image_token * processor.num_image_tokens + prompt)] * len(chunk),
+            [processor.add_bos(processor.image_token * processor.num_image_tokens + prompt)] * len(chunk),
             return_tensors="pt",
             add_special_tokens=False,
         )

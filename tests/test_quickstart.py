@@ -1,0 +1,52 @@
+"""The quickstart from end to end on tiny backbones and made-up data, and its split of emoji by family."""
+
+import json
+
+from safetensors import safe_open
+
+from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
+from tests.backbones import PARITY
+from training import quickstart
+from training.emoji import family, held_out_names
+
+
+def test_quickstart_with_own_backbones_and_data(tmp_path, capsys):
+    case, output = PARITY / "case_a_opt_tied", tmp_path / "out"
+    images = (PARITY / "common" / "images").resolve()
+    rows = (PARITY / "common" / "captions.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    rows = [row.split("\t") for row in rows if row.count("\t") == 1]
+    table = tmp_path / "data.tsv"
+    lines = [f"{caption}\t{images / image}\n" for caption, image in rows]
+    table.write_text("caption\timage\n" + "".join(lines), encoding="utf-8")
+    options = ["--language-model", str(case / "language_model"), "--vision-model", str(case / "vision_model")]
+    options += ["--data", str(table), "--output-dir", str(output), "--train-minutes", "0.1", "--prompts", "a cat"]
+    quickstart.main(["max_steps=3", "per_device_train_batch_size=4", "logging_steps=1", "use_cpu=true", *options])
+
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    held_out = round(0.1 * len(lines) + 0.5)
+    assert results["num_pairs"] == len(results["captions"]) == len(results["rankings"]) == held_out
+    assert results["steps"] == 3
+    assert results["text_to_image"]["R@10"] == 1.0  # no more than ten pairs
+    assert results["caption_loss"] > 0 and results["caption_loss_shuffled_images"] > 0
+    assert [turn["role"] for turn in results["conversation"]] == ["user", "model"] * 3
+    printed = capsys.readouterr().out
+    assert "This takes about" in printed and str(output) in printed and "Try next" in printed
+    assert (output / "report.png").stat().st_size > 10_000
+    assert "a cat" in (output / "report.html").read_text(encoding="utf-8")
+
+    model = FromageForConditionalGeneration.from_pretrained(output / "model")
+    FromageProcessor.from_pretrained(output / "model").check_config(model.config)
+    index = FromageImageIndex.from_pretrained(output / "index")
+    assert len(index) == len(lines)
+    with safe_open(output / "index" / "index.safetensors", "pt") as file:
+        assert file.get_slice("embeds").get_shape() == [len(lines), model.config.projection_dim]
+
+
+def test_families_stay_on_one_side():
+    squares = [f"large {colour} square" for colour in "red orange yellow green blue purple brown".split()]
+    clocks = [f"clock face {hour} oclock" for hour in "one two three four five six seven eight".split()]
+    others = [f"{adjective} thing{i}" for i in range(200) for adjective in ("big", "small")]
+    held_out = held_out_names(squares + clocks + others)
+    assert not held_out & {*squares, *clocks}  # large families are for training
+    assert 0.05 < len(held_out) / len(others) < 0.25
+    assert {family(name) for name in held_out}.isdisjoint(family(name) for name in {*others} - held_out)

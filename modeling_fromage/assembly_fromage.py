@@ -1,54 +1,66 @@
-"""Assembling a new FROMAGe model from two pretrained backbones."""
+"""Loading the two frozen backbones, and assembling a new FROMAGe model from them."""
 
 import inspect
 import os
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import resolve_revision
 
-from .backbones_fromage import check_logit_transform
+from .backbones_fromage import check_logit_transform, size_differences
 from .configuration_fromage import FromageConfig
+from .fingerprint_fromage import check_fingerprint, weight_files
 from .processing_fromage import FromageProcessor
 
-_SHARED_LOADER_KWARGS = ("dtype", "token", "cache_dir", "local_files_only", "force_download", "proxies",
-                         "trust_remote_code", "device_map", "attn_implementation", "low_cpu_mem_usage")  # fmt: skip
+HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+SHARED_LOADER_KWARGS = (*HUB_KWARGS, "dtype", "trust_remote_code", "device_map", "attn_implementation",
+                        "low_cpu_mem_usage", "use_safetensors", "max_memory", "offload_folder",
+                        "offload_buffers")  # fmt: skip
+ROLES = {"text": "language model", "vision": "vision model"}
 
 
 def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwargs: dict[str, Any]):
     """Body of `FromageForConditionalGeneration.from_vision_text_pretrained`, which documents it."""
     fields = set(inspect.signature(FromageConfig).parameters)
     config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
-    text_kwargs = {key[len("text_") :]: kwargs.pop(key) for key in list(kwargs) if key.startswith("text_")}
-    vision_kwargs = {key[len("vision_") :]: kwargs.pop(key) for key in list(kwargs) if key.startswith("vision_")}
-    shared = {key: kwargs.pop(key) for key in list(kwargs) if key in _SHARED_LOADER_KWARGS}
+    options = {
+        prefix: {key[len(prefix) + 1 :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{prefix}_")}
+        for prefix in ROLES
+    }
+    if "text_gguf_file" in config_kwargs:
+        options["text"]["gguf_file"] = config_kwargs["text_gguf_file"]
+    shared = {key: kwargs.pop(key) for key in list(kwargs) if key in SHARED_LOADER_KWARGS}
     if kwargs:
         raise ValueError(
             f"Unknown arguments {sorted(kwargs)}: they are no fields of FromageConfig, do not start with `text_` or "
-            f"`vision_`, and are not among those that go to both backbones ({', '.join(_SHARED_LOADER_KWARGS)})."
+            f"`vision_`, and are not among those that go to both backbones ({', '.join(SHARED_LOADER_KWARGS)})."
         )
-    hub_kwargs = {
-        key: value for key, value in shared.items() if key not in ("dtype", "device_map", "attn_implementation")
-    }
+    hub_kwargs = {key: value for key, value in shared.items() if key in (*HUB_KWARGS, "trust_remote_code")}
     if processor is None:
         processor = FromageProcessor.from_vision_text_pretrained(
             vision, text, num_image_tokens=config_kwargs.get("num_image_tokens", 1),
-            **hub_kwargs, **{key: value for key, value in text_kwargs.items() if key in ("gguf_file", "revision")},
+            **hub_kwargs, **{key: value for key, value in options["text"].items() if key in ("gguf_file", "revision")},
         )  # fmt: skip
     _take_ids_from(processor, config_kwargs)
 
-    language_model = _load(AutoModelForCausalLM, text, {**shared, **text_kwargs}, "language model")
-    check_logit_transform(language_model)
-    vision_config = AutoConfig.from_pretrained(vision, **hub_kwargs)
-    vision_config = getattr(vision_config, "vision_config", vision_config)  # a CLIPModel repository holds both halves
+    models = {}
     pooling = config_kwargs.get("vision_pooling", "pooler")
-    vision_model = _load(
-        AutoModel, vision, {"config": vision_config, **shared, **vision_kwargs}, "vision model", pooling
-    )
-    for prefix, name, options in (("text", text, text_kwargs), ("vision", vision, vision_kwargs)):
-        config_kwargs.setdefault(f"{prefix}_model_id", os.fspath(name))
-        config_kwargs.setdefault(f"{prefix}_model_revision", options.get("revision"))
-    config = FromageConfig.from_vision_text_configs(vision_model.config, language_model.config, **config_kwargs)
-    return cls(config, language_model=language_model, vision_model=vision_model).eval()
+    for prefix, name in (("text", os.fspath(text)), ("vision", os.fspath(vision))):
+        loader_kwargs = {**shared, **options[prefix]}
+        # Pinned once: weights, and what a checkpoint of the trained parts will name, are of the same commit.
+        revision_kwargs = {key: loader_kwargs.get(key) for key in ("token", "cache_dir")}
+        revision = resolve_revision(
+            name, loader_kwargs.get("revision"), local_files_only=shared.get("local_files_only", False),
+            **revision_kwargs,
+        )  # fmt: skip
+        models[prefix] = load_backbone(prefix, name, {**loader_kwargs, "revision": revision}, pooling)
+        if not {"subfolder", "variant", "state_dict"} & loader_kwargs.keys():  # else save the backbone itself
+            config_kwargs.setdefault(f"{prefix}_model_id", os.path.abspath(name) if os.path.isdir(name) else name)
+            config_kwargs.setdefault(f"{prefix}_model_revision", getattr(revision, "resolved", revision))
+    check_logit_transform(models["text"])
+    config = FromageConfig.from_vision_text_configs(models["vision"].config, models["text"].config, **config_kwargs)
+    return cls(config, language_model=models["text"], vision_model=models["vision"]).eval()
 
 
 def _take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]):
@@ -60,12 +72,71 @@ def _take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]):
             )
 
 
-def _load(auto_class, name: str, kwargs: dict[str, Any], role: str, pooling: str | None = None) -> PreTrainedModel:
+def load_backbone(prefix: str, name: str, kwargs: dict[str, Any], pooling: str) -> PreTrainedModel:
+    """`from_pretrained` of one backbone (`"text"` or `"vision"`), without a weight left at random.
+
+    Raises:
+        ValueError: The checkpoint lacks weights that are in use.
+    """
+    hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
+    if prefix == "vision" and "config" not in kwargs:
+        # A CLIPModel repository holds both halves: the configuration decides which class is built.
+        kwargs = {"config": vision_half(AutoConfig.from_pretrained(name, **hub_kwargs)), **kwargs}
+    auto_class = AutoModelForCausalLM if prefix == "text" else AutoModel
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"])
-    if pooling in ("cls", "mean"):
+    if prefix == "vision" and pooling != "pooler":
         missing = [key for key in missing if "pooler" not in key]  # random, and not in use
     if missing:
-        hint = " Set `vision_pooling='cls'` or `'mean'`." if pooling and any("pooler" in key for key in missing) else ""
-        raise ValueError(f"The {role} {name!r} lacks weights that are in use: {', '.join(missing[:8])}.{hint}")
+        has_no_pooler = prefix == "vision" and any("pooler" in key for key in missing)
+        hint = " Set `vision_pooling='cls'` or `'mean'`." if has_no_pooler else ""
+        raise ValueError(f"The {ROLES[prefix]} {name!r} lacks weights that are in use: {', '.join(missing[:8])}.{hint}")
     return model
+
+
+def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load the backbone that a checkpoint of the trained parts names, and make sure that it is that one.
+
+    Raises:
+        ValueError: Its sizes or its weight files differ from those that the checkpoint knows.
+    """
+    name, role = getattr(config, f"{prefix}_model_id"), ROLES[prefix]
+    kwargs = {**kwargs, "revision": getattr(config, f"{prefix}_model_revision")}
+    saved = getattr(config, f"{prefix}_config")
+    if prefix == "text" and config.text_gguf_file:
+        kwargs["gguf_file"] = config.text_gguf_file
+    else:
+        hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
+        found = AutoConfig.from_pretrained(name, **hub_kwargs)
+        found = vision_half(found) if prefix == "vision" else found
+        if differences := size_differences(saved, found):
+            raise ValueError(
+                f"The {role} {name!r} is not the one of this checkpoint: {'; '.join(differences)}. Set "
+                f"`{prefix}_model_id` to the right one."
+            )
+        if (quantization := found.to_dict().get("quantization_config")) and "quantization_config" not in kwargs:
+            saved.quantization_config = quantization  # of a repository that is stored quantised
+        kwargs["config"] = saved
+    model = load_backbone(prefix, name, kwargs, config.vision_pooling)
+    if known := getattr(config, f"{prefix}_model_fingerprint"):
+        check_fingerprint(backbone_files(prefix, config, kwargs.get("cache_dir")), known, role, name)
+    return model
+
+
+def backbone_files(prefix: str, config: FromageConfig, cache_dir: str | None = None) -> list:
+    """The weight files of the backbone that `config` names."""
+    gguf_file = config.text_gguf_file if prefix == "text" else None
+    return weight_files(
+        getattr(config, f"{prefix}_model_id"), getattr(config, f"{prefix}_model_revision"), gguf_file, cache_dir
+    )
+
+
+def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision encoder's configuration within that of an image-text model."""
+    return config.vision_config if "vision_config" in config.sub_configs else config
+
+
+def saved_dtype(config: PreTrainedConfig, default: str | torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype that a configuration names, as a torch dtype."""
+    dtype = config.dtype if config.dtype is not None else default
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype

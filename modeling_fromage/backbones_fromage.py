@@ -61,6 +61,13 @@ def hidden_state_width(text_config: PreTrainedConfig, layer: int, head_width: in
     return head_width if layer in (-1, text_config.num_hidden_layers) else text_config.hidden_size
 
 
+def size_differences(saved: PreTrainedConfig, found: PreTrainedConfig) -> list[str]:
+    """What keeps weights made for `found` from fitting a model of configuration `saved`, in words."""
+    names = ("model_type", "vocab_size", "hidden_size", "hidden_sizes", "num_hidden_layers", "image_size", "patch_size")
+    pairs = {name: (getattr(saved, name, None), getattr(found, name, None)) for name in names}
+    return [f"its {name} is {theirs}, not {ours}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
 def attention_window(text_config: PreTrainedConfig) -> float:
     """Tokens that every layer's attention reaches back; infinite where no layer has a sliding window."""
     config = text_config.to_dict()

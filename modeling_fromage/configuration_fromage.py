@@ -44,8 +44,13 @@ class FromageConfig(PreTrainedConfig):
             Weights of the three losses in their sum (section 3.3).
         mask_duplicate_images (`bool`, defaults to `False`):
             Do not count an image that occurs twice in a batch as its own negative.
-        text_model_id, vision_model_id, text_model_revision, vision_model_revision (`str`, *optional*):
-            Where the frozen backbones came from.
+        text_model_id, vision_model_id (`str`, *optional*):
+            Where the frozen backbones came from: a Hub id or a folder. In a saved configuration a folder is given
+            relative to it (`../backbones/opt`), and both are absent where the checkpoint holds the backbones itself.
+        text_model_revision, vision_model_revision (`str`, *optional*): The commits of those Hub ids.
+        text_model_fingerprint, vision_model_fingerprint (`dict`, *optional*):
+            Size and digests of their weight files; a checkpoint of the trained parts loads with no others.
+        text_gguf_file (`str`, *optional*): The GGUF file that the language model was read from.
     """
 
     model_type = "fromage"
@@ -76,6 +81,9 @@ class FromageConfig(PreTrainedConfig):
     text_model_revision: str | None = None
     vision_model_id: str | None = None
     vision_model_revision: str | None = None
+    text_model_fingerprint: dict | None = None
+    vision_model_fingerprint: dict | None = None
+    text_gguf_file: str | None = None
     tie_word_embeddings: bool = False  # the LM ties its own; nothing is tied across the parts
 
     def __post_init__(self, **kwargs: Any):

@@ -24,6 +24,7 @@ from .backbones_fromage import (
     pool_vision_output,
     vision_width,
 )
+from .checkpoint_fromage import FromageCheckpointMixin
 from .configuration_fromage import FromageConfig
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
 from .losses_fromage import contrastive_loss, duplicate_mask, gather_with_gradient, ret_token_loss, token_loss
@@ -111,7 +112,9 @@ class FromagePreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
 
-class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationMixin, GenerationMixin):
+class FromageForConditionalGeneration(
+    FromageCheckpointMixin, FromagePreTrainedModel, FromageGenerationMixin, GenerationMixin
+):
     """FROMAGe with its frozen backbones; see [`FromageConfig`] for the sizes and section 3 of the paper for the model.
 
     Args:
@@ -141,6 +144,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         self.post_init()
         if given:
             self.init_ret_embedding()
+        self.remember_frozen_keys()
         self.freeze_backbones()
 
     # ---- assembling, freezing -------------------------------------------------------------------------------------

@@ -1,0 +1,84 @@
+"""Where a frozen backbone came from: its weight files, found again and recognised without reading them whole."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+_BLOCK = 1 << 16
+_BLOCKS = 8  # sampled of each file, evenly spaced, the first and the last among them
+
+
+def weight_files(name: str, revision: str | None, gguf_file: str | None, cache_dir: str | None) -> list[Path]:
+    """The weight files that `from_pretrained(name)` has loaded: of a folder, or of the Hub's cache (no download)."""
+
+    def find(filename: str) -> Path | None:
+        if os.path.isdir(name):
+            return path if (path := Path(name, filename)).is_file() else None
+        path = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
+        return Path(path) if isinstance(path, str) else None
+
+    for single, index in (
+        (gguf_file or SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
+        (WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
+    ):
+        if path := find(single):
+            return [path]
+        if path := find(index):
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            return [shard for shard in map(find, shards) if shard]
+    return []
+
+
+def fingerprint(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Name -> `{"size", "sha256", "sample"}`: bytes, the file's digest, and a digest of a few blocks of it.
+
+    A file of the Hub's cache is named by its digest, so that it need not be read.
+    """
+    prints = {}
+    for path in files:
+        blob = path.resolve().name
+        if not re.fullmatch("[0-9a-f]{64}", blob):
+            with open(path, "rb") as file:
+                blob = hashlib.file_digest(file, "sha256").hexdigest()
+        prints[path.name] = {"size": path.stat().st_size, "sha256": blob, "sample": _sample(path)}
+    return prints
+
+
+def check_fingerprint(files: list[Path], expected: dict[str, dict[str, Any]], role: str, name: str):
+    """Compare sizes and sampled blocks, in milliseconds.
+
+    Raises:
+        ValueError: A file is missing or is another one than that with which the trained parts were trained.
+    """
+    found = {path.name: path for path in files}
+    for filename, known in expected.items():
+        path = found.get(filename)
+        if path is None:
+            problem = f"has no file {filename}"
+        elif (size := path.stat().st_size) != known["size"]:
+            problem = f"has a {filename} of {size} bytes, not {known['size']}"
+        elif _sample(path) != known["sample"]:
+            problem = f"has a {filename} with other contents"
+        else:
+            continue
+        raise ValueError(
+            f"The {role} {name!r} {problem}: the trained parts of this checkpoint belong to another {role} of that "
+            f"name. Restore it, or pass `{role.split()[0].replace('language', 'text')}_model_fingerprint={{}}` to load "
+            "what is there all the same."
+        )
+
+
+def _sample(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(_BLOCKS):
+            file.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()

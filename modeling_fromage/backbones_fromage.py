@@ -1,10 +1,12 @@
 """What FROMAGe asks of its backbones: widths, pooling, and what an LM does after its head. The only place for it."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 
@@ -66,6 +68,38 @@ def size_differences(saved: PreTrainedConfig, found: PreTrainedConfig) -> list[s
     names = ("model_type", "vocab_size", "hidden_size", "hidden_sizes", "num_hidden_layers", "image_size", "patch_size")
     pairs = {name: (getattr(saved, name, None), getattr(found, name, None)) for name in names}
     return [f"its {name} is {theirs}, not {ours}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+def _checkpointing_layers(language_model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    modules = language_model.modules()
+    return [
+        layer for layer in modules if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    ]
+
+
+def allow_activation_checkpointing(language_model: PreTrainedModel):
+    """Let the layers with checkpointing enabled recompute their activations, although the LM is in eval mode.
+
+    Transformers' layers recompute in training mode alone. That mode would also switch on a layer's own dropout.
+    """
+    for layer in _checkpointing_layers(language_model):
+        layer.training = True
+        for name in ("dropout", "activation_dropout"):
+            if isinstance(layer.__dict__.get(name), float):
+                setattr(layer, name, 0.0)
+
+
+@contextmanager
+def no_activation_checkpointing(language_model: PreTrainedModel):
+    """Keep activations, for a pass with a KV cache: transformers' layers drop the cache when they recompute."""
+    layers = [layer for layer in _checkpointing_layers(language_model) if layer.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def attention_window(text_config: PreTrainedConfig) -> float:

@@ -115,8 +115,16 @@ class FromageGenerationMixin:
         )
         return input_ids, {**model_kwargs, **images}
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any):
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False, **kwargs: Any
+    ):  # `inputs_embeds` is named for transformers, which looks whether it is
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("pooled_image_features", None)
         return inputs

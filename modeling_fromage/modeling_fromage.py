@@ -17,10 +17,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .assembly_fromage import assemble_from_vision_text
 from .backbones_fromage import (
+    allow_activation_checkpointing,
     attention_window,
     decoder_and_head,
     hidden_state_width,
     logit_transform,
+    no_activation_checkpointing,
     pool_vision_output,
     vision_width,
 )
@@ -205,7 +207,14 @@ class FromageForConditionalGeneration(
         super().train(mode)
         self.language_model.eval()
         self.vision_model.eval()
+        if mode:
+            allow_activation_checkpointing(self.language_model)
         return self
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any):
+        """As in transformers: layers that take part recompute their activations in the captioning branch."""
+        super().activation_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
 
     @torch.no_grad()
     def normalize_ret_embedding(self):
@@ -325,16 +334,17 @@ class FromageForConditionalGeneration(
         ret_index = (input_ids - self.config.ret_token_id).clamp(0, len(ret_rows) - 1)
         embeds = torch.where(is_ret[..., None], ret_rows[ret_index], embeds)
         if visual is None and pooled is not None:
-            visual = self._visual_tokens(pooled)  # (N, k, D)
+            visual = self._visual_tokens(pooled)
+        # Given by `generate`, they may be a chunk that ends within an image: a list, or (1, rows, D).
+        vectors = embeds.new_empty(0, embeds.shape[-1]) if visual is None else torch.cat(list(visual))  # (N k, D)
         count, k = int(is_image.sum()), self.config.num_image_tokens
-        images = 0 if visual is None else len(visual)
-        if count != images * k:
+        if count != len(vectors):
             raise ValueError(
-                f"The text has {count} image placeholder tokens, but {images} images were given, which take "
-                f"{images * k} ({k} each). Let FromageProcessor build both."
+                f"The text has {count} image placeholder tokens, but {len(vectors) // k} images were given, which take "
+                f"{len(vectors)} ({k} each). Let FromageProcessor build both."
             )
-        if visual is not None:
-            embeds = embeds.masked_scatter(is_image[..., None], visual.to(embeds))
+        if count:
+            embeds = embeds.masked_scatter(is_image[..., None], vectors.to(embeds))
         return embeds
 
     def _decode(self, embeds, attention_mask=None, position_ids=None, **kwargs) -> BaseModelOutputWithPast:
@@ -395,32 +405,31 @@ class FromageForConditionalGeneration(
             ValueError: Counts of images, placeholders or retrieval texts disagree, or a text has no `[RET]`.
         """
         pooled = self._pooled_or_none(pixel_values, pooled_image_features)
-        output = FromageOutput()
+        parts: dict[str, Any] = {}
         if input_ids is not None or inputs_embeds is not None:
             if inputs_embeds is None:
-                visual = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs else None
+                encoded = (mm_encoder_outputs or {}).get("image")
+                visual = None if encoded is None else encoded.pooler_output
                 inputs_embeds = self._embed(input_ids, pooled, visual)
+            captured = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
             lm_output = self._decode(
                 inputs_embeds,
                 attention_mask,
                 position_ids,
                 past_key_values=past_key_values,
                 use_cache=bool(use_cache),
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
+                **{name: value for name, value in captured.items() if value is not None},  # else the LM's own setting
                 **kwargs,
             )
-            output.past_key_values = lm_output.get("past_key_values")
-            output.hidden_states, output.attentions = lm_output.get("hidden_states"), lm_output.get("attentions")
+            parts.update({name: lm_output.get(name) for name in ("past_key_values", "hidden_states", "attentions")})
             if labels is not None:
-                output.captioning_loss = self._captioning_loss(lm_output.last_hidden_state, labels)
+                parts["captioning_loss"] = self._captioning_loss(lm_output.last_hidden_state, labels)
             if return_logits or labels is None or (return_logits is None and not self.training):
                 keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                output.logits = self._logits(lm_output.last_hidden_state[:, keep])
+                parts["logits"] = self._logits(lm_output.last_hidden_state[:, keep])
         if retrieval_input_ids is not None:
-            self._retrieval(output, retrieval_input_ids, retrieval_attention_mask, pooled)
-        output.loss = self._weighted_loss(output)
-        return output
+            parts.update(self._retrieval(retrieval_input_ids, retrieval_attention_mask, pooled))
+        return FromageOutput(loss=self._weighted_loss(parts), **parts)
 
     @property
     def _across_processes(self) -> bool:
@@ -432,8 +441,8 @@ class FromageForConditionalGeneration(
         logits = self._logits(hidden[:, :-1][is_target])  # (T, V): no logits where there is no target
         return token_loss(logits, targets[is_target], self._across_processes)
 
-    def _retrieval(self, output: FromageOutput, input_ids, attention_mask, pooled):
-        """Fill in the retrieval losses and embeddings: the text alone, without its image, up to `[RET]`."""
+    def _retrieval(self, input_ids, attention_mask, pooled) -> dict[str, torch.Tensor]:
+        """The retrieval losses and embeddings: of the text alone, without its image, up to `[RET]`."""
         if pooled is None or len(pooled) != len(input_ids):
             raise ValueError(
                 f"Retrieval text i pairs with image i, but there are {len(input_ids)} texts and "
@@ -441,19 +450,25 @@ class FromageForConditionalGeneration(
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        branch = (
-            self._ret_only_branch if self._only_ret_needs_gradient(input_ids, attention_mask) else self._text_branch
-        )
-        output.ret_token_loss, output.text_embeds = branch(input_ids, attention_mask)
-        output.image_embeds = self.get_image_embeds(pooled_image_features=pooled)
-        image_embeds, text_embeds = output.image_embeds, output.text_embeds
+        if self._only_ret_needs_gradient(input_ids, attention_mask):
+            with no_activation_checkpointing(self.language_model):
+                loss, text_embeds = self._ret_only_branch(input_ids, attention_mask)
+        else:
+            loss, text_embeds = self._text_branch(input_ids, attention_mask)
+        image_embeds = self.get_image_embeds(pooled_image_features=pooled)
+        images, texts = image_embeds, text_embeds
         if self._across_processes:
-            image_embeds, text_embeds = gather_with_gradient(image_embeds), gather_with_gradient(text_embeds)
-            pooled = gather_with_gradient(pooled)
-        output.logits_per_image = self.adapter.logit_scale.exp() * image_embeds @ text_embeds.t()
-        output.logits_per_text = output.logits_per_image.t()
+            images, texts, pooled = (gather_with_gradient(tensor) for tensor in (images, texts, pooled))
+        logits_per_image = self.adapter.logit_scale.exp() * images @ texts.t()
         duplicates = duplicate_mask(pooled) if self.config.mask_duplicate_images else None
-        output.contrastive_loss = contrastive_loss(output.logits_per_image, duplicates)
+        return {
+            "ret_token_loss": loss,
+            "contrastive_loss": contrastive_loss(logits_per_image, duplicates),
+            "image_embeds": image_embeds,
+            "text_embeds": text_embeds,
+            "logits_per_image": logits_per_image,
+            "logits_per_text": logits_per_image.t(),
+        }
 
     def _text_branch(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Next-token loss and `[RET]` embeddings (N, q), by one ordinary pass."""
@@ -505,14 +520,14 @@ class FromageForConditionalGeneration(
         after_ret = is_ret.int().cumsum(-1).bool() & attention_mask.bool()
         return bool((is_ret.sum(-1) == 1).all() and (after_ret == is_ret).all() and attention_mask[:, :-1].any())
 
-    def _weighted_loss(self, output: FromageOutput) -> torch.Tensor | None:
-        parts = [
-            (self.config.captioning_loss_weight, output.captioning_loss),
-            (self.config.ret_token_loss_weight, output.ret_token_loss),
-            (self.config.contrastive_loss_weight, output.contrastive_loss),
-        ]
-        parts = [weight * loss for weight, loss in parts if loss is not None]
-        return sum(parts[1:], parts[0]) if parts else None
+    def _weighted_loss(self, parts: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        weights = {
+            "captioning_loss": self.config.captioning_loss_weight,
+            "ret_token_loss": self.config.ret_token_loss_weight,
+            "contrastive_loss": self.config.contrastive_loss_weight,
+        }
+        losses = [weight * parts[name] for name, weight in weights.items() if name in parts]
+        return sum(losses[1:], losses[0]) if losses else None
 
 
 def _has_previous_token(attention_mask: torch.Tensor) -> torch.BoolTensor:

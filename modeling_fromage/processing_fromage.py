@@ -102,16 +102,28 @@ class FromageProcessor(ProcessorMixin):
         )
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs: Any):
-        """As in transformers; lists of content become text with `<|image|>` first: many templates refuse lists."""
+        """As in transformers; lists of content become text with `<|image|>` first, since many tokenizers' templates
+        refuse lists. A `chat_template` that is given gets the messages as they are."""
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if batched else [conversation]
-        flat = [[self._flatten(message) for message in messages] for messages in conversations]
+        flat = conversations
+        if chat_template is None:
+            flat = [[self._flatten(message) for message in messages] for messages in conversations]
         if kwargs.get("tokenize") and any(_images_of(messages) for messages in conversations):
             per_conversation = [_images_of(messages) for messages in conversations]
             processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
             processor_kwargs["images"] = per_conversation if batched else per_conversation[0]
             kwargs["processor_kwargs"] = processor_kwargs
-        return super().apply_chat_template(flat if batched else flat[0], chat_template, **kwargs)
+        flat = flat if batched else flat[0]
+        if kwargs.get("return_assistant_tokens_mask") and self.bos_text:
+            # The mask counts the characters of the template's own text, so BOS must be among them.
+            texts = super().apply_chat_template(flat, chat_template, **{**kwargs, "tokenize": False})
+            texts = [texts] if isinstance(texts, str) else texts
+            if any(text.startswith(self.image_token) for text in texts):
+                raise ValueError("`return_assistant_tokens_mask` needs a template that does not begin with an image.")
+            if not texts[0].startswith(self.bos_text):
+                chat_template = self.bos_text + (chat_template or self.chat_template)
+        return super().apply_chat_template(flat, chat_template, **kwargs)
 
     def _flatten(self, message: dict) -> dict:
         content = message.get("content")

@@ -247,6 +247,28 @@ def test_ret_only_branch_equals_the_ordinary_pass(model, side):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance / 10)
 
 
+@pytest.mark.parametrize("name", ["opt_clip", "llama_clip"])
+def test_activation_checkpointing_changes_nothing(name):
+    results = []
+    for checkpointing in (False, True):
+        model = make_model(name)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.train()
+        assert any(module.training for module in model.language_model.modules()) == checkpointing
+        batch = pad([[IMAGE] * 2 + c for c in ([2, 5, 6], [2, 7])], "right")
+        retrieval = pad([[2, 5, 6, RET], [2, 7, RET]], "right")
+        torch.manual_seed(0)
+        output = model(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100),
+                       pixel_values=torch.rand(2, 3, 32, 32), retrieval_input_ids=retrieval["input_ids"],
+                       retrieval_attention_mask=retrieval["attention_mask"])  # fmt: skip
+        output.loss.backward()
+        results.append([output.loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert not any(module.training for module in model.eval().language_model.modules())
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
 def test_ordinary_pass_takes_over_where_it_must():
     model = make_model("gemma2_vit").train()
     ids = torch.tensor([[2, 5, 6, RET]])

@@ -239,16 +239,23 @@ class FromageCheckpointMixin:
                 dtypes = {}
             else:
                 kwargs["dtype"] = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
-        model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+        may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            name, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         for part, dtype in dtypes.items():
             getattr(model, part).to(dtype)
-        wrong = {
-            "lacks": info["missing_keys"],
-            "has unknown trained tensors": {key for key in info["unexpected_keys"] if key.startswith(TRAINED_PREFIX)},
-        }
-        for problem, keys in wrong.items():
+        unknown = {key for key in info["unexpected_keys"] if key.startswith(TRAINED_PREFIX)}
+        problems = {"lacks": sorted(info["missing_keys"]), "has unknown trained tensors:": sorted(unknown)}
+        if not may_mismatch:
+            shapes = [f"{key} {tuple(ours)}, not {tuple(theirs)}" for key, ours, theirs in info["mismatched_keys"]]
+            problems["has"] = shapes
+        for problem, keys in problems.items():
             if keys:
-                raise ValueError(f"The checkpoint {name} {problem}: {', '.join(sorted(keys)[:8])}. Save it again.")
+                raise ValueError(
+                    f"The checkpoint {name} {problem} {', '.join(keys[:8])}. It does not belong to the configuration "
+                    "beside it, or is not whole: save or download it again."
+                )
         return (model, info) if output_loading_info else model
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .images_fromage import load_rgb_image
@@ -60,7 +61,9 @@ class FromageProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **for_tokenizer, **kwargs)
         return cls(image_processor=image_processor, tokenizer=tokenizer, num_image_tokens=num_image_tokens)
 
-    def __call__(self, images=None, text=None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """
         Args:
             images: One image, a list for the batch in reading order, or one list per text; PIL images or file paths.

@@ -1,12 +1,19 @@
 """Training with the HF Trainer: the `[RET]` norm callback, separate losses in the log, recall in evaluation."""
 
+import logging
+import os
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .retrieval_fromage import recall_at_k
+
+logger = logging.getLogger(__name__)
 
 LOSS_PARTS = ("captioning_loss", "ret_token_loss", "contrastive_loss")
 
@@ -21,12 +28,32 @@ class NormalizeRetEmbeddingCallback(TrainerCallback):
 
 class FromageTrainer(Trainer):
     """The HF Trainer with [`NormalizeRetEmbeddingCallback`], the three losses in the log, and recall over the whole
-    evaluation set, both directions, as `eval_text_to_image_R@1`, ..., beside their number of pairs."""
+    evaluation set, both directions, as `eval_text_to_image_R@1`, ..., beside their number of pairs.
+
+    `train(resume_from_checkpoint=True)` passes over a checkpoint that was being written when the run was killed.
+
+    Raises:
+        ValueError: The collator's processor has other token ids than the model.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        processor, config = getattr(self.data_collator, "processor", None), getattr(self.model, "config", None)
+        if processor is not None and config is not None:
+            processor.check_config(config)
         self.add_callback(NormalizeRetEmbeddingCallback())
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any):
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if hasattr(unwrapped, "refuse_local_backbones"):
+            unwrapped.refuse_local_backbones()
+        return super().push_to_hub(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs: Any):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -85,6 +112,23 @@ class FromageTrainer(Trainer):
         for direction, scores in (("text_to_image", similarity), ("image_to_text", similarity.t())):
             metrics.update({f"{prefix}_{direction}_{name}": value for name, value in recall_at_k(scores).items()})
         return metrics
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
+    """The newest checkpoint of a run with a whole `trainer_state.json`, the last file that the Trainer writes into one.
+
+    Raises:
+        ValueError: There is none.
+    """
+    checkpoints = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and passed over.", path)
+        else:
+            return str(path)
+    raise ValueError(f"{output_dir} has no complete checkpoint to resume from. Train without resume_from_checkpoint.")
 
 
 __all__ = ["FromageTrainer", "NormalizeRetEmbeddingCallback"]

@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
+	$(BIN)/python -m tests.fetch_transformers_tests
 	touch $@
 
 test: $(VENV)/dev.stamp
@@ -30,5 +31,7 @@ $(VENV)/quickstart.stamp: pyproject.toml constraints.txt
 	touch $@
 
 # glibc would hand every large buffer back to the kernel and fault it in again: twice the time on some machines.
-quickstart: $(VENV)/quickstart.stamp
+quickstart:
+	@echo "FROMAGe on emoji: about 10 minutes on two CPU cores, the set-up of $(VENV) included."
+	@$(MAKE) --no-print-directory $(VENV)/quickstart.stamp
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python -m training.quickstart $(ARGS)

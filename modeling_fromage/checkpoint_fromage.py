@@ -4,12 +4,14 @@ import copy
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
@@ -30,6 +32,7 @@ from .fingerprint_fromage import fingerprint
 logger = logging.getLogger(__name__)
 
 TRAINED_PREFIX = "adapter."
+_STAGING = ".saving-"
 _AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 _BESIDE = 2  # folders up from a checkpoint to where backbones still count as lying beside it: RUN/checkpoint-10
 
@@ -42,22 +45,23 @@ class FromageCheckpointMixin:
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
-        *args: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *,
         save_backbones: bool | None = None,
         adapter_dtype: str | torch.dtype = torch.float32,
-        state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ):
         """Write a checkpoint that `from_pretrained` reads; each file appears whole or not at all.
 
         Args:
-            save_directory: The folder.
+            save_directory (`str` or `os.PathLike`): The folder.
+            is_main_process, state_dict, kwargs: As in transformers.
             save_backbones (`bool`, *optional*):
                 `False` writes the trained parts alone and names the backbones by Hub id and commit, or by a path
                 relative to the folder; `True` writes everything. By default the trained parts alone where the backbones
                 came from the Hub or lie beside the checkpoint (at most two folders up), else everything.
             adapter_dtype (`str` or `torch.dtype`): Of the trained parts in the file; bfloat16 makes it half as large.
-            state_dict, args, kwargs: As in transformers.
 
         Raises:
             ValueError: `save_backbones=False`, and it is not known where a backbone came from.
@@ -66,8 +70,8 @@ class FromageCheckpointMixin:
         if directory.is_file():
             raise ValueError(f"{directory} is a file; give a folder to save into.")
         has_peft_adapter = getattr(self, "_hf_peft_config_loaded", False)  # transformers then saves that alone
-        if kwargs.get("distributed_checkpoint") or has_peft_adapter:
-            return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if kwargs.get("distributed_checkpoint") or has_peft_adapter or not is_main_process:
+            return super().save_pretrained(directory, is_main_process, state_dict, **kwargs)
         references = {} if save_backbones else self._references(directory, required=save_backbones is False)
         state_dict = self.state_dict() if state_dict is None else dict(state_dict)
         if references:
@@ -82,8 +86,10 @@ class FromageCheckpointMixin:
         config, ignored = self.config, self._keys_to_ignore_on_save
         self.config, self._keys_to_ignore_on_save = self._config_to_save(references), None
         try:
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
-                super().save_pretrained(staging, *args, state_dict=state_dict, **kwargs)
+            for abandoned in directory.glob(f"{_STAGING}*"):  # by a process that was killed
+                shutil.rmtree(abandoned)
+            with tempfile.TemporaryDirectory(dir=directory, prefix=_STAGING) as staging:
+                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
                 _move_into_place(Path(staging), directory)
         finally:
             self.config, self._keys_to_ignore_on_save = config, ignored
@@ -184,9 +190,20 @@ class FromageCheckpointMixin:
         Raises:
             ValueError: A trained tensor is missing, unknown or of another shape, a weight of a backbone is missing, or
                 a backbone is not the one that the checkpoint was saved with.
+            ConnectionError: A download broke off.
         """
         if pretrained_model_name_or_path is None:  # a state dict is given
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        try:
+            return cls._load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        except HTTPError as error:
+            raise ConnectionError(
+                f"Loading {pretrained_model_name_or_path} broke off while a file was downloaded: {error}. Call again: "
+                "files that are complete are not downloaded twice."
+            ) from error
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
         peft_path, name, adapter_kwargs = maybe_load_adapters(
             pretrained_model_name_or_path, hub_kwargs, **(kwargs.get("adapter_kwargs") or {})

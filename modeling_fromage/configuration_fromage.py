@@ -44,6 +44,8 @@ class FromageConfig(PreTrainedConfig):
             Weights of the three losses in their sum (section 3.3).
         mask_duplicate_images (`bool`, defaults to `False`):
             Do not count an image that occurs twice in a batch as its own negative.
+        image_feature_dropout (`float`, defaults to 0):
+            In training, chance that an entry of an image's pooled features is dropped: for small data sets.
         text_model_id, vision_model_id (`str`, *optional*):
             Where the frozen backbones came from: a Hub id or a folder. In a saved configuration a folder is given
             relative to it (`../backbones/opt`), and both are absent where the checkpoint holds the backbones itself.
@@ -77,6 +79,7 @@ class FromageConfig(PreTrainedConfig):
     ret_token_loss_weight: float = 1.0
     contrastive_loss_weight: float = 1.0
     mask_duplicate_images: bool = False
+    image_feature_dropout: float = 0.0
     text_model_id: str | None = None
     text_model_revision: str | None = None
     vision_model_id: str | None = None

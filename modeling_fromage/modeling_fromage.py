@@ -67,6 +67,7 @@ class FromageAdapter(nn.Module):
     def __init__(self, config: FromageConfig, input_width: int, head_width: int):
         super().__init__()
         features = vision_width(config.vision_config)
+        self.feature_dropout = nn.Dropout(config.image_feature_dropout)
         self.multi_modal_projector = nn.Linear(features, config.num_image_tokens * input_width)
         self.visual_projection = nn.Linear(features, config.projection_dim)
         self.text_projection = nn.ModuleList(
@@ -77,6 +78,10 @@ class FromageAdapter(nn.Module):
         tied = config.tie_ret_embedding and input_width == head_width
         self.ret_lm_head = None if tied else nn.Linear(head_width, config.num_ret_tokens, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+
+    def image_features(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Pooled features (N, vision width) as the projections take them: in their dtype, on their device."""
+        return self.feature_dropout(pooled.to(self.logit_scale))
 
     def ret_rows(self) -> torch.Tensor:
         """The input embeddings of `[RET]` (num_ret_tokens, D), through a module call, so that offloading hooks fire."""
@@ -259,7 +264,7 @@ class FromageForConditionalGeneration(
         )
 
     def _visual_tokens(self, pooled: torch.Tensor) -> torch.Tensor:
-        projected = self.adapter.multi_modal_projector(pooled.to(self.adapter.logit_scale.dtype))
+        projected = self.adapter.multi_modal_projector(self.adapter.image_features(pooled))
         return projected.unflatten(-1, (self.config.num_image_tokens, -1))  # (N, k, D)
 
     @can_return_tuple
@@ -276,7 +281,7 @@ class FromageForConditionalGeneration(
         if (pixel_values is None) == (pooled_image_features is None):
             raise ValueError("Give exactly one of `pixel_values` and `pooled_image_features`.")
         pooled = pooled_image_features if pixel_values is None else self.get_pooled_image_features(pixel_values)
-        projected = self.adapter.visual_projection(pooled.to(self.adapter.logit_scale.dtype))
+        projected = self.adapter.visual_projection(self.adapter.image_features(pooled))
         return nn.functional.normalize(projected, dim=-1)
 
     # ---- text -----------------------------------------------------------------------------------------------------
@@ -323,7 +328,7 @@ class FromageForConditionalGeneration(
         total = 0
         for layer, projection in zip(self.config.text_embed_layers, self.adapter.text_projection, strict=True):
             hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-            total = total + projection(hidden[rows, columns].to(self.adapter.logit_scale.dtype))
+            total = total + projection(hidden[rows, columns].to(self.adapter.logit_scale))
         return nn.functional.normalize(total, dim=-1)
 
     def _embed(self, input_ids: torch.LongTensor, pooled: torch.Tensor | None, visual: torch.Tensor | None = None):

@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             request = json.loads(body)
             repo = f"{request.get('organization') or 'tester'}/{request['name']}"
             if repo in self.server.heads:
-                return self._json({"error": "You already created this model repo"}, 409)
+                return self._json({"error": "You already created it", "url": f"{self.server.url}/{repo}"}, 409)
             self.server.commit(repo, {})
             return self._json({"url": f"{self.server.url}/{repo}", "name": repo, "id": repo})
         if path == "/api/validate-yaml":

@@ -3,15 +3,20 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from hub_scripts import make_tiny_checkpoint, push_to_hub
 from modeling_fromage import FromageForConditionalGeneration
 from tests.backbones import PARITY
+from training import quickstart, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_snippet_runs():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippet = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     case = PARITY / "case_a_opt_tied"
     for name, folder in (("openai/clip-vit-base-patch32", "vision_model"), ("facebook/opt-125m", "language_model")):
         assert name in snippet
@@ -21,6 +26,7 @@ def test_snippet_runs():
     assert isinstance(scope["model"], FromageForConditionalGeneration)
     assert sorted(scope["ids"][0]) == ["blue", "red"]
     assert len(scope["output"].ret_embeds) == 1
+    assert scope["again"].config.to_dict()["ret_token_id"] == scope["processor"].ret_token_id
 
 
 def test_commands_exist():
@@ -29,3 +35,18 @@ def test_commands_exist():
     assert targets and all(f"\n{target}:" in makefile for target in targets)
     for path in re.findall(r"[\w/]+\.(?:yaml|py)\b", README):
         assert (ROOT / path).is_file(), path
+    for module in re.findall(r"python -m ([\w.]+)", README):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+@pytest.mark.parametrize("main", [train.main, quickstart.main, push_to_hub.main, make_tiny_checkpoint.main])
+def test_help(main, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0 and len(capsys.readouterr().out) > 200
+
+
+def test_tiny_checkpoint_is_always_the_same(tmp_path):
+    folders = [make_tiny_checkpoint.make_tiny_checkpoint(tmp_path / name) for name in "ab"]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]

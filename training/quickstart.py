@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from modeling_fromage import (
     FromageDataCollator,
@@ -26,7 +26,7 @@ from modeling_fromage import (
 from modeling_fromage.images_fromage import load_rgb_image
 from training import report
 from training.data import load_captioned_images
-from training.train import DataArguments, ModelArguments, describe_parameters, parse_config
+from training.train import assemble, describe_parameters, make_collator, parse_config
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 
@@ -210,10 +210,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     language_model, vision_model, train_set, held_out_set = prepare(options, output)
     overrides = [f"language_model={language_model}", f"vision_model={vision_model}", f"output_dir={output / 'model'}"]
     model_args, data_args, args = parse_config(str(CONFIG), overrides + options.overrides)
-    processor, model = assemble(model_args)
+    processor, model = assemble(model_args, text_dtype=fast_dtype(), vision_dtype=torch.float32)
     print(f"{type(model.language_model).__name__} in {model.language_model.dtype}. {describe_parameters(model)}.")
     train_split, held_out = encode(train_set, model, processor), encode(held_out_set, model, processor)
-    collator = make_collator(processor, data_args, args)
+    collator = make_collator(processor, data_args, args.seed)
     train_dataset = train_split.dataset(processor.tokenizer)
     seconds = 60 * options.train_minutes
     steps = steps_that_fit(model, collator, train_dataset, args.per_device_train_batch_size, seconds)
@@ -254,32 +254,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results["seconds"] = time.monotonic() - start
     report.write(output, results, held_out.images, held_out.captions)
     return results
-
-
-def assemble(model_args: ModelArguments) -> tuple[FromageProcessor, FromageForConditionalGeneration]:
-    processor = FromageProcessor.from_vision_text_pretrained(
-        model_args.vision_model, model_args.language_model, num_image_tokens=model_args.num_image_tokens
-    )
-    model = FromageForConditionalGeneration.from_vision_text_pretrained(
-        model_args.vision_model,
-        model_args.language_model,
-        processor=processor,
-        projection_dim=model_args.projection_dim,
-        text_dtype=fast_dtype(),
-        vision_dtype=torch.float32,
-    )
-    return processor, model
-
-
-def make_collator(processor, data_args: DataArguments, args: TrainingArguments) -> FromageDataCollator:
-    return FromageDataCollator(
-        processor,
-        max_length=data_args.max_length,
-        concat_captions_prob=data_args.concat_captions_prob,
-        caption_prefix=data_args.caption_prefix,
-        caption_suffix=data_args.caption_suffix,
-        seed=args.seed,
-    )
 
 
 def main(argv: list[str] | None = None):

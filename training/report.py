@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (after the backend is chosen)
 
 from modeling_fromage.images_fromage import load_rgb_image  # noqa: E402
 
-DEFAULT_PROMPTS = ["a slice of pizza", "the moon", "a red heart", "a cat"]
+DEFAULT_PROMPTS = ["slice of pizza", "moon", "red heart", "cat"]
 _SHOWN = 12
 _KS = ("R@1", "R@5", "R@10")
 _STYLE = """

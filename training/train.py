@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
@@ -24,6 +25,7 @@ class ModelArguments:
     projection_dim: int = 256
     text_embed_layers: list[int] = field(default_factory=lambda: [-1])
     vision_pooling: str = "pooler"
+    image_feature_dropout: float = 0.0
     dtype: str = field(default="float32", metadata={"help": "dtype of the frozen backbones: float32, bfloat16."})
 
 
@@ -61,15 +63,10 @@ def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
     return parser.parse_dict(config, allow_extra_keys=False)
 
 
-def describe_parameters(model: FromageForConditionalGeneration) -> str:
-    total = model.num_parameters()
-    trained = model.num_parameters(only_trainable=True)
-    return f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
-
-
-def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
-    """Assemble the model, train it, evaluate it and save it with its processor to `args.output_dir`."""
-    set_seed(args.seed)
+def assemble(
+    model_args: ModelArguments, **dtypes: str | torch.dtype
+) -> tuple[FromageProcessor, FromageForConditionalGeneration]:
+    """The processor and the new model that `model_args` ask for, their backbones in `dtypes`."""
     processor = FromageProcessor.from_vision_text_pretrained(
         model_args.vision_model, model_args.language_model, num_image_tokens=model_args.num_image_tokens
     )
@@ -80,8 +77,33 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         projection_dim=model_args.projection_dim,
         text_embed_layers=model_args.text_embed_layers,
         vision_pooling=model_args.vision_pooling,
-        dtype=model_args.dtype,
+        image_feature_dropout=model_args.image_feature_dropout,
+        **dtypes,
     )
+    return processor, model
+
+
+def make_collator(processor: FromageProcessor, data_args: DataArguments, seed: int) -> FromageDataCollator:
+    return FromageDataCollator(
+        processor,
+        max_length=data_args.max_length,
+        concat_captions_prob=data_args.concat_captions_prob,
+        caption_prefix=data_args.caption_prefix,
+        caption_suffix=data_args.caption_suffix,
+        seed=seed,
+    )
+
+
+def describe_parameters(model: FromageForConditionalGeneration) -> str:
+    total = model.num_parameters()
+    trained = model.num_parameters(only_trainable=True)
+    return f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
+    """Assemble the model, train it, evaluate it and save it with its processor to `args.output_dir`."""
+    set_seed(args.seed)
+    processor, model = assemble(model_args, dtype=model_args.dtype)
     logger.info(describe_parameters(model))
     columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
     eval_dataset = None
@@ -92,14 +114,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         args=args,
         train_dataset=load_captioned_images(data_args.train_data, data_args.train_split, **columns),
         eval_dataset=eval_dataset,
-        data_collator=FromageDataCollator(
-            processor,
-            max_length=data_args.max_length,
-            concat_captions_prob=data_args.concat_captions_prob,
-            caption_prefix=data_args.caption_prefix,
-            caption_suffix=data_args.caption_suffix,
-            seed=args.seed,
-        ),
+        data_collator=make_collator(processor, data_args, args.seed),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

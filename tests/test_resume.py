@@ -1,0 +1,153 @@
+"""The Trainer's checkpoints: what they hold, resuming after SIGKILL, the best model, and the limit on their number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from modeling_fromage import (
+    FromageDataCollator,
+    FromageForConditionalGeneration,
+    FromageTrainer,
+    NormalizeRetEmbeddingCallback,
+)
+from modeling_fromage.trainer_fromage import last_complete_checkpoint
+from tests.test_checkpoints import TRAINED_KEYS, assemble, assert_equal, backbones, keys_of, outputs  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+RUN = """
+import os, signal, sys
+import transformers.trainer_callback
+import modeling_fromage.checkpoint_fromage as checkpoint
+from training.train import main
+
+kill_at, config, *overrides = sys.argv[1:]
+if kill_at == "in_state":  # of the second checkpoint: weights and optimiser are there, the state is half written
+    whole = transformers.trainer_callback.TrainerState.save_to_json
+
+    def save_to_json(self, path):
+        whole(self, path)
+        if "checkpoint-4" in path:
+            text = open(path).read()
+            open(path, "w").write(text[: len(text) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    transformers.trainer_callback.TrainerState.save_to_json = save_to_json
+if kill_at == "in_weights":
+    whole = checkpoint._move_into_place
+
+    def move(staging, directory):
+        if "checkpoint-4" in str(directory):
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(staging, directory)
+
+    checkpoint._move_into_place = move
+if kill_at == "between":
+    step = transformers.trainer_callback.CallbackHandler.on_step_end
+
+    def on_step_end(self, args, state, control):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, args, state, control)
+
+    transformers.trainer_callback.CallbackHandler.on_step_end = on_step_end
+main([config, *overrides])
+"""
+
+
+def train(tmp_path: Path, kill_at: str, output: str, *overrides: str) -> subprocess.CompletedProcess:
+    (tmp_path / "run.py").write_text(RUN)
+    command = [sys.executable, "run.py", kill_at, "config.yaml", f"output_dir={output}", *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def config(backbones, tmp_path):  # noqa: F811
+    images = (ROOT / "tests/fixtures/parity/common/images").resolve()
+    lines = [f"a picture of thing {i}\t{images}/img_{i:03d}.png" for i in range(12)]
+    (tmp_path / "train.tsv").write_text("caption\timage\n" + "\n".join(lines) + "\n")
+    (tmp_path / "config.yaml").write_text(
+        "language_model: backbones/language_model\nvision_model: backbones/vision_model\nprojection_dim: 16\n"
+        "train_data: train.tsv\nmax_steps: 6\nsave_steps: 2\nlogging_steps: 1\nper_device_train_batch_size: 4\n"
+        "gradient_accumulation_steps: 2\nlearning_rate: 0.01\nreport_to: none\nuse_cpu: true\nseed: 3\n"
+    )
+    return tmp_path / "config.yaml"
+
+
+def losses(output: Path) -> dict[int, float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(config, tmp_path):
+    done = train(tmp_path, "never", "whole")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = losses(tmp_path / "whole")
+    assert list(expected) == [1, 2, 3, 4, 5, 6]
+    for kill_at in ("between", "in_state", "in_weights"):
+        killed = train(tmp_path, kill_at, kill_at)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        output = tmp_path / kill_at
+        resumes_from = "checkpoint-4" if kill_at == "between" else "checkpoint-2"
+        assert Path(last_complete_checkpoint(output)).name == resumes_from
+        resumed = train(tmp_path, "never", kill_at, "resume_from_checkpoint=true")
+        assert resumed.returncode == 0, resumed.stderr[-3000:]
+        assert "missing keys" not in resumed.stderr
+        assert losses(output) == expected, kill_at
+        for checkpoint in (output, output / "checkpoint-4"):
+            assert keys_of(checkpoint) == TRAINED_KEYS
+            assert not list(checkpoint.glob(".saving-*"))  # what the killed process left
+        final, whole = (load_file(tmp_path / name / "model.safetensors") for name in (kill_at, "whole"))
+        assert_equal(final, whole)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, FromageTrainer])
+def test_best_model_and_limit(backbones, tmp_path, trainer_class, caplog):  # noqa: F811
+    logging.enable_propagation()  # to caplog
+    caplog.set_level("INFO", logger="transformers.trainer")
+    model, processor = assemble(backbones)
+    torch.manual_seed(0)
+    data = [{"pooled_image_features": torch.rand(32), "caption": f"a cat number {i}"} for i in range(8)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=6, per_device_train_batch_size=4, learning_rate=0.1,
+        report_to="none", remove_unused_columns=False, use_cpu=True, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, save_total_limit=2, load_best_model_at_end=True,
+    )  # fmt: skip
+    callbacks = [NormalizeRetEmbeddingCallback()] if trainer_class is Trainer else []
+    trainer = trainer_class(model=model, args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks,
+                            data_collator=FromageDataCollator(processor), processing_class=processor)  # fmt: skip
+    trainer.train()
+    best = min((entry for entry in trainer.state.log_history if "eval_loss" in entry), key=lambda e: e["eval_loss"])
+    checkpoints = sorted(path for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert len(checkpoints) <= 2 and tmp_path / "run" / f"checkpoint-{best['step']}" in checkpoints
+    for checkpoint in checkpoints:
+        assert keys_of(checkpoint) == TRAINED_KEYS
+        assert {"optimizer.pt", "trainer_state.json", "processor_config.json"} <= {p.name for p in checkpoint.iterdir()}
+    loaded = FromageForConditionalGeneration.from_pretrained(tmp_path / "run" / f"checkpoint-{best['step']}")
+    assert_equal(outputs(model.eval()), outputs(loaded))
+    logging.disable_propagation()
+    assert "Loading best model" in caplog.text and "missing keys" not in caplog.text
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-4)
+
+
+def test_nothing_to_resume_from(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        last_complete_checkpoint(tmp_path)
+
+
+def test_processor_of_another_model_is_refused(backbones, tmp_path):  # noqa: F811
+    model, processor = assemble(backbones)
+    model.config.num_image_tokens = 3
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="num_image_tokens` is 2, the model's is 3"):
+        FromageTrainer(model=model, args=args, data_collator=FromageDataCollator(processor))

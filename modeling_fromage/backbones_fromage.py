@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from .packing_fromage import PackedRows
+
 
 def vision_width(vision_config: PreTrainedConfig) -> int:
     """Width of the encoder's pooled features: `hidden_size`, or the last of `hidden_sizes` (ResNet and its kind)."""
@@ -141,3 +143,51 @@ def check_logit_transform(language_model: PreTrainedModel) -> None:
             f"{type(language_model).__name__} transforms its logits in a way that FROMAGe does not know (largest "
             f"difference {(logits - expected).abs().max().item():.3g}). Please open an issue that names the model."
         )
+
+
+@torch.no_grad()
+def accepts_packed_rows(language_model: PreTrainedModel) -> bool:
+    """Whether several sequences in a row, under a block-diagonal mask, come out as each by itself, cached ones too.
+
+    Asked by trying: three short sequences, packed, against one at a time.
+    """
+    if language_model.config._attn_implementation not in ("sdpa", "eager"):  # the others take no mask of ours
+        return False
+    decoder, _ = decoder_and_head(language_model)
+    embedding = language_model.get_input_embeddings()
+    device, lengths = embedding.weight.device, (5, 3, 4)
+    ids = torch.arange(15, device=device).view(3, 5) * 7 % len(embedding.weight)
+    mask = torch.arange(5, device=device) < torch.tensor(lengths, device=device)[:, None]
+    embeds = embedding(ids)
+    singles = [decoder(inputs_embeds=embeds[i : i + 1, :n], use_cache=False)[0][0] for i, n in enumerate(lengths)]
+    expected = torch.cat(singles)
+    try:
+        whole = PackedRows(mask)
+        found = decoder(
+            inputs_embeds=whole.lay(embeds),
+            attention_mask=whole.attention_mask(embeds.dtype),
+            position_ids=whole.position_ids,
+            use_cache=False,
+        )[0]
+        shorter = PackedRows(mask & mask.roll(-1, dims=1) & (torch.arange(5, device=device) < 4))
+        prefix = decoder(
+            inputs_embeds=shorter.lay(embeds),
+            attention_mask=shorter.attention_mask(embeds.dtype),
+            position_ids=shorter.position_ids,
+            use_cache=True,
+        )
+        last_ids = ids[torch.arange(3, device=device), shorter.lengths]
+        queries = decoder(
+            inputs_embeds=embedding(shorter.lay_queries(last_ids)),
+            attention_mask=shorter.query_mask(embeds.dtype),
+            position_ids=shorter.lay_queries(shorter.lengths),
+            past_key_values=prefix.past_key_values,
+            use_cache=True,
+        )[0]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    scale = expected.float().abs().max().item()
+    tolerance = scale * (2e-2 if embeds.dtype.itemsize < 4 else 1e-4)
+    last = torch.stack([single[-1] for single in singles])
+    pairs = [(whole.at_tokens(found), expected), (queries[shorter.row, shorter.lap], last)]
+    return all(torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance) for a, b in pairs)

@@ -44,6 +44,9 @@ class FromageConfig(PreTrainedConfig):
             Weights of the three losses in their sum (section 3.3).
         mask_duplicate_images (`bool`, defaults to `False`):
             Do not count an image that occurs twice in a batch as its own negative.
+        gradient_cache_chunk_size (`int`, *optional*):
+            Rows of a batch whose activations are held at once in training; more are recomputed in the backward pass, so
+            that the number of contrastive negatives is not bound by memory.
         image_feature_dropout (`float`, defaults to 0):
             In training, chance that an entry of an image's pooled features is dropped: for small data sets.
         text_model_id, vision_model_id (`str`, *optional*):
@@ -79,6 +82,7 @@ class FromageConfig(PreTrainedConfig):
     ret_token_loss_weight: float = 1.0
     contrastive_loss_weight: float = 1.0
     mask_duplicate_images: bool = False
+    gradient_cache_chunk_size: int | None = None
     image_feature_dropout: float = 0.0
     text_model_id: str | None = None
     text_model_revision: str | None = None

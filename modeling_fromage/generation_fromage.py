@@ -93,7 +93,7 @@ class FromageGenerationMixin:
             self._embed(sequences, pooled), mask.to(sequences.device), output_hidden_states=self._needs_all_layers
         )
         rows, columns = is_ret.nonzero(as_tuple=True)
-        embeds = self._project_text(output, rows, columns)
+        embeds = self._project_text([hidden[rows, columns] for hidden in self._text_layers(output)])
         return list(embeds.split([len(p) for p in positions])), positions
 
     def _expand_images(self, input_ids: torch.LongTensor, images: dict[str, torch.Tensor], copies: int):

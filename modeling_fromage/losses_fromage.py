@@ -1,37 +1,75 @@
 """FROMAGe's training losses (section 3.3), as functions of logits and embeddings."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch.nn import functional as F
 
+LOGITS_AT_A_TIME = 1 << 24  # elements of a chunk's logits
 
-def token_loss(logits: torch.Tensor, targets: torch.Tensor, across_processes: bool = False) -> torch.Tensor:
-    """Mean cross-entropy of `logits` (M, V) against `targets` (M,), in fp32 or better; 0 where there is no target.
+
+def token_losses(frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int) -> torch.Tensor:
+    """Cross-entropies (M,) in fp32 or better, of the LM's logits (M, columns) and the `[RET]` columns' (M, R).
+
+    With targets (M,), this is logsumexp(logsumexp(frozen), ret) - target logit: the two are never joined, and where
+    the first has no gradient only the second's columns are differentiated.
+    """
+    frozen = _at_least_fp32(frozen)
+    return split_token_losses(frozen.logsumexp(-1), target_logits(frozen, targets), ret, targets, ret_token_id)
+
+
+def target_logits(frozen: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(M,) of (M, columns); whatever it is where the target is a `[RET]`, past the last column."""
+    return frozen.gather(-1, targets.clamp(max=frozen.shape[-1] - 1)[:, None])[:, 0]
+
+
+def split_token_losses(
+    log_normalizer: torch.Tensor, from_frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int
+) -> torch.Tensor:
+    """[`token_losses`] of the frozen logits' logsumexp (M,) and target logits (M,)."""
+    ret = _at_least_fp32(ret)
+    normalizer = torch.cat([log_normalizer[:, None], ret], dim=-1).logsumexp(-1)
+    from_ret = ret.gather(-1, (targets - ret_token_id).clamp(min=0)[:, None])[:, 0]
+    return normalizer - torch.where(targets >= ret_token_id, from_ret, from_frozen)
+
+
+class ChunkedTokenLoss(torch.autograd.Function):
+    """Sum of [`token_losses`] over hidden states (T, H), a chunk of tokens at a time.
+
+    Each chunk's gradient is taken while its logits exist, so that no (T, V) tensor ever does. For heads without
+    trained parameters: only `hidden` and `ret_rows` (R, H) get a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, ret_rows, targets, logits_of: Callable, columns: int, ret_token_id: int):
+        total, grads, grad_rows = 0, [], torch.zeros_like(ret_rows)
+        size = max(1, LOGITS_AT_A_TIME // columns)
+        for chunk, chunk_targets in zip(hidden.split(size), targets.split(size), strict=True):
+            with torch.enable_grad():
+                chunk, rows = chunk.detach().requires_grad_(), ret_rows.detach().requires_grad_()
+                loss = token_losses(*logits_of(chunk, rows), chunk_targets, ret_token_id).sum()
+            grad, grad_of_rows = torch.autograd.grad(loss, (chunk, rows))
+            total = total + loss.detach()
+            grads.append(grad)
+            grad_rows += grad_of_rows
+        ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden), grad_rows)
+        return total if grads else _at_least_fp32(hidden.new_zeros(()))
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_rows = ctx.saved_tensors
+        return grad_hidden * grad_output.to(grad_hidden), grad_rows * grad_output.to(grad_rows), None, None, None, None
+
+
+def mean_over_targets(total: torch.Tensor, count: torch.Tensor, across_processes: bool = False) -> torch.Tensor:
+    """The mean of `count` losses that sum to `total`; 0 where there is none.
 
     With `across_processes` the mean is over the targets of all ranks: DDP averages gradients over ranks, so each
     rank's sum is scaled by world size / global count.
     """
-    return _global_mean(F.cross_entropy(_at_least_fp32(logits), targets, reduction="none"), across_processes)
-
-
-def ret_token_loss(
-    frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int, across_processes: bool = False
-) -> torch.Tensor:
-    """[`token_loss`] of constant logits (M, columns) and the `[RET]` columns' (M, R), the only ones with a gradient.
-
-    The cross-entropy is logsumexp(logsumexp(frozen), ret) - target logit, so no (M, V) gradient is ever held.
-    """
-    frozen, ret = _at_least_fp32(frozen), _at_least_fp32(ret)
-    normalizer = torch.cat([frozen.logsumexp(-1, keepdim=True), ret], dim=-1).logsumexp(-1)
-    is_ret = targets >= ret_token_id
-    from_frozen = frozen.gather(-1, targets.masked_fill(is_ret, 0)[:, None])[:, 0]
-    from_ret = ret.gather(-1, (targets - ret_token_id).clamp(min=0)[:, None])[:, 0]
-    return _global_mean(normalizer - torch.where(is_ret, from_ret, from_frozen), across_processes)
-
-
-def _global_mean(losses: torch.Tensor, across_processes: bool) -> torch.Tensor:
-    total, count = losses.sum(), torch.tensor(losses.numel(), device=losses.device, dtype=losses.dtype)
+    count = count.to(total)
     if across_processes:
         dist.all_reduce(count)
         total = total * dist.get_world_size()

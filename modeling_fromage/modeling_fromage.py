@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -18,18 +17,17 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .assembly_fromage import assemble_from_vision_text
 from .backbones_fromage import (
     allow_activation_checkpointing,
-    attention_window,
     decoder_and_head,
     hidden_state_width,
     logit_transform,
-    no_activation_checkpointing,
     pool_vision_output,
     vision_width,
 )
+from .branches_fromage import FromageBranchesMixin
 from .checkpoint_fromage import FromageCheckpointMixin
 from .configuration_fromage import FromageConfig
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
-from .losses_fromage import contrastive_loss, duplicate_mask, gather_with_gradient, ret_token_loss, token_loss
+from .losses_fromage import mean_over_targets
 
 
 @dataclass
@@ -87,11 +85,12 @@ class FromageAdapter(nn.Module):
         """The input embeddings of `[RET]` (num_ret_tokens, D), through a module call, so that offloading hooks fire."""
         return self.ret_embedding(torch.arange(self.ret_embedding.num_embeddings, device=self.logit_scale.device))
 
-    def ret_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., num_ret_tokens), in the dtype of `hidden`."""
-        if self.ret_lm_head is not None:
-            return self.ret_lm_head(hidden.to(self.logit_scale.dtype)).to(hidden.dtype)
-        return hidden @ self.ret_rows().to(hidden.dtype).t()
+    def ret_head_rows(self) -> torch.Tensor:
+        """Rows of `[RET]` in the output head (num_ret_tokens, H); of a separate head, what it makes of unit vectors."""
+        if self.ret_lm_head is None:
+            return self.ret_rows()
+        width = self.ret_lm_head.in_features
+        return self.ret_lm_head(torch.eye(width, device=self.logit_scale.device, dtype=self.logit_scale.dtype)).t()
 
 
 class FromagePreTrainedModel(PreTrainedModel):
@@ -120,7 +119,7 @@ class FromagePreTrainedModel(PreTrainedModel):
 
 
 class FromageForConditionalGeneration(
-    FromageCheckpointMixin, FromagePreTrainedModel, FromageGenerationMixin, GenerationMixin
+    FromageCheckpointMixin, FromagePreTrainedModel, FromageBranchesMixin, FromageGenerationMixin, GenerationMixin
 ):
     """FROMAGe with its frozen backbones; see [`FromageConfig`] for the sizes and section 3 of the paper for the model.
 
@@ -147,6 +146,8 @@ class FromageForConditionalGeneration(
         self.adapter = FromageAdapter(config, input_width, head_width)
         self.logit_transform = logit_transform(config.text_config)
         self._ret_norm_target: float | None = None
+        self._reasons: set[str] = set()  # said why the retrieval branch takes the ordinary pass
+        self._packs: dict[str, bool] = {}  # by attention implementation, once it has been tried
         extend_generation_config(self, self.language_model)
         self.post_init()
         if given:
@@ -300,7 +301,8 @@ class FromageForConditionalGeneration(
         """
         embeds = self._embed(input_ids, self._pooled_or_none(pixel_values, pooled_image_features))
         output = self._decode(embeds, attention_mask, output_hidden_states=self._needs_all_layers)
-        return self._project_text(output, *self._last_rets(input_ids))
+        rows, columns = self._last_rets(input_ids)
+        return self._project_text([hidden[rows, columns] for hidden in self._text_layers(output)])
 
     @property
     def _needs_all_layers(self) -> bool:
@@ -323,12 +325,15 @@ class FromageForConditionalGeneration(
         columns = input_ids.shape[-1] - 1 - is_ret.flip(-1).int().argmax(-1)
         return torch.arange(len(columns), device=columns.device), columns
 
-    def _project_text(self, output: BaseModelOutputWithPast, rows, columns) -> torch.Tensor:
-        """Sum of the layers' projections at (rows, columns), (M,) each: unit-norm (M, q)."""
-        total = 0
-        for layer, projection in zip(self.config.text_embed_layers, self.adapter.text_projection, strict=True):
-            hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-            total = total + projection(hidden[rows, columns].to(self.adapter.logit_scale))
+    def _text_layers(self, output: BaseModelOutputWithPast) -> list[torch.Tensor]:
+        """The hidden states (B, L, width) that `text_embed_layers` names."""
+        layers = self.config.text_embed_layers
+        return [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
+
+    def _project_text(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        """Sum of the projections of each layer's hidden states (M, width): unit-norm (M, q)."""
+        pairs = zip(layers, self.adapter.text_projection, strict=True)
+        total = sum(projection(hidden.to(self.adapter.logit_scale)) for hidden, projection in pairs)
         return nn.functional.normalize(total, dim=-1)
 
     def _embed(self, input_ids: torch.LongTensor, pooled: torch.Tensor | None, visual: torch.Tensor | None = None):
@@ -363,14 +368,18 @@ class FromageForConditionalGeneration(
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., H) -> (..., V): the LM's columns, the image token's, and `[RET]`'s own."""
-        _, head = decoder_and_head(self.language_model)
-        first = self.config.ret_token_id
-        frozen = head(hidden)[..., :first]
-        columns = [self.logit_transform(frozen), self.logit_transform(self.adapter.ret_logits(hidden))]
-        missing = first - frozen.shape[-1]
+        frozen, ret = self._split_logits(hidden, self.adapter.ret_head_rows())
+        columns = [frozen, ret]
+        missing = self.config.ret_token_id - frozen.shape[-1]
         if missing > 0:  # ids that the LM has no row for: only `<|image|>`
             columns.insert(1, frozen.new_full((*frozen.shape[:-1], missing), torch.finfo(frozen.dtype).min))
         return torch.cat(columns, dim=-1)
+
+    def _split_logits(self, hidden: torch.Tensor, ret_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., H) -> the LM's own logits (..., columns up to `[RET]`) and those of `ret_rows` (R, H), (..., R)."""
+        _, head = decoder_and_head(self.language_model)
+        frozen = self.logit_transform(head(hidden)[..., : self.config.ret_token_id])
+        return frozen, self.logit_transform(hidden @ ret_rows.to(hidden).t())
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
@@ -417,128 +426,33 @@ class FromageForConditionalGeneration(
                 visual = None if encoded is None else encoded.pooler_output
                 inputs_embeds = self._embed(input_ids, pooled, visual)
             captured = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-            lm_output = self._decode(
-                inputs_embeds,
-                attention_mask,
-                position_ids,
-                past_key_values=past_key_values,
-                use_cache=bool(use_cache),
-                **{name: value for name, value in captured.items() if value is not None},  # else the LM's own setting
-                **kwargs,
-            )
-            parts.update({name: lm_output.get(name) for name in ("past_key_values", "hidden_states", "attentions")})
-            if labels is not None:
-                parts["captioning_loss"] = self._captioning_loss(lm_output.last_hidden_state, labels)
-            if return_logits or labels is None or (return_logits is None and not self.training):
-                keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                parts["logits"] = self._logits(lm_output.last_hidden_state[:, keep])
+            captured = {name: value for name, value in captured.items() if value is not None}  # else the LM's setting
+            wants_logits = labels is None or (not self.training if return_logits is None else return_logits)
+            more = (position_ids, past_key_values, use_cache or None, *captured.values(), *kwargs.values())
+            if not wants_logits and all(value is None for value in more):
+                parts["captioning_loss"] = self._captioning_loss(inputs_embeds, attention_mask, labels)
+            else:
+                lm_output = self._decode(
+                    inputs_embeds,
+                    attention_mask,
+                    position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=bool(use_cache),
+                    **captured,
+                    **kwargs,
+                )
+                parts.update({name: lm_output.get(name) for name in ("past_key_values", "hidden_states", "attentions")})
+                hidden = lm_output.last_hidden_state
+                if labels is not None:
+                    is_target = labels[:, 1:] != -100
+                    loss = self._token_loss(hidden[:, :-1][is_target], labels[:, 1:][is_target])
+                    parts["captioning_loss"] = mean_over_targets(loss, is_target.sum(), self._across_processes)
+                if wants_logits:
+                    keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                    parts["logits"] = self._logits(hidden[:, keep])
         if retrieval_input_ids is not None:
             parts.update(self._retrieval(retrieval_input_ids, retrieval_attention_mask, pooled))
         return FromageOutput(loss=self._weighted_loss(parts), **parts)
-
-    @property
-    def _across_processes(self) -> bool:
-        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-    def _captioning_loss(self, hidden: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        targets = labels[:, 1:]
-        is_target = targets != -100
-        logits = self._logits(hidden[:, :-1][is_target])  # (T, V): no logits where there is no target
-        return token_loss(logits, targets[is_target], self._across_processes)
-
-    def _retrieval(self, input_ids, attention_mask, pooled) -> dict[str, torch.Tensor]:
-        """The retrieval losses and embeddings: of the text alone, without its image, up to `[RET]`."""
-        if pooled is None or len(pooled) != len(input_ids):
-            raise ValueError(
-                f"Retrieval text i pairs with image i, but there are {len(input_ids)} texts and "
-                f"{0 if pooled is None else len(pooled)} images."
-            )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if self._only_ret_needs_gradient(input_ids, attention_mask):
-            with no_activation_checkpointing(self.language_model):
-                loss, text_embeds = self._ret_only_branch(input_ids, attention_mask)
-        else:
-            loss, text_embeds = self._text_branch(input_ids, attention_mask)
-        image_embeds = self.get_image_embeds(pooled_image_features=pooled)
-        images, texts = image_embeds, text_embeds
-        if self._across_processes:
-            images, texts, pooled = (gather_with_gradient(tensor) for tensor in (images, texts, pooled))
-        logits_per_image = self.adapter.logit_scale.exp() * images @ texts.t()
-        duplicates = duplicate_mask(pooled) if self.config.mask_duplicate_images else None
-        return {
-            "ret_token_loss": loss,
-            "contrastive_loss": contrastive_loss(logits_per_image, duplicates),
-            "image_embeds": image_embeds,
-            "text_embeds": text_embeds,
-            "logits_per_image": logits_per_image,
-            "logits_per_text": logits_per_image.t(),
-        }
-
-    def _text_branch(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next-token loss and `[RET]` embeddings (N, q), by one ordinary pass."""
-        lm_output = self._decode(
-            self._embed(input_ids, None), attention_mask, output_hidden_states=self._needs_all_layers
-        )
-        is_target = _has_previous_token(attention_mask)
-        logits = self._logits(lm_output.last_hidden_state[:, :-1][is_target])
-        loss = token_loss(logits, input_ids[:, 1:][is_target], self._across_processes)
-        return loss, self._project_text(lm_output, *self._last_rets(input_ids))
-
-    def _ret_only_branch(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """What [`_text_branch`] returns, at a fraction of its cost and with the same gradient.
-
-        Nothing before `[RET]` depends on a trained parameter: those tokens run without gradient into a KV cache, and
-        `[RET]` alone runs with gradient against it. Of the logits only the `[RET]` columns have a gradient.
-        """
-        rows, columns = self._last_rets(input_ids)
-        prefix_mask = attention_mask.masked_fill(self._is_ret(input_ids), 0)[:, :-1]
-        with torch.no_grad():
-            prefix = self._decode(
-                self._embed(input_ids[:, :-1].masked_fill(prefix_mask == 0, 0), None), prefix_mask, use_cache=True
-            )
-            is_target = _has_previous_token(attention_mask)
-            hidden = prefix.last_hidden_state[is_target]  # (T, H)
-            _, head = decoder_and_head(self.language_model)
-            frozen = self.logit_transform(head(hidden)[..., : self.config.ret_token_id])
-        ret = self.logit_transform(self.adapter.ret_logits(hidden))
-        loss = ret_token_loss(
-            frozen, ret, input_ids[:, 1:][is_target], self.config.ret_token_id, self._across_processes
-        )
-        last = self._decode(
-            self._embed(input_ids[rows, columns][:, None], None),
-            torch.cat([prefix_mask, prefix_mask.new_ones(len(rows), 1)], dim=1),
-            position_ids=prefix_mask.long().sum(-1, keepdim=True),
-            past_key_values=prefix.past_key_values,
-            use_cache=True,
-            output_hidden_states=self._needs_all_layers,
-        )
-        return loss, self._project_text(last, rows, torch.zeros_like(columns))
-
-    def _only_ret_needs_gradient(self, input_ids, attention_mask) -> bool:
-        """Whether [`_ret_only_branch`] is exact: a frozen LM that sees the whole text, and one `[RET]`, at its end."""
-        if not torch.is_grad_enabled() or any(p.requires_grad for p in self.language_model.parameters()):
-            return False
-        if self.language_model.training or input_ids.shape[1] > attention_window(self.config.text_config):
-            return False
-        is_ret = self._is_ret(input_ids)
-        after_ret = is_ret.int().cumsum(-1).bool() & attention_mask.bool()
-        return bool((is_ret.sum(-1) == 1).all() and (after_ret == is_ret).all() and attention_mask[:, :-1].any())
-
-    def _weighted_loss(self, parts: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        weights = {
-            "captioning_loss": self.config.captioning_loss_weight,
-            "ret_token_loss": self.config.ret_token_loss_weight,
-            "contrastive_loss": self.config.contrastive_loss_weight,
-        }
-        losses = [weight * parts[name] for name, weight in weights.items() if name in parts]
-        return sum(losses[1:], losses[0]) if losses else None
-
-
-def _has_previous_token(attention_mask: torch.Tensor) -> torch.BoolTensor:
-    """(B, L) -> (B, L - 1), True where a token follows a token: every one of a text but its first."""
-    is_token = attention_mask.bool()
-    return is_token[:, 1:] & is_token[:, :-1]
 
 
 __all__ = ["FromageForConditionalGeneration", "FromageOutput", "FromagePreTrainedModel"]

@@ -9,7 +9,9 @@ from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     ResNetConfig,
     ViTConfig,
@@ -35,6 +37,8 @@ TEXT_CONFIGS = {
         vocab_size=VOCAB, bos_token_id=2, eos_token_id=2, n_embd=32, n_layer=2, n_head=4, n_positions=128
     ),
     "llama": lambda: LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=False, num_key_value_heads=2, **_LLAMA),
+    "granite": lambda: GraniteConfig(vocab_size=VOCAB, num_key_value_heads=2, logits_scaling=4.0, **_LLAMA),
+    "mistral": lambda: MistralConfig(vocab_size=VOCAB, num_key_value_heads=2, sliding_window=4, **_LLAMA),
     "gemma2": lambda: Gemma2Config(
         vocab_size=512, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, **_LLAMA
     ),
@@ -52,11 +56,12 @@ BACKBONES = {
     "gpt2_resnet": ("gpt2", "resnet"),
     "llama_clip": ("llama", "clip"),
     "gemma2_vit": ("gemma2", "vit"),
+    "granite_vit": ("granite", "vit"),
 }
 
 
 def make_model(name: str, **config_kwargs) -> FromageForConditionalGeneration:
-    text, vision = BACKBONES[name]
+    text, vision = BACKBONES.get(name) or name.split("_")
     torch.manual_seed(1)
     language_model = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text]())
     vision_model = AutoModel.from_config(VISION_CONFIGS[vision]())

@@ -5,7 +5,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_fromage import FromageForConditionalGeneration, NormalizeRetEmbeddingCallback
-from tests.backbones import BACKBONES, VOCAB, make_model
+from tests.backbones import VOCAB, make_model
 
 IMAGE, RET, PAD = VOCAB, VOCAB + 1, 1
 
@@ -122,58 +122,6 @@ def test_exactly_the_adapter_trains_and_backbones_stay_equal(model):
     torch.testing.assert_close(norm, rows.norm(dim=-1).mean(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
-@pytest.mark.parametrize("layers", [[-1], [0, 1, -1]])
-def test_losses_equal_a_plain_double_pass(name, layers):
-    """The LM run as it is, over a vocabulary matrix with the [RET] row written in, once for each branch."""
-    model = make_model(name, text_embed_layers=layers).double().train()
-    model.adapter.double()
-    images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
-    k = model.config.num_image_tokens
-    captions = [[2, 5, 6], [2, 7], [2, 8, 9, 10]]
-    batch = pad([[IMAGE] * k + c for c in captions], "right")
-    retrieval = pad([c + [RET] for c in captions], "right")
-    labels = batch["input_ids"].masked_fill((batch["input_ids"] == IMAGE) | (batch["attention_mask"] == 0), -100)
-    output = model(**batch, labels=labels, pixel_values=images, retrieval_input_ids=retrieval["input_ids"],
-                   retrieval_attention_mask=retrieval["attention_mask"])  # fmt: skip
-
-    lm, adapter = model.language_model, model.adapter
-    ret_row = adapter.ret_embedding.weight[0]
-    pooled = model.get_pooled_image_features(images)
-    visual = adapter.multi_modal_projector(pooled).reshape(3, k, -1)
-
-    def run(ids, visual=None):
-        rows = [ret_row if i == RET else lm.get_input_embeddings()(torch.tensor(i)) for i in ids]
-        embeds = torch.stack(rows) if visual is None else torch.cat([visual, torch.stack(rows)])
-        return lm(inputs_embeds=embeds[None], output_hidden_states=True)
-
-    def log_probs(out):
-        hidden, frozen = out.hidden_states[-1][0], out.logits[0][:, :RET]
-        ret = model.logit_transform(hidden @ adapter.ret_embedding.weight.t())
-        filler = frozen.new_full((len(frozen), RET - frozen.shape[1]), torch.finfo(frozen.dtype).min)
-        return torch.cat([frozen, filler, ret], 1).log_softmax(-1)
-
-    captioning, ret_losses, texts = [], [], []
-    for i, caption in enumerate(captions):
-        probs = log_probs(run(caption, visual[i]))
-        captioning += [-probs[k - 1 + t, token] for t, token in enumerate(caption)]
-        out = run(caption + [RET])
-        ret_losses += [-log_probs(out)[t, token] for t, token in enumerate((caption + [RET])[1:])]
-        texts.append(sum(p(out.hidden_states[n][0, -1]) for n, p in zip(layers, adapter.text_projection, strict=True)))
-    normalize = torch.nn.functional.normalize
-    images, texts = normalize(adapter.visual_projection(pooled), dim=-1), normalize(torch.stack(texts), dim=-1)
-    similarity = images @ texts.t() * adapter.logit_scale.exp()
-    targets = torch.arange(3)
-    ce = torch.nn.functional.cross_entropy
-    contrastive = (ce(similarity, targets) + ce(similarity.t(), targets)) / 2
-    expected = torch.stack(captioning).mean() + torch.stack(ret_losses).mean() + contrastive
-    torch.testing.assert_close(output.loss, expected, atol=0, rtol=1e-10)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    ours, theirs = torch.autograd.grad(output.loss, trained), torch.autograd.grad(expected, trained)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-8)
-
-
 @torch.no_grad()
 def test_save_and_load(model, tmp_path):
     rows, images = interleaved(model)
@@ -181,7 +129,9 @@ def test_save_and_load(model, tmp_path):
     model.generation_config.ret_bias = 1.5
     model.save_pretrained(tmp_path)
     again = FromageForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(model(**batch, pixel_values=images).logits, again(**batch, pixel_values=images).logits)
+    logits = again(**batch, pixel_values=images).logits  # its last bits depend on how the file's tensors are aligned
+    torch.testing.assert_close(logits, model(**batch, pixel_values=images).logits, atol=1e-6, rtol=1e-6)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad == n.startswith("adapter.") for n, p in again.named_parameters())
     assert again.generation_config.ret_bias == 1.5
 
@@ -225,59 +175,3 @@ def test_backbones_without_their_pooler_are_refused(tmp_path):
     assert assemble(str(folder), str(case / "language_model"), vision_pooling="mean").config.ret_token_id == 501
     with pytest.raises(ValueError, match="Unknown arguments.*colour"):
         assemble(str(folder), str(case / "language_model"), colour="red")
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_ret_only_branch_equals_the_ordinary_pass(model, side):
-    # eager attention (Gemma 2) gives NaN for left-padded rows in float64, in transformers itself
-    eager = model.language_model.config._attn_implementation == "eager"
-    dtype, tolerance = (torch.float32, 1e-4) if eager else (torch.float64, 1e-10)
-    model = model.to(dtype).train()
-    model.adapter.to(dtype)
-    batch = pad([[2, 5, 6, RET], [2, 7, RET], [2, 8, 9, 10, 11, RET]], side)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    assert model._only_ret_needs_gradient(ids, mask)
-    trained = [p for n, p in model.named_parameters() if "text_projection" in n or "ret_" in n]
-    results = []
-    for branch in (model._ret_only_branch, model._text_branch):
-        loss, embeds = branch(ids, mask)
-        total = loss + (embeds * torch.arange(16.0)).sum()
-        results.append((total, *torch.autograd.grad(total, trained)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance / 10)
-
-
-@pytest.mark.parametrize("name", ["opt_clip", "llama_clip"])
-def test_activation_checkpointing_changes_nothing(name):
-    results = []
-    for checkpointing in (False, True):
-        model = make_model(name)
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.train()
-        assert any(module.training for module in model.language_model.modules()) == checkpointing
-        batch = pad([[IMAGE] * 2 + c for c in ([2, 5, 6], [2, 7])], "right")
-        retrieval = pad([[2, 5, 6, RET], [2, 7, RET]], "right")
-        torch.manual_seed(0)
-        output = model(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100),
-                       pixel_values=torch.rand(2, 3, 32, 32), retrieval_input_ids=retrieval["input_ids"],
-                       retrieval_attention_mask=retrieval["attention_mask"])  # fmt: skip
-        output.loss.backward()
-        results.append([output.loss, *(p.grad for p in model.parameters() if p.requires_grad)])
-        assert not any(module.training for module in model.eval().language_model.modules())
-    for plain, checkpointed in zip(*results, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
-
-
-def test_ordinary_pass_takes_over_where_it_must():
-    model = make_model("gemma2_vit").train()
-    ids = torch.tensor([[2, 5, 6, RET]])
-    mask = torch.ones_like(ids)
-    assert model._only_ret_needs_gradient(ids, mask)
-    assert not model._only_ret_needs_gradient(torch.tensor([[2, RET, 6, RET]]), mask)
-    assert not model._only_ret_needs_gradient(torch.tensor([[2, 5, RET, 6]]), mask)
-    model.config.text_config.sliding_window = 3
-    assert not model._only_ret_needs_gradient(ids, mask)
-    model.config.text_config.sliding_window = 64
-    next(model.language_model.parameters()).requires_grad_(True)
-    assert not model._only_ret_needs_gradient(ids, mask)

@@ -1,0 +1,94 @@
+"""Padding-free passes: several sequences in one row of the language model, each blind to the others."""
+
+import math
+
+import torch
+
+ROW_LENGTH = 64  # about how many tokens a row takes: attention within a row costs more with its square
+
+
+class PackedRows:
+    """Where the tokens of B padded sequences (B, L) stand in R rows of C places.
+
+    Sequences are dealt to the rows from the longest to the shortest, to and fro, so that rows fill evenly.
+
+    Args:
+        mask (`torch.Tensor`): (B, L), 1 for tokens, 0 for padding on either side.
+        window (`float`): Tokens that the LM's attention reaches back; a row and its queries are no longer.
+
+    Attributes:
+        places (T,): of every token, batch row by batch row, its place in the flattened rows.
+        sequence (R, C): which sequence a place belongs to; -1 where it is empty.
+        position_ids (R, C): position within the sequence.
+        row (B,), lap (B,): which row a sequence is in, and as which of the row's sequences.
+        lengths (B,): tokens of each sequence.
+    """
+
+    def __init__(self, mask: torch.Tensor, window: float = math.inf):
+        mask, device = mask.bool(), mask.device
+        count = len(mask)
+        self.lengths = mask.sum(-1)
+        order = self.lengths.argsort(descending=True, stable=True)
+        longest, total = int(self.lengths[order[0]]), int(self.lengths.sum())
+        self.rows = min(count, math.ceil(total / max(longest, min(ROW_LENGTH, window))))
+        deal = torch.arange(count, device=device)
+        while True:
+            self.laps = math.ceil(count / self.rows)
+            lap, slot = deal // self.rows, deal % self.rows
+            row = torch.where(lap % 2 == 0, slot, self.rows - 1 - slot)
+            lengths = torch.zeros(self.laps, self.rows, dtype=torch.long, device=device)
+            lengths[lap, row] = self.lengths[order]
+            self.length = int(lengths.sum(0).max())  # C
+            if self.length + self.laps <= window or self.rows == count:
+                break
+            self.rows += 1
+        starts = lengths.cumsum(0) - lengths
+        self.row, self.lap, start = (torch.empty(count, dtype=torch.long, device=device) for _ in range(3))
+        self.row[order], self.lap[order], start[order] = row, lap, starts[lap, row]
+
+        position = mask.long().cumsum(-1) - 1  # (B, L)
+        self._tokens = mask.flatten().nonzero()[:, 0]
+        self.places = ((self.row * self.length + start)[:, None] + position).flatten()[self._tokens]
+        sequence = torch.arange(count, device=device)[:, None].expand_as(mask)
+        self.sequence = self.lay(sequence, -1)
+        self.position_ids = self.lay(position, 0)
+
+    def lay(self, padded: torch.Tensor, empty: float = 0) -> torch.Tensor:
+        """(B, L, ...) -> (R, C, ...)."""
+        flat = padded.flatten(0, 1)[self._tokens]
+        rows = flat.new_full((self.rows * self.length, *flat.shape[1:]), empty)
+        return rows.index_copy(0, self.places, flat).unflatten(0, (self.rows, self.length))
+
+    def at_tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """(R, C, ...) -> (T, ...), batch row by batch row."""
+        return rows.flatten(0, 1)[self.places]
+
+    def lay_queries(self, values: torch.Tensor) -> torch.Tensor:
+        """One value a sequence (B,) -> (R, laps), for one more token of each behind the row."""
+        return values.new_zeros(self.rows, self.laps).index_put((self.row, self.lap), values)
+
+    def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask (R, 1, C, C): causal, within a sequence."""
+        same = self.sequence[:, :, None] == self.sequence[:, None, :]
+        return _additive(same.tril(), dtype)
+
+    def query_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask (R, 1, laps, C + laps): a query sees its own sequence and itself."""
+        count = len(self.row)
+        sequences = torch.arange(1, count + 1, device=self.row.device)
+        query = self.lay_queries(sequences) - 1  # (R, laps); -1 where there is none
+        own = (query[:, :, None] == self.sequence[:, None, :]) & (query[:, :, None] >= 0)
+        itself = torch.eye(self.laps, dtype=torch.bool, device=own.device).expand(self.rows, -1, -1)
+        return _additive(torch.cat([own, itself], dim=-1), dtype)
+
+
+def _additive(allowed: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def length_groups(lengths: torch.Tensor, size: int = 8, most: int = 4) -> list[torch.Tensor]:
+    """Indices of sequences (B,) of like length, in at most `most` groups of at least `size`, for LMs that take no
+    packed rows."""
+    groups = max(1, min(most, len(lengths) // size))
+    return list(lengths.argsort(stable=True).tensor_split(groups))

@@ -50,10 +50,10 @@ class ChunkedTokenLoss(torch.autograd.Function):
             with torch.enable_grad():
                 chunk, rows = chunk.detach().requires_grad_(), ret_rows.detach().requires_grad_()
                 loss = token_losses(*logits_of(chunk, rows), chunk_targets, ret_token_id).sum()
-            grad, grad_of_rows = torch.autograd.grad(loss, (chunk, rows))
+            torch.autograd.backward(loss, inputs=(chunk, rows))
             total = total + loss.detach()
-            grads.append(grad)
-            grad_rows += grad_of_rows
+            grads.append(chunk.grad)
+            grad_rows += rows.grad
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden), grad_rows)
         return total if grads else _at_least_fp32(hidden.new_zeros(()))
 

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
 from training.data import load_captioned_images
+from training.features import with_cached_features
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ class ModelArguments:
     text_embed_layers: list[int] = field(default_factory=lambda: [-1])
     vision_pooling: str = "pooler"
     image_feature_dropout: float = 0.0
+    gradient_cache_chunk_size: int | None = None
+    compile_vision_model: bool = field(default=False, metadata={"help": "torch.compile the frozen vision encoder."})
     dtype: str = field(default="float32", metadata={"help": "dtype of the frozen backbones: float32, bfloat16."})
 
 
@@ -43,6 +46,8 @@ class DataArguments:
     concat_captions_prob: float = 0.5
     caption_prefix: str = ""
     caption_suffix: str = ""
+    feature_cache: str | None = field(default=None, metadata={"help": "Folder of training.cache_features."})
+    eval_feature_cache: str | None = None
 
 
 def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -77,6 +82,7 @@ def assemble(
         projection_dim=model_args.projection_dim,
         text_embed_layers=model_args.text_embed_layers,
         vision_pooling=model_args.vision_pooling,
+        gradient_cache_chunk_size=model_args.gradient_cache_chunk_size,
         image_feature_dropout=model_args.image_feature_dropout,
         **dtypes,
     )
@@ -105,14 +111,22 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     set_seed(args.seed)
     processor, model = assemble(model_args, dtype=model_args.dtype)
     logger.info(describe_parameters(model))
-    columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
-    eval_dataset = None
-    if data_args.eval_data is not None:
-        eval_dataset = load_captioned_images(data_args.eval_data, data_args.eval_split, **columns)
+    if model_args.compile_vision_model:
+        model.vision_model.compile()
+
+    def load(source: str | None, split: str, feature_cache: str | None):
+        if source is None:
+            return None
+        dataset = load_captioned_images(source, split, data_args.image_column, data_args.caption_column)
+        if feature_cache is None:
+            return dataset
+        return with_cached_features(dataset, feature_cache, model, processor)
+
+    eval_dataset = load(data_args.eval_data, data_args.eval_split, data_args.eval_feature_cache)
     trainer = FromageTrainer(
         model=model,
         args=args,
-        train_dataset=load_captioned_images(data_args.train_data, data_args.train_split, **columns),
+        train_dataset=load(data_args.train_data, data_args.train_split, data_args.feature_cache),
         eval_dataset=eval_dataset,
         data_collator=make_collator(processor, data_args, args.seed),
         processing_class=processor,

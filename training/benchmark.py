@@ -1,0 +1,390 @@
+"""Measure the training step against the original's algorithm: `python -m training.benchmark [--preset cpu|paper]`.
+
+Both train the same shapes on the same captions, of lengths like Conceptual Captions', in the same dtype, in turns; the
+table has medians. Weights are random: what a step costs does not depend on them. `--preset paper` takes the paper's
+shapes and needs a GPU. Results go to a JSON file with the hardware, the versions and the state of the repository;
+`--render` writes the README's table from it.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, OPTConfig
+
+from modeling_fromage import FromageConfig, FromageForConditionalGeneration
+from training.baseline import PlainFromage
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "training" / "results"
+_START, _END = "<!-- benchmark: rendered by training.benchmark -->", "<!-- end of benchmark -->"
+MODES = ("baseline", "live", "cached")
+
+
+@dataclass
+class Preset:
+    """Shapes of the two backbones, and the batch."""
+
+    text: dict[str, int]
+    vision: dict[str, int]
+    batch_size: int
+    rounds: int
+    dtype: str
+
+
+_OPT_125M = {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
+             "num_attention_heads": 12}  # fmt: skip
+_OPT_6_7B = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
+             "num_attention_heads": 32}  # fmt: skip
+_VIT_B_32 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+             "image_size": 224, "patch_size": 32}  # fmt: skip
+_VIT_L_14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "image_size": 224, "patch_size": 14}  # fmt: skip
+PRESETS = {
+    "cpu": Preset(_OPT_125M, _VIT_B_32, batch_size=16, rounds=9, dtype="float32"),
+    "paper": Preset(_OPT_6_7B, _VIT_L_14, batch_size=180, rounds=9, dtype="bfloat16"),
+    "tiny": Preset(
+        {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+         "patch_size": 8},
+        batch_size=4, rounds=3, dtype="float32",
+    ),
+}  # fmt: skip
+VOCAB, MAX_LENGTH = 50_265, 24  # OPT's tokenizer; the limit of a caption, BOS and [RET] included
+IMAGE_ID, RET_ID = VOCAB, VOCAB + 1
+
+
+def caption_lengths(count: int) -> torch.Tensor:
+    """Lengths of captions in tokens, BOS and `[RET]` included: a log-normal's quantiles with a mean of about 11 and a
+    limit of 24, as in Conceptual Captions, shuffled."""
+    quantiles = torch.distributions.Normal(2.33, 0.38).icdf((torch.arange(count) + 0.5) / count).exp()
+    lengths = quantiles.round().clamp(5, MAX_LENGTH).long()
+    return lengths[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+
+
+def make_batch(preset: Preset, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = caption_lengths(preset.batch_size)
+    tokens = torch.randint(4, VOCAB, (preset.batch_size, MAX_LENGTH), generator=generator)
+    place = torch.arange(MAX_LENGTH)
+    tokens = tokens.masked_fill(place >= lengths[:, None], 1).masked_fill(place == lengths[:, None] - 1, RET_ID)
+    tokens[:, 0] = 2
+    size = preset.vision["image_size"]
+    pixels = torch.rand(preset.batch_size, 3, size, size, generator=generator)
+    return {"tokens": tokens.to(device), "lengths": lengths.to(device), "pixel_values": pixels.to(device, dtype)}
+
+
+def make_step(mode: str, preset: Preset, device: str) -> Callable[[], torch.Tensor]:
+    """A whole training step (forward, backward, clipping, AdamW, `[RET]`'s norm) of one mode, on one batch."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, preset.dtype)
+    # The original trims OPT's 50,272 rows to the tokenizer's.
+    rows = RET_ID + 1 if mode == "baseline" else 50_272
+    text = OPTConfig(vocab_size=rows, max_position_embeddings=2048, **preset.text)
+    with torch.device(device):
+        language_model = AutoModelForCausalLM.from_config(text, dtype=dtype)
+        vision_model = AutoModel.from_config(CLIPVisionConfig(**preset.vision), dtype=dtype)
+    batch = make_batch(preset, device, dtype)
+    make = _plain_step if mode == "baseline" else _our_step
+    return make(language_model, vision_model, batch, cached=mode == "cached")
+
+
+def _plain_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
+    model = PlainFromage(language_model, vision_model).to(batch["tokens"].device)
+    optimizer = torch.optim.AdamW(model.trained(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model.loss(batch["pixel_values"], batch["tokens"], batch["lengths"])
+        loss.backward()
+        model.mask_gradient()
+        torch.nn.utils.clip_grad_norm_(model.trained(), 1.0)
+        optimizer.step()
+        model.normalize_ret()
+        return loss.detach()
+
+    return step
+
+
+def _our_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
+    config = FromageConfig.from_vision_text_configs(
+        vision_model.config, language_model.config, image_token_id=IMAGE_ID, ret_token_id=RET_ID
+    )
+    model = FromageForConditionalGeneration(config, language_model, vision_model)
+    model.adapter.to(batch["tokens"].device)
+    model.train()
+    mask = (torch.arange(MAX_LENGTH, device=batch["tokens"].device) < batch["lengths"][:, None]).long()
+    # The captioning row of the collator: the image, then the caption without [RET].
+    image = torch.full_like(batch["tokens"][:, :1], IMAGE_ID)
+    input_ids = torch.cat([image, batch["tokens"]], dim=1)[:, :-1]
+    attention_mask = torch.cat([torch.ones_like(image), mask[:, 1:]], dim=1)  # without [RET]'s place
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": input_ids.masked_fill((attention_mask == 0) | (input_ids == IMAGE_ID), -100),
+        "retrieval_input_ids": batch["tokens"],
+        "retrieval_attention_mask": mask,
+        "pixel_values": batch["pixel_values"],
+    }
+    if cached:
+        pixels = inputs.pop("pixel_values")
+        inputs["pooled_image_features"] = model.get_pooled_image_features(pixels)
+    trained = list(model.adapter.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        model.normalize_ret_embedding()
+        return loss.detach()
+
+    return step
+
+
+# ---- measuring ----
+
+
+def seconds_of(step: Callable[[], torch.Tensor], device: str) -> float:
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def operations_of(step: Callable[[], torch.Tensor]) -> int:
+    """Floating-point operations of a step's matrix products and attention, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def floor_operations(preset: Preset) -> dict[str, int]:
+    """Operations that a step cannot do without, attention's own small part left out: see the comments."""
+    d, ffn, layers = preset.text["hidden_size"], preset.text["ffn_dim"], preset.text["num_hidden_layers"]
+    per_token = 2 * layers * (4 * d * d + 2 * d * ffn)  # of the blocks, forward
+    head = 2 * d * (RET_ID + 1)
+    lengths = caption_lengths(preset.batch_size)
+    n, text = preset.batch_size, int(lengths.sum())
+    captioning = 2 * per_token * text  # forward and backward: visual token + BOS + words; [RET] is no input
+    captioning += 2 * head * (text - n)  # targets: BOS and words, forward and backward
+    retrieval = per_token * (text - n) + head * (text - n)  # constant prefixes, forward
+    retrieval += 2 * per_token * n  # [RET], forward and backward
+    v = preset.vision
+    patches = (v["image_size"] // v["patch_size"]) ** 2 + 1
+    width, inner = v["hidden_size"], v["intermediate_size"]
+    vision = 2 * n * patches * v["num_hidden_layers"] * (4 * width * width + 2 * width * inner)
+    vision += 4 * n * patches**2 * width * v["num_hidden_layers"]  # attention
+    return {"cached": captioning + retrieval, "live": captioning + retrieval + vision}
+
+
+def peak_memory(mode: str, preset_name: str, device: str) -> int:
+    """Bytes that three steps take above the weights, in a process of their own."""
+    command = [sys.executable, "-m", "training.benchmark", "--preset", preset_name, "--device", device]
+    run = subprocess.run([*command, "--memory-of", mode], capture_output=True, text=True, check=True, cwd=ROOT)
+    return int(run.stdout.split()[-1])
+
+
+def measure_memory(mode: str, preset: Preset, device: str) -> int:
+    step = make_step(mode, preset, device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what building the model has freed
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() - before if device == "cuda" else _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Bytes of one of Linux's memory counters of this process: now resident (VmRSS), or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def measure_loader(preset: Preset, workers: int, count: int = 256) -> dict[str, float]:
+    """Pairs a second that the data pipeline delivers: JPEG files (500 pixels, 4:3) decoded, and cached features."""
+    from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
+    from modeling_fromage import FromageDataCollator, FromageProcessor
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        processor = FromageProcessor.from_pretrained(make_tiny_checkpoint(folder))
+        size = preset.vision["image_size"]
+        processor.image_processor.size = {"shortest_edge": size}
+        processor.image_processor.crop_size = {"height": size, "width": size}
+        paths = []
+        for i in range(32):
+            small = Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+            paths.append(f"{folder}/{i}.jpg")
+            small.resize((500, 375), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+        words = [" ".join(["word"] * int(n - 2)) for n in caption_lengths(count)]
+        live = [{"image": paths[i % 32], "caption": words[i]} for i in range(count)]
+        features = torch.randn(preset.vision["hidden_size"]).half()
+        cached = [{"pooled_image_features": features, "caption": text} for text in words]
+        rates = {}
+        for name, rows in (("live", live), ("cached", cached)):
+            loader = DataLoader(rows, batch_size=preset.batch_size, collate_fn=FromageDataCollator(processor),
+                                num_workers=workers, persistent_workers=workers > 0)  # fmt: skip
+            for _ in loader:  # the workers start
+                pass
+            start = time.perf_counter()
+            for _ in loader:
+                pass
+            rates[name] = count / (time.perf_counter() - start)
+    return rates
+
+
+def measure(preset_name: str, device: str) -> dict[str, Any]:
+    preset = PRESETS[preset_name]
+    steps = {mode: make_step(mode, preset, device) for mode in MODES}
+    losses = {mode: steps[mode]().item() for mode in MODES}
+    operations = {mode: operations_of(step) for mode, step in steps.items()}
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for i in range(preset.rounds):  # in turns, in changing order
+        for mode in MODES[i % 3 :] + MODES[: i % 3]:
+            seconds[mode].append(seconds_of(steps[mode], device))
+    del steps
+    floor = floor_operations(preset)
+    median = {mode: statistics.median(times) for mode, times in seconds.items()}
+    memory = {mode: peak_memory(mode, preset_name, device) for mode in MODES}
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    lengths = caption_lengths(preset.batch_size)
+    results = {
+        "preset": preset_name,
+        "batch_size": preset.batch_size,
+        "dtype": preset.dtype,
+        "tokens_per_caption": lengths.float().mean().item(),
+        "places_per_caption_of_the_baseline": MAX_LENGTH,
+        "first_loss": losses,
+        "seconds": median,
+        "seconds_all": seconds,
+        "operations": operations,
+        "floor_operations": floor,
+        "memory_above_weights": memory,
+        "loader_workers": workers,
+        "loader_pairs_per_second": measure_loader(preset, workers),
+        "ratios": {},
+    }
+    for mode in ("live", "cached"):
+        times, counted = median["baseline"] / median[mode], operations["baseline"] / operations[mode]
+        results["ratios"][mode] = {
+            "time": times,
+            "operations": counted,
+            "time_over_operations": times / counted,
+            "memory": memory[mode] / memory["baseline"],
+            "operations_over_floor": operations[mode] / floor[mode],
+            "flops_per_second": operations[mode] / median[mode],
+            "loader_over_step": results["loader_pairs_per_second"][mode] * median[mode] / preset.batch_size,
+        }
+    results["ratios"]["baseline"] = {"flops_per_second": operations["baseline"] / median["baseline"]}
+    return {**results, **provenance(device)}
+
+
+def provenance(device: str) -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
+        return run.stdout.strip() if run.returncode == 0 else "no repository"
+
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{name}, {os.cpu_count()} cores",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+# ---- the table ----
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rows = ["| step | seconds | times as fast | counted operations, times fewer | memory above the weights |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    names = {"baseline": "the original's algorithm", "live": "ours", "cached": "ours, image features cached"}
+    for mode in MODES:
+        ratios = results["ratios"].get(mode, {})
+        memory = f"{results['memory_above_weights'][mode] / 1e9:.2f} GB"
+        faster, fewer = (f"{ratios[key]:.2f}" if key in ratios else "1" for key in ("time", "operations"))
+        rows.append(f"| {names[mode]} | {results['seconds'][mode]:.3f} | {faster} | {fewer} | {memory} |")
+    shapes = {"cpu": "OPT-125m and ViT-B/32", "paper": "OPT-6.7B and ViT-L/14", "tiny": "tiny shapes"}
+    note = (
+        f"{shapes[results['preset']]}, batch {results['batch_size']}, {results['dtype']}, captions of "
+        f"{results['tokens_per_caption']:.1f} tokens on average; {results['hardware']}, torch "
+        f"{results['versions']['torch']}; medians of {len(results['seconds_all']['baseline'])} steps, in turns."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def render(readme: str, results: list[dict[str, Any]]) -> str:
+    """`readme` with the tables of `results` between its two marks."""
+    before, rest = readme.split(_START)
+    after = rest.split(_END)[1]
+    return "\n".join([before + _START, *(f"\n{table(result)}\n" for result in results), _END]) + after
+
+
+def load_results() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("benchmark_*.json"))]
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
+    parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda for the paper's shapes alone")
+    parser.add_argument("--output", help="JSON file; by default training/results/benchmark_PRESET.json")
+    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--render", action="store_true", help="only write the README's table from the results")
+    options = parser.parse_args(argv)
+    if options.render:
+        readme = ROOT / "README.md"
+        readme.write_text(render(readme.read_text(encoding="utf-8"), load_results()), encoding="utf-8")
+        return
+    device = options.device or ("cuda" if options.preset == "paper" else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--preset {options.preset} needs a GPU, and torch sees none.")
+    if options.memory_of:
+        print(measure_memory(options.memory_of, PRESETS[options.preset], device))
+        return
+    results = measure(options.preset, device)
+    output = Path(options.output or RESULTS / f"benchmark_{options.preset}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(output)
+    print(table(results))
+    print(json.dumps(results["ratios"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, OPTConfig
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
+from modeling_fromage.packing_fromage import PackedRows
 from training.baseline import PlainFromage
 
 ROOT = Path(__file__).parent.parent
@@ -123,19 +124,14 @@ def _plain_step(language_model, vision_model, batch, cached: bool) -> Callable[[
     return step
 
 
-def _our_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
-    config = FromageConfig.from_vision_text_configs(
-        vision_model.config, language_model.config, image_token_id=IMAGE_ID, ret_token_id=RET_ID
-    )
-    model = FromageForConditionalGeneration(config, language_model, vision_model)
-    model.adapter.to(batch["tokens"].device)
-    model.train()
+def our_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the collator would make of the batch's captions: inputs of `forward`."""
     mask = (torch.arange(MAX_LENGTH, device=batch["tokens"].device) < batch["lengths"][:, None]).long()
     # The captioning row of the collator: the image, then the caption without [RET].
     image = torch.full_like(batch["tokens"][:, :1], IMAGE_ID)
     input_ids = torch.cat([image, batch["tokens"]], dim=1)[:, :-1]
     attention_mask = torch.cat([torch.ones_like(image), mask[:, 1:]], dim=1)  # without [RET]'s place
-    inputs = {
+    return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": input_ids.masked_fill((attention_mask == 0) | (input_ids == IMAGE_ID), -100),
@@ -143,6 +139,16 @@ def _our_step(language_model, vision_model, batch, cached: bool) -> Callable[[],
         "retrieval_attention_mask": mask,
         "pixel_values": batch["pixel_values"],
     }
+
+
+def _our_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
+    config = FromageConfig.from_vision_text_configs(
+        vision_model.config, language_model.config, image_token_id=IMAGE_ID, ret_token_id=RET_ID
+    )
+    model = FromageForConditionalGeneration(config, language_model, vision_model)
+    model.adapter.to(batch["tokens"].device)
+    model.train()
+    inputs = our_inputs(batch)
     if cached:
         pixels = inputs.pop("pixel_values")
         inputs["pooled_image_features"] = model.get_pooled_image_features(pixels)
@@ -196,6 +202,17 @@ def floor_operations(preset: Preset) -> dict[str, int]:
     vision = 2 * n * patches * v["num_hidden_layers"] * (4 * width * width + 2 * width * inner)
     vision += 4 * n * patches**2 * width * v["num_hidden_layers"]  # attention
     return {"cached": captioning + retrieval, "live": captioning + retrieval + vision}
+
+
+def places_of(preset: Preset) -> dict[str, int]:
+    """Tokens that there are in a step's two passes, and places that the language model computes for them."""
+    lengths = caption_lengths(preset.batch_size)
+    n, text = preset.batch_size, int(lengths.sum())
+    ours = n  # [RET] behind the cached prefixes
+    for tokens in (lengths, lengths - 1):  # visual token, BOS and words; BOS and words
+        packed = PackedRows(torch.arange(MAX_LENGTH) < tokens[:, None])
+        ours += packed.rows * packed.length
+    return {"tokens": 2 * text, "ours": ours, "baseline": n * (2 * MAX_LENGTH + 1)}
 
 
 def peak_memory(mode: str, preset_name: str, device: str) -> int:
@@ -278,7 +295,7 @@ def measure(preset_name: str, device: str) -> dict[str, Any]:
         "batch_size": preset.batch_size,
         "dtype": preset.dtype,
         "tokens_per_caption": lengths.float().mean().item(),
-        "places_per_caption_of_the_baseline": MAX_LENGTH,
+        "places": places_of(preset),
         "first_loss": losses,
         "seconds": median,
         "seconds_all": seconds,
@@ -339,10 +356,16 @@ def table(results: dict[str, Any]) -> str:
         faster, fewer = (f"{ratios[key]:.2f}" if key in ratios else "1" for key in ("time", "operations"))
         rows.append(f"| {names[mode]} | {results['seconds'][mode]:.3f} | {faster} | {fewer} | {memory} |")
     shapes = {"cpu": "OPT-125m and ViT-B/32", "paper": "OPT-6.7B and ViT-L/14", "tiny": "tiny shapes"}
+    places, ratios = results["places"], results["ratios"]
     note = (
         f"{shapes[results['preset']]}, batch {results['batch_size']}, {results['dtype']}, captions of "
         f"{results['tokens_per_caption']:.1f} tokens on average; {results['hardware']}, torch "
-        f"{results['versions']['torch']}; medians of {len(results['seconds_all']['baseline'])} steps, in turns."
+        f"{results['versions']['torch']}; medians of {len(results['seconds_all']['baseline'])} steps, in turns. "
+        f"{places['tokens']} tokens a step take {places['ours']} places of the language model, in the original's "
+        f"algorithm {places['baseline']}; ours counts {ratios['live']['operations_over_floor']:.2f} times the "
+        f"operations that must be done, at {ratios['live']['flops_per_second'] / 1e9:.0f} GFLOP/s (cached "
+        f"{ratios['cached']['flops_per_second'] / 1e9:.0f}, the original's algorithm "
+        f"{ratios['baseline']['flops_per_second'] / 1e9:.0f})."
     )
     return "\n".join([*rows, "", note])
 

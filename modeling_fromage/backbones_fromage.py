@@ -151,11 +151,12 @@ def accepts_packed_rows(language_model: PreTrainedModel) -> bool:
 
     Asked by trying: three short sequences, packed, against one at a time.
     """
-    if language_model.config._attn_implementation not in ("sdpa", "eager"):  # the others take no mask of ours
-        return False
     decoder, _ = decoder_and_head(language_model)
     embedding = language_model.get_input_embeddings()
     device, lengths = embedding.weight.device, (5, 3, 4)
+    takes_masks = language_model.config._attn_implementation in ("sdpa", "eager")
+    if not takes_masks or device.type == "meta":  # offloaded: not to be trained
+        return False
     ids = torch.arange(15, device=device).view(3, 5) * 7 % len(embedding.weight)
     mask = torch.arange(5, device=device) < torch.tensor(lengths, device=device)[:, None]
     embeds = embedding(ids)

@@ -55,10 +55,14 @@ class FromageDataCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if not examples:
             raise ValueError("The batch is empty.")
-        captions = [self._caption_ids(row, example["caption"]) for row, example in enumerate(examples)]
+        texts = [self._checked(row, example["caption"]) for row, example in enumerate(examples)]
+        captions = [self._caption_ids(text) for text in texts]
         ret = [self.processor.ret_token_id]
         retrieval = _pad([self._bos + ids + ret for ids in captions], self._pad_id, self._left)
-        rows = [self._captioning_row(ids) for ids in captions]
+        # After a prefix that no BOS parts from it, a caption goes on with the sentence.
+        space = " " if self._prefix and not self._bos else ""
+        rows = [self._captioning_row(self._caption_ids(space + text) if space else ids)
+                for text, ids in zip(texts, captions, strict=True)]  # fmt: skip
         if self._concatenate(captions):
             pairs = [rows[i : i + 2] for i in range(0, len(rows), 2)]
             rows = [tuple(sum(parts, []) for parts in zip(*pair, strict=True)) for pair in pairs]
@@ -81,14 +85,15 @@ class FromageDataCollator:
     def _left(self) -> bool:
         return self.processor.tokenizer.padding_side == "left"
 
-    def _caption_ids(self, row: int, caption: str) -> list[int]:
+    def _checked(self, row: int, caption: str) -> str:
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"Example {row} of the batch has an empty caption: {caption!r}.")
         for token in (self.processor.image_token, self.processor.ret_token):
             if token in caption:
                 raise ValueError(f"The caption of example {row} of the batch contains {token} literally: {caption!r}.")
-        if self._prefix and not self._bos:
-            caption = " " + caption  # it continues the prefix's sentence
+        return caption
+
+    def _caption_ids(self, caption: str) -> list[int]:
         return self._tokenize(caption)[: self.max_length - len(self._bos) - len(self._suffix) - 1]
 
     def _captioning_row(self, ids: list[int]) -> tuple[list[int], list[int]]:

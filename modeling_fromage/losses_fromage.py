@@ -39,7 +39,8 @@ class ChunkedTokenLoss(torch.autograd.Function):
     """Sum of [`token_losses`] over hidden states (T, H), a chunk of tokens at a time.
 
     Each chunk's gradient is taken while its logits exist, so that no (T, V) tensor ever does. For heads without
-    trained parameters: only `hidden` and `ret_rows` (R, H) get a gradient.
+    trained parameters: only `hidden` and `ret_rows` (R, H) get a gradient. `logits_of` calls the head, where torch's
+    `linear_cross_entropy` takes its weight: a quantised or offloaded head has none, and some scale or cap its output.
     """
 
     @staticmethod

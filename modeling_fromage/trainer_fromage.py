@@ -93,7 +93,7 @@ class FromageTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = {**self._prepare_inputs(inputs), "return_logits": False}
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         names = (*LOSS_PARTS, "image_embeds", "text_embeds")

@@ -124,6 +124,18 @@ def test_collator_with_suffix_and_odd_concatenation(processor):
     assert collate(examples)["input_ids"].shape[0] == 3
 
 
+def test_a_caption_goes_on_with_its_prefix_in_captioning_alone(processor):
+    examples = [{"pooled_image_features": torch.rand(4), "caption": "cat"}]
+
+    def rows(processor):
+        batch = FromageDataCollator(processor, caption_prefix="A picture of")(examples)
+        return [processor.tokenizer.decode(batch[name][0]) for name in ("input_ids", "retrieval_input_ids")]
+
+    assert rows(processor) == ["<|image|><|image|>A picture of</s>cat", "</s>cat[RET]"]
+    processor.bos_text = ""  # as with a tokenizer that adds none
+    assert rows(processor) == ["<|image|><|image|>A picture of cat", "cat[RET]"]
+
+
 def test_concatenation_is_a_function_of_seed_and_tokens(processor):
     def drawn(seed):
         collate = FromageDataCollator(processor, seed=seed)

@@ -89,3 +89,32 @@ def test_plain_trainer_with_the_callback_trains_the_same_way(tmp_path, accumulat
         trained.append(dict(model.adapter.state_dict()))
     for name, value in trained[0].items():
         assert torch.equal(value, trained[1][name]), name
+
+
+def test_mixed_precision_trains_fp32_parts_beside_bf16_backbones(tmp_path):
+    processor = make_processor()
+    data = [{"pooled_image_features": torch.rand(24), "caption": f"a cat number {i}"} for i in range(8)]
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model("opt_clip")
+        model.language_model.to(dtype)
+        model.vision_model.to(dtype)
+        frozen = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("adapter.")}
+        args = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
+            remove_unused_columns=False, save_strategy="no", use_cpu=True, logging_steps=1,
+            bf16=dtype == torch.bfloat16,
+        )  # fmt: skip
+        trainer = FromageTrainer(
+            model=model,
+            args=args,
+            train_dataset=data,
+            eval_dataset=data,
+            data_collator=FromageDataCollator(processor, concat_captions_prob=0),
+        )
+        trainer.train()
+        assert {p.dtype for p in model.adapter.parameters()} == {torch.float32}
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in frozen.items())
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)

@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,8 +30,8 @@ from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, OPTC
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
 from modeling_fromage.packing_fromage import PackedRows
 from training.baseline import PlainFromage
+from training.provenance import ROOT, provenance
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "training" / "results"
 _START, _END = "<!-- benchmark: rendered by training.benchmark -->", "<!-- end of benchmark -->"
 MODES = ("baseline", "live", "cached")
@@ -319,27 +317,6 @@ def measure(preset_name: str, device: str) -> dict[str, Any]:
         }
     results["ratios"]["baseline"] = {"flops_per_second": operations["baseline"] / median["baseline"]}
     return {**results, **provenance(device)}
-
-
-def provenance(device: str) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
-        return run.stdout.strip() if run.returncode == 0 else "no repository"
-
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{name}, {os.cpu_count()} cores",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__},
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
 
 
 # ---- the table ----

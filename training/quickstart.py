@@ -26,6 +26,7 @@ from modeling_fromage import (
 from modeling_fromage.images_fromage import load_rgb_image
 from training import report
 from training.data import load_captioned_images
+from training.provenance import provenance
 from training.train import assemble, describe_parameters, make_collator, parse_config
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -39,18 +40,15 @@ class Split:
     images: list[str]
     features: torch.Tensor
 
-    def dataset(self, tokenizer) -> Dataset:
-        """Rows for the collator; `length` (tokens of the caption) lets the Trainer group batches."""
-        lengths = [len(ids) for ids in tokenizer(self.captions).input_ids]
-        columns = {"pooled_image_features": self.features.numpy(), "caption": self.captions, "length": lengths}
+    def dataset(self) -> Dataset:
+        """Rows for the collator."""
+        columns = {"pooled_image_features": self.features.numpy(), "caption": self.captions}
         return Dataset.from_dict(columns).with_format("torch")
 
 
 def steps_that_fit(model, collator: FromageDataCollator, dataset: Dataset, batch_size: int, seconds: float) -> int:
     """How many training steps take `seconds`, from the time of one: the learning-rate schedule ends with the run."""
-    batch_size = min(batch_size, len(dataset))
-    middle = (len(dataset) - batch_size) // 2
-    batch = collator(list(dataset.sort("length").select(range(middle, middle + batch_size))))
+    batch = collator(list(dataset.shuffle(seed=0).select(range(min(batch_size, len(dataset))))))
     model.train()
     for _ in range(3):  # the first one warms up
         start = time.monotonic()
@@ -214,7 +212,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"{type(model.language_model).__name__} in {model.language_model.dtype}. {describe_parameters(model)}.")
     train_split, held_out = encode(train_set, model, processor), encode(held_out_set, model, processor)
     collator = make_collator(processor, data_args, args.seed)
-    train_dataset = train_split.dataset(processor.tokenizer)
+    train_dataset = train_split.dataset()
     seconds = 60 * options.train_minutes
     steps = steps_that_fit(model, collator, train_dataset, args.per_device_train_batch_size, seconds)
     args.max_steps = min(args.max_steps, steps)
@@ -222,7 +220,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         model=model,
         args=args,
         train_dataset=train_dataset,
-        eval_dataset=held_out.dataset(processor.tokenizer),
+        eval_dataset=held_out.dataset(),
         data_collator=collator,
     )
     trainer.train()
@@ -252,6 +250,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompts = options.prompts or report.DEFAULT_PROMPTS
     results["conversation"] = converse(model, processor, index, held_out, prompts, data_args.caption_prefix)
     results["seconds"] = time.monotonic() - start
+    results.update(provenance("cpu"))
     report.write(output, results, held_out.images, held_out.captions)
     return results
 

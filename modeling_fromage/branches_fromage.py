@@ -96,6 +96,9 @@ class FromageBranchesMixin:
         mask = torch.ones_like(labels) if attention_mask is None else attention_mask
         is_target = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)) & mask.bool()  # (B, L): predicts a target
         targets = labels.roll(-1, dims=1)
+        # Nothing looks at what follows a row's last prediction: its last token, with the authors' captions.
+        is_needed = is_target.flip(1).cumsum(1).flip(1).bool()
+        mask = mask.bool() & is_needed if bool(is_needed.any()) else mask
 
         def branch(embeds, mask, is_target, targets):
             hidden, _ = self._hidden_at_tokens(embeds, mask)

@@ -35,6 +35,21 @@ def split_token_losses(
     return normalizer - torch.where(targets >= ret_token_id, from_ret, from_frozen)
 
 
+def _losses_and_gradients(frozen, ret, targets, ret_token_id):
+    """[`token_losses`] and their gradients, probability less one at the target, with one copy of the logits."""
+    probabilities = frozen.to(torch.promote_types(frozen.dtype, torch.float32), copy=True)
+    log_normalizer = probabilities.logsumexp(-1)
+    from_frozen = target_logits(probabilities, targets)
+    losses = split_token_losses(log_normalizer, from_frozen, ret, targets, ret_token_id)
+    joint = torch.cat([log_normalizer[:, None], _at_least_fp32(ret)], dim=-1).logsumexp(-1, keepdim=True)
+    probabilities.sub_(joint).exp_()
+    is_ret = targets >= ret_token_id
+    probabilities.scatter_add_(-1, targets.masked_fill(is_ret, 0)[:, None], is_ret.to(probabilities)[:, None] - 1)
+    ret_gradient = (_at_least_fp32(ret) - joint).exp()
+    ret_places = torch.arange(ret.shape[-1], device=ret.device) == (targets - ret_token_id)[:, None]
+    return losses, (probabilities.to(frozen.dtype), (ret_gradient - ret_places.to(ret_gradient)).to(ret.dtype))
+
+
 class ChunkedTokenLoss(torch.autograd.Function):
     """Sum of [`token_losses`] over hidden states (T, H), a chunk of tokens at a time.
 
@@ -50,9 +65,10 @@ class ChunkedTokenLoss(torch.autograd.Function):
         for chunk, chunk_targets in zip(hidden.split(size), targets.split(size), strict=True):
             with torch.enable_grad():
                 chunk, rows = chunk.detach().requires_grad_(), ret_rows.detach().requires_grad_()
-                loss = token_losses(*logits_of(chunk, rows), chunk_targets, ret_token_id).sum()
-            torch.autograd.backward(loss, inputs=(chunk, rows))
-            total = total + loss.detach()
+                frozen, ret = logits_of(chunk, rows)
+            losses, gradients = _losses_and_gradients(frozen.detach(), ret.detach(), chunk_targets, ret_token_id)
+            torch.autograd.backward((frozen, ret), gradients, inputs=(chunk, rows))
+            total = total + losses.sum()
             grads.append(chunk.grad)
             grad_rows += rows.grad
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden), grad_rows)

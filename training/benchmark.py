@@ -57,7 +57,7 @@ _VIT_B_32 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers":
 _VIT_L_14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
              "image_size": 224, "patch_size": 14}  # fmt: skip
 PRESETS = {
-    "cpu": Preset(_OPT_125M, _VIT_B_32, batch_size=16, rounds=9, dtype="float32"),
+    "cpu": Preset(_OPT_125M, _VIT_B_32, batch_size=16, rounds=15, dtype="float32"),
     "paper": Preset(_OPT_6_7B, _VIT_L_14, batch_size=180, rounds=9, dtype="bfloat16"),
     "tiny": Preset(
         {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -190,7 +190,7 @@ def floor_operations(preset: Preset) -> dict[str, int]:
     head = 2 * d * (RET_ID + 1)
     lengths = caption_lengths(preset.batch_size)
     n, text = preset.batch_size, int(lengths.sum())
-    captioning = 2 * per_token * text  # forward and backward: visual token + BOS + words; [RET] is no input
+    captioning = 2 * per_token * (text - n)  # forward and backward: visual token, BOS, and words but the last
     captioning += 2 * head * (text - n)  # targets: BOS and words, forward and backward
     retrieval = per_token * (text - n) + head * (text - n)  # constant prefixes, forward
     retrieval += 2 * per_token * n  # [RET], forward and backward
@@ -207,10 +207,10 @@ def places_of(preset: Preset) -> dict[str, int]:
     lengths = caption_lengths(preset.batch_size)
     n, text = preset.batch_size, int(lengths.sum())
     ours = n  # [RET] behind the cached prefixes
-    for tokens in (lengths, lengths - 1):  # visual token, BOS and words; BOS and words
+    for tokens in (lengths - 1, lengths - 1):  # visual token, BOS and words but the last; BOS and words
         packed = PackedRows(torch.arange(MAX_LENGTH) < tokens[:, None])
         ours += packed.rows * packed.length
-    return {"tokens": 2 * text, "ours": ours, "baseline": n * (2 * MAX_LENGTH + 1)}
+    return {"tokens": 2 * text - n, "ours": ours, "baseline": n * (2 * MAX_LENGTH + 1)}
 
 
 def peak_memory(mode: str, preset_name: str, device: str) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 LOGITS_AT_A_TIME = 1 << 24  # elements of a chunk's logits
@@ -35,6 +36,10 @@ def split_token_losses(
     return normalizer - torch.where(targets >= ret_token_id, from_ret, from_frozen)
 
 
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def _losses_and_gradients(frozen, ret, targets, ret_token_id):
     """[`token_losses`] and their gradients, probability less one at the target, with one copy of the logits."""
     probabilities = frozen.to(torch.promote_types(frozen.dtype, torch.float32), copy=True)
@@ -63,7 +68,8 @@ class ChunkedTokenLoss(torch.autograd.Function):
         total, grads, grad_rows = 0, [], torch.zeros_like(ret_rows)
         size = max(1, LOGITS_AT_A_TIME // columns)
         for chunk, chunk_targets in zip(hidden.split(size), targets.split(size), strict=True):
-            with torch.enable_grad():
+            # Hooks of its own: those of an enclosing checkpoint would recompute the branch for this small graph.
+            with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
                 chunk, rows = chunk.detach().requires_grad_(), ret_rows.detach().requires_grad_()
                 frozen, ret = logits_of(chunk, rows)
             losses, gradients = _losses_and_gradients(frozen.detach(), ret.detach(), chunk_targets, ret_token_id)

@@ -268,5 +268,17 @@ def test_gradient_cache_holds_one_chunk_at_a_time():
     assert saved(4) < 0.2 * saved(None)
 
 
+def test_gradient_cache_runs_each_chunk_twice():
+    model = double_model("opt_clip", gradient_cache_chunk_size=2)
+    batch = make_batch(model, torch.rand(6, 3, 32, 32, dtype=torch.float64), [0, 1, 2, 3, 4, 5])
+    model(**batch)  # finds out whether the LM takes packed rows
+    decoder, calls = model.language_model.get_decoder(), []
+    decoder.register_forward_pre_hook(lambda *args: calls.append(1))
+    loss = model(**batch).loss
+    assert len(calls) == 3 + 3 * 2  # captioning; prefixes and [RET]
+    loss.backward()
+    assert len(calls) == 2 * 9
+
+
 def test_contrastive_loss_closed_form():
     assert contrastive_loss(torch.zeros(7, 7)).item() == pytest.approx(torch.tensor(7.0).log().item())

@@ -31,9 +31,14 @@ def split_token_losses(
 ) -> torch.Tensor:
     """[`token_losses`] of the frozen logits' logsumexp (M,) and target logits (M,)."""
     ret = _at_least_fp32(ret)
-    normalizer = torch.cat([log_normalizer[:, None], ret], dim=-1).logsumexp(-1)
+    normalizer = _joint_normalizer(log_normalizer, ret)
     from_ret = ret.gather(-1, (targets - ret_token_id).clamp(min=0)[:, None])[:, 0]
     return normalizer - torch.where(targets >= ret_token_id, from_ret, from_frozen)
+
+
+def _joint_normalizer(log_normalizer: torch.Tensor, ret: torch.Tensor) -> torch.Tensor:
+    """logsumexp (M,) over all columns, of the frozen ones' (M,) and the `[RET]` logits (M, R)."""
+    return torch.cat([log_normalizer[:, None], ret], dim=-1).logsumexp(-1)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,7 +51,7 @@ def _losses_and_gradients(frozen, ret, targets, ret_token_id):
     log_normalizer = probabilities.logsumexp(-1)
     from_frozen = target_logits(probabilities, targets)
     losses = split_token_losses(log_normalizer, from_frozen, ret, targets, ret_token_id)
-    joint = torch.cat([log_normalizer[:, None], _at_least_fp32(ret)], dim=-1).logsumexp(-1, keepdim=True)
+    joint = _joint_normalizer(log_normalizer, _at_least_fp32(ret))[:, None]
     probabilities.sub_(joint).exp_()
     is_ret = targets >= ret_token_id
     probabilities.scatter_add_(-1, targets.masked_fill(is_ret, 0)[:, None], is_ret.to(probabilities)[:, None] - 1)

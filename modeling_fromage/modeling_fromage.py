@@ -345,8 +345,12 @@ class FromageForConditionalGeneration(
         embeds = torch.where(is_ret[..., None], ret_rows[ret_index], embeds)
         if visual is None and pooled is not None:
             visual = self._visual_tokens(pooled)
-        # Given by `generate`, they may be a chunk that ends within an image: a list, or (1, rows, D).
-        vectors = embeds.new_empty(0, embeds.shape[-1]) if visual is None else torch.cat(list(visual))  # (N k, D)
+        if visual is None:
+            vectors = embeds.new_empty(0, embeds.shape[-1])
+        elif isinstance(visual, torch.Tensor):  # (N, k, D), or (1, rows, D): `generate` may cut within an image
+            vectors = visual.flatten(0, 1)  # (N k, D)
+        else:  # a list, from `generate`
+            vectors = torch.cat(visual)
         count, k = int(is_image.sum()), self.config.num_image_tokens
         if count != len(vectors):
             raise ValueError(

@@ -4,31 +4,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.backbones import VOCAB, make_model
-from tests.test_model import pad
-
-IMAGE, RET = VOCAB, VOCAB + 1
-CAPTIONS = [[2, 5, 6], [2, 7], [2, 8, 9, 10, 11], [2, 12, 13], [2, 14, 15, 16]]
-
-
-def batch_of(rows: list[int], k: int) -> dict[str, torch.Tensor]:
-    images = torch.rand(len(CAPTIONS), 3, 32, 32, generator=torch.Generator().manual_seed(3)).double()
-    captioning = pad([[IMAGE] * k + CAPTIONS[i] for i in rows], "right")
-    retrieval = pad([CAPTIONS[i] + [RET] for i in rows], "right")
-    is_no_target = (captioning["input_ids"] == IMAGE) | (captioning["attention_mask"] == 0)
-    return {
-        **captioning,
-        "labels": captioning["input_ids"].masked_fill(is_no_target, -100),
-        "pixel_values": images[rows],
-        "retrieval_input_ids": retrieval["input_ids"],
-        "retrieval_attention_mask": retrieval["attention_mask"],
-    }
+from tests.test_fast_path import double_model, make_batch
 
 
 def gradients(rows: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model = make_model("opt_clip").double().train()
-    model.adapter.double()
-    loss = model(**batch_of(rows, model.config.num_image_tokens)).loss
+    model = double_model("opt_clip")
+    pixels = torch.rand(5, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    loss = model(**make_batch(model, pixels, rows)).loss
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 

@@ -113,6 +113,11 @@ def attention_window(text_config: PreTrainedConfig) -> float:
     return min((window for window in windows if window and slides), default=float("inf"))
 
 
+def context_length(text_config: PreTrainedConfig) -> float:
+    """Tokens that the LM has positions for; infinite where its configuration names no limit."""
+    return getattr(text_config, "max_position_embeddings", None) or float("inf")
+
+
 def logit_transform(text_config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """The elementwise function that the LM applies after its head: Cohere's and Granite's scale, Gemma's soft cap."""
     config = text_config.to_dict()

@@ -110,7 +110,7 @@ class FromageBranchesMixin:
     def _token_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of the cross-entropies of hidden states (M, H), with the whole vocabulary's gradient held in chunks."""
         if not torch.is_grad_enabled():
-            return self._constant_token_loss(hidden, targets)
+            return self._constant_token_losses(hidden, targets).sum()
         rows = self.adapter.ret_head_rows().to(hidden)
         _, head = decoder_and_head(self.language_model)
         ret_token_id = self.config.ret_token_id
@@ -170,7 +170,7 @@ class FromageBranchesMixin:
                 hidden, layers = self._packed_prefix_and_ret(input_ids, prefix_mask, ret_ids)
             else:
                 hidden, layers = self._padded_prefix_and_ret(input_ids, prefix_mask, ret_ids)
-        return self._constant_token_loss(hidden, targets), self._project_text(layers)
+        return self._constant_token_losses(hidden, targets).sum(), self._project_text(layers)
 
     def _packed_prefix_and_ret(self, input_ids, prefix_mask, ret_ids) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Hidden states of the prefixes' tokens (T, H), constant, and of each row's `[RET]`, (B, width) a layer."""
@@ -204,11 +204,11 @@ class FromageBranchesMixin:
         )
         return prefix.last_hidden_state[prefix_mask.bool()], [hidden[:, 0] for hidden in self._text_layers(last)]
 
-    def _constant_token_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """[`_token_loss`] of hidden states without gradient: only the `[RET]` columns have one."""
+    def _constant_token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropies (T,) of hidden states (T, H) without gradient: only the `[RET]` columns have one."""
         log_normalizer, from_frozen = self._frozen_logit_statistics(hidden, targets)
         ret = self.logit_transform(hidden @ self.adapter.ret_head_rows().to(hidden).t())
-        return split_token_losses(log_normalizer, from_frozen, ret, targets, self.config.ret_token_id).sum()
+        return split_token_losses(log_normalizer, from_frozen, ret, targets, self.config.ret_token_id)
 
     @torch.no_grad()
     def _frozen_logit_statistics(

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .backbones_fromage import context_length
 
 RET_GENERATION_DEFAULTS = {
     "ret_scale_factor": 1.0,
@@ -62,72 +65,96 @@ class FromageGenerationMixin:
 
     def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
         """transformers' `generate`, with four more options: `ret_scale_factor`, `ret_bias`, `min_tokens_before_ret`
-        and `max_num_rets` (see [`RetLogitsProcessor`]).
+        and `max_num_rets` (see [`RetLogitsProcessor`]). Images are given as `pixel_values` or
+        `pooled_image_features`, in the order of their placeholders, and are encoded once.
 
         With `return_dict_in_generate=True` the output also has `ret_embeds`, a list with one (number of [RET], q)
         tensor a row: the unit-norm embeddings of the generated [RET] tokens in order, a last one included; and
         `ret_positions`, their columns in `sequences`.
+
+        Raises:
+            ValueError: Prompt and new tokens exceed the language model's context, or images and placeholders differ in
+                number.
         """
-        output = super().generate(*args, **kwargs)
-        if isinstance(output, torch.Tensor):
-            return output
         prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        visual = None
         if prompt is not None:  # from inputs_embeds alone the prompt's tokens are not known
-            output["ret_embeds"], output["ret_positions"] = self._embed_generated_rets(output.sequences, prompt, kwargs)
+            visual = self._encode_once(kwargs)
+        output = super().generate(*args, **kwargs)
+        if prompt is None or isinstance(output, torch.Tensor):
+            return output
+        copies = len(output.sequences) // len(prompt)
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(prompt) if mask is None else mask
+        mask = torch.nn.functional.pad(
+            mask.repeat_interleave(copies, dim=0), (0, output.sequences.shape[1] - prompt.shape[1]), value=1
+        )
+        is_ret = self._is_ret(output.sequences)
+        is_ret[:, : prompt.shape[1]] = False
+        if visual is not None:
+            visual = self._repeat_images(prompt, visual, copies)
+        output["ret_embeds"] = self._embed_rets(output.sequences, mask, visual, is_ret)
+        output["ret_positions"] = [row.nonzero().flatten() for row in is_ret]
         return output
 
     @torch.no_grad()
-    def _embed_generated_rets(self, sequences, prompt, kwargs):
-        copies, length = len(sequences) // len(prompt), prompt.shape[1]
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(prompt) if mask is None else mask
-        images = {key: kwargs[key] for key in ("pixel_values", "pooled_image_features") if kwargs.get(key) is not None}
-        images = self._expand_images(prompt, images, copies)
-        mask = mask.repeat_interleave(copies, dim=0)
-        mask = torch.cat([mask, mask.new_ones(len(sequences), sequences.shape[1] - length)], dim=1)
-        is_ret = self._is_ret(sequences)
-        is_ret[:, :length] = False
-        positions = [row.nonzero().flatten() for row in is_ret]
-        pooled = self._pooled_or_none(images.get("pixel_values"), images.get("pooled_image_features"))
+    def _encode_once(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Put the visual tokens (N, k, D) of the images among `kwargs` in the place of the images."""
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "pooled_image_features")}
+        pooled = self._pooled_or_none(**images)
+        if pooled is None:
+            return None
+        visual = self._visual_tokens(pooled)
+        kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=visual)}
+        return visual
+
+    @torch.no_grad()
+    def get_ret_embeds(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pooled_image_features: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Unit-norm embeddings (number of [RET], q) of every `[RET]` of each row of `input_ids` (B, L), in order."""
+        pooled = self._pooled_or_none(pixel_values, pooled_image_features)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        visual = None if pooled is None else self._visual_tokens(pooled)
+        return self._embed_rets(input_ids, mask, visual, self._is_ret(input_ids))
+
+    @torch.no_grad()
+    def _embed_rets(self, sequences, mask, visual, is_ret) -> list[torch.Tensor]:
+        """The embeddings at `is_ret` (B, L), row by row, by one pass over the rows that have any, up to the last.
+
+        A pass of its own is exact for beams, samples and a `[RET]` that was never fed back, and keeps no hidden states
+        of the steps.
+        """
+        counts = is_ret.sum(-1).tolist()
+        if not any(counts):
+            return list(self.adapter.logit_scale.new_zeros(0, self.config.projection_dim).split(counts))
+        has_ret = is_ret.any(-1)
+        if visual is not None:
+            visual = visual[has_ret.repeat_interleave(self._image_counts(sequences)).to(visual.device)]
+        sequences, mask, is_ret = sequences[has_ret], mask[has_ret], is_ret[has_ret]
+        needed = (is_ret | (sequences == self.config.image_token_id)).any(0)
+        length = int(needed.nonzero().max()) + 1
         output = self._decode(
-            self._embed(sequences, pooled), mask.to(sequences.device), output_hidden_states=self._needs_all_layers
+            self._embed(sequences[:, :length], None, visual),
+            mask[:, :length].to(sequences.device),
+            output_hidden_states=self._needs_all_layers,
         )
         rows, columns = is_ret.nonzero(as_tuple=True)
         embeds = self._project_text([hidden[rows, columns] for hidden in self._text_layers(output)])
-        return list(embeds.split([len(p) for p in positions])), positions
+        return list(embeds.split(counts))
 
-    def _expand_images(self, input_ids: torch.LongTensor, images: dict[str, torch.Tensor], copies: int):
-        """Repeat each row's images `copies` times, row by row, for rows with different numbers of images."""
-        if copies == 1 or not images:
-            return images
-        counts = (input_ids == self.config.image_token_id).sum(-1) // self.config.num_image_tokens
-        rows = torch.arange(int(counts.sum()), device=input_ids.device).split(counts.tolist())
-        order = torch.cat([row.repeat(copies) for row in rows])
-        return {key: value[order.to(value.device)] for key, value in images.items()}
+    def _image_counts(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """(B,) images of each row."""
+        return (input_ids == self.config.image_token_id).sum(-1) // self.config.num_image_tokens
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        keys = [k for k in ("pixel_values", "pooled_image_features") if model_kwargs.get(k) is not None]
-        images = {key: model_kwargs.pop(key) for key in keys}
-        if images and input_ids is not None:
-            images = self._expand_images(input_ids, images, expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **images}
-
-    def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False, **kwargs: Any
-    ):  # `inputs_embeds` is named for transformers, which looks whether it is
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("pooled_image_features", None)
-        return inputs
+    def _repeat_images(self, input_ids: torch.LongTensor, images: torch.Tensor, copies: int) -> torch.Tensor:
+        """Repeat each row's images (N, ...) `copies` times, row by row, for rows with different numbers of images."""
+        rows = images.split(self._image_counts(input_ids).tolist())
+        return torch.cat([row for row in rows for _ in range(copies)])
 
     def _get_logits_processor(self, generation_config, input_ids_seq_length=None, *args: Any, **kwargs: Any):
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
@@ -138,3 +165,14 @@ class FromageGenerationMixin:
             )
         ours = RetLogitsProcessor(self.config, input_ids_seq_length or 0, **options)
         return LogitsProcessorList([ours, *processors])
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        limit = context_length(self.config.text_config)
+        if generation_config.max_length > limit:
+            new = generation_config.max_length - input_ids_length
+            raise ValueError(
+                f"The prompt's {input_ids_length} tokens and {new} new ones exceed the language model's context of "
+                f"{limit}. Shorten the prompt (an image takes {self.config.num_image_tokens} of them), or lower "
+                "`max_new_tokens`."
+            )

@@ -28,6 +28,7 @@ from .checkpoint_fromage import FromageCheckpointMixin
 from .configuration_fromage import FromageConfig
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
 from .losses_fromage import mean_over_targets
+from .scoring_fromage import FromageScoringMixin
 
 
 @dataclass
@@ -119,7 +120,12 @@ class FromagePreTrainedModel(PreTrainedModel):
 
 
 class FromageForConditionalGeneration(
-    FromageCheckpointMixin, FromagePreTrainedModel, FromageBranchesMixin, FromageGenerationMixin, GenerationMixin
+    FromageCheckpointMixin,
+    FromagePreTrainedModel,
+    FromageBranchesMixin,
+    FromageGenerationMixin,
+    FromageScoringMixin,
+    GenerationMixin,
 ):
     """FROMAGe with its frozen backbones; see [`FromageConfig`] for the sizes and section 3 of the paper for the model.
 

@@ -70,7 +70,7 @@ class PackedRows:
     def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask (R, 1, C, C): causal, within a sequence."""
         same = self.sequence[:, :, None] == self.sequence[:, None, :]
-        return _additive(same.tril(), dtype)
+        return additive_mask(same.tril(), dtype)
 
     def query_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask (R, 1, laps, C + laps): a query sees its own sequence and itself."""
@@ -79,10 +79,11 @@ class PackedRows:
         query = self.lay_queries(sequences) - 1  # (R, laps); -1 where there is none
         own = (query[:, :, None] == self.sequence[:, None, :]) & (query[:, :, None] >= 0)
         itself = torch.eye(self.laps, dtype=torch.bool, device=own.device).expand(self.rows, -1, -1)
-        return _additive(torch.cat([own, itself], dim=-1), dtype)
+        return additive_mask(torch.cat([own, itself], dim=-1), dtype)
 
 
-def _additive(allowed: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+def additive_mask(allowed: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    """(R, Q, K), True where a query sees a key -> (R, 1, Q, K), 0 or the dtype's minimum."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 

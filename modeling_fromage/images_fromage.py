@@ -1,11 +1,25 @@
-"""Reading image files of every common kind as RGB."""
+"""Reading images of every common kind, from files, memory or the web, as RGB."""
 
 import io
 import os
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, fetch, is_url
+
+# What Pillow raises, and why; the first kind that fits counts.
+_REASONS = {
+    FileNotFoundError: "not found",
+    UnidentifiedImageError: "no image",
+    Image.DecompressionBombError: "too many pixels",
+    Image.DecompressionBombWarning: "too many pixels",
+    OSError: "broken",
+    SyntaxError: "broken",
+    ValueError: "broken",
+    EOFError: "broken",
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -27,21 +41,41 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_rgb_image(source: str | os.PathLike | Image.Image | dict[str, Any]) -> Image.Image:
-    """Read a file, a PIL image or an undecoded `datasets` image (`{"bytes", "path"}`) as RGB.
+def load_rgb_image(
+    source: str | os.PathLike | Image.Image | dict[str, Any], limits: ImageLimits = DEFAULT_LIMITS
+) -> Image.Image:
+    """Read a file, a URL (`http`, `https`, `data`), a PIL image or an undecoded `datasets` image (`{"bytes", "path"}`)
+    as RGB.
 
     Raises:
-        ValueError: The file is missing, truncated or no image; the message names it.
+        UnreadableImageError: A `ValueError` that names an image that is missing, truncated, none at all, or over one of
+            `limits`.
     """
+    if isinstance(source, dict):
+        name = str(source.get("path") or "in memory")
+        source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
+    else:
+        name = str(getattr(source, "filename", "") or repr(source))[:200]
+    if is_url(source):
+        source = io.BytesIO(fetch(source, limits))
+    elif isinstance(source, str) and source.lower().startswith("file:"):
+        raise UnreadableImageError(name, "file: URLs are refused", "give a path for a local file")
     try:
-        if isinstance(source, Image.Image):
-            return to_rgb(source)
-        data = io.BytesIO(source["bytes"]) if isinstance(source, dict) and source["bytes"] else source
-        with Image.open(data["path"] if isinstance(data, dict) else data) as image:
-            return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = source["path"] if isinstance(source, dict) else getattr(source, "filename", "") or repr(source)
-        raise ValueError(f"Cannot read the image {name}: {error}. Replace the file or leave it out.") from error
+        return _decode(source, name, limits)
+    except UnreadableImageError:
+        raise
+    except tuple(_REASONS) as error:
+        reason = next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
+        raise UnreadableImageError(name, reason, str(error)) from error
+
+
+def _decode(source: Any, name: str, limits: ImageLimits) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    with Image.open(source) as image:
+        if image.width * image.height > limits.max_pixels:
+            raise UnreadableImageError(name, "too many pixels", f"{image.width} x {image.height}")
+        return to_rgb(image)
 
 
 __all__ = ["load_rgb_image", "to_rgb"]

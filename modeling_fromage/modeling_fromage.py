@@ -4,6 +4,7 @@ Axes: B rows of text, L tokens, N images, k visual tokens an image, D the LM's i
 V columns of logits, q the width of the shared image-text space, T target tokens.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,6 +291,16 @@ class FromageForConditionalGeneration(
         pooled = pooled_image_features if pixel_values is None else self.get_pooled_image_features(pixel_values)
         projected = self.adapter.visual_projection(self.adapter.image_features(pooled))
         return nn.functional.normalize(projected, dim=-1)
+
+    @torch.no_grad()
+    def retrieval_fingerprint(self) -> str:
+        """Tells the models apart whose embeddings can be compared: a digest of the trained parts, rounded to bfloat16,
+        so that a checkpoint saved in bfloat16 has its original's."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.adapter.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(parameter.to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     # ---- text -----------------------------------------------------------------------------------------------------
 

@@ -178,11 +178,10 @@ def _images_of(messages: list[dict]) -> list:
 
 
 def _read(images):
-    """Files and odd PIL modes as RGB, in the nesting they came in; URLs and arrays are transformers' to read."""
+    """Files, URLs and odd PIL modes as RGB, in the nesting they came in; arrays are transformers' to read."""
     if isinstance(images, (list, tuple)):
         return [_read(image) for image in images]
-    is_url = isinstance(images, str) and images.startswith(("http://", "https://", "data:"))
-    return load_rgb_image(images) if isinstance(images, (str, os.PathLike, Image.Image)) and not is_url else images
+    return load_rgb_image(images) if isinstance(images, (str, os.PathLike, Image.Image)) else images
 
 
 __all__ = ["FromageProcessor"]

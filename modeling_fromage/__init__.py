@@ -7,10 +7,13 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_fromage import FromageConfig
 from .data_collator_fromage import FromageDataCollator
+from .fetching_fromage import ImageLimits, UnreadableImageError
 from .modeling_fromage import FromageForConditionalGeneration, FromageOutput
+from .pipeline_fromage import TASK, FromageChat, FromagePipeline
 from .processing_fromage import FromageProcessor
 from .retrieval_fromage import FromageImageIndex
 from .trainer_fromage import FromageTrainer, NormalizeRetEmbeddingCallback
@@ -21,6 +24,9 @@ AutoConfig.register("fromage", FromageConfig, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(FromageConfig, FromageForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(FromageConfig, FromageProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=FromagePipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+)
 # Checkpoints carry the code, so that `trust_remote_code=True` loads them where this package is not installed.
 FromageConfig.register_for_auto_class()
 FromageForConditionalGeneration.register_for_auto_class("AutoModel")
@@ -29,13 +35,17 @@ FromageProcessor.register_for_auto_class()
 __all__ = [
     "EfficientNetLiteConfig",
     "EfficientNetLiteModel",
+    "FromageChat",
     "FromageConfig",
     "FromageDataCollator",
     "FromageForConditionalGeneration",
     "FromageImageIndex",
     "FromageOutput",
+    "FromagePipeline",
     "FromageProcessor",
     "FromageTrainer",
+    "ImageLimits",
     "NormalizeRetEmbeddingCallback",
+    "UnreadableImageError",
     "__version__",
 ]

@@ -93,7 +93,7 @@ class FromageGenerationMixin:
         is_ret[:, : prompt.shape[1]] = False
         if visual is not None:
             visual = self._repeat_images(prompt, visual, copies)
-        output["ret_embeds"] = self._embed_rets(output.sequences, mask, visual, is_ret)
+        output["ret_embeds"] = self.embed_positions(output.sequences, mask, visual, is_ret)
         output["ret_positions"] = [row.nonzero().flatten() for row in is_ret]
         return output
 
@@ -120,31 +120,41 @@ class FromageGenerationMixin:
         pooled = self._pooled_or_none(pixel_values, pooled_image_features)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         visual = None if pooled is None else self._visual_tokens(pooled)
-        return self._embed_rets(input_ids, mask, visual, self._is_ret(input_ids))
+        return self.embed_positions(input_ids, mask, visual, self._is_ret(input_ids))
 
     @torch.no_grad()
-    def _embed_rets(self, sequences, mask, visual, is_ret) -> list[torch.Tensor]:
-        """The embeddings at `is_ret` (B, L), row by row, by one pass over the rows that have any, up to the last.
+    def embed_positions(
+        self,
+        sequences: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        visual: torch.Tensor | None,
+        at: torch.BoolTensor,
+    ) -> list[torch.Tensor]:
+        """The unit-norm text embeddings at the places `at` (B, L), usually those of `[RET]`: one (places, q) tensor a
+        row.
 
-        A pass of its own is exact for beams, samples and a `[RET]` that was never fed back, and keeps no hidden states
-        of the steps.
+        A pass of its own over the rows that have any, up to the last one. It is exact for beams, samples and a `[RET]`
+        that was never fed back, and no step of a generation has to keep its hidden states.
+
+        Args:
+            visual: (N, k, D), the visual tokens of all rows' images.
         """
-        counts = is_ret.sum(-1).tolist()
+        counts = at.sum(-1).tolist()
         if not any(counts):
             return list(self.adapter.logit_scale.new_zeros(0, self.config.projection_dim).split(counts))
-        has_ret = is_ret.any(-1)
+        rows = at.any(-1)
         if visual is not None:
-            visual = visual[has_ret.repeat_interleave(self._image_counts(sequences)).to(visual.device)]
-        sequences, mask, is_ret = sequences[has_ret], mask[has_ret], is_ret[has_ret]
-        needed = (is_ret | (sequences == self.config.image_token_id)).any(0)
+            visual = visual[rows.repeat_interleave(self._image_counts(sequences)).to(visual.device)]
+        sequences, mask, at = sequences[rows], attention_mask[rows], at[rows]
+        needed = (at | (sequences == self.config.image_token_id)).any(0)
         length = int(needed.nonzero().max()) + 1
         output = self._decode(
             self._embed(sequences[:, :length], None, visual),
             mask[:, :length].to(sequences.device),
             output_hidden_states=self._needs_all_layers,
         )
-        rows, columns = is_ret.nonzero(as_tuple=True)
-        embeds = self._project_text([hidden[rows, columns] for hidden in self._text_layers(output)])
+        row, column = at.nonzero(as_tuple=True)
+        embeds = self._project_text([hidden[row, column] for hidden in self._text_layers(output)])
         return list(embeds.split(counts))
 
     def _image_counts(self, input_ids: torch.LongTensor) -> torch.LongTensor:

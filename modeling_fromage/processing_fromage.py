@@ -128,12 +128,34 @@ class FromageProcessor(ProcessorMixin):
                 chat_template = self.bos_text + (chat_template or self.chat_template)
         return super().apply_chat_template(flat, chat_template, **kwargs)
 
+    @property
+    def chat_stop_strings(self) -> list[str]:
+        """What ends an answer under the default chat template; the LM's own ends it with a token."""
+        return ["\n"] if self.chat_template == DEFAULT_CHAT_TEMPLATE else []
+
+    def join_parts(self, parts: list[dict]) -> str:
+        """The text of a message's parts, with `<|image|>` for each image, and `[RET]` for those that the model
+        retrieved (parts with a "ret_index"; several of one `[RET]` have the same)."""
+        texts, last_ret = [], None
+        for part in parts:
+            ret = part.get("ret_index")
+            if part["type"] == "text":
+                texts.append(part["text"])
+            elif ret is None:
+                texts.append(self.image_token)
+            elif ret != last_ret:
+                texts.append(self.ret_token)
+            last_ret = ret
+        return "".join(texts)
+
+    @staticmethod
+    def shown_images(parts: list[dict]) -> list[dict]:
+        """Those of a message's parts that [`join_parts`] gives a `<|image|>`, in order."""
+        return [part for part in parts if part["type"] == "image" and part.get("ret_index") is None]
+
     def _flatten(self, message: dict) -> dict:
         content = message.get("content")
-        if not isinstance(content, list):
-            return message
-        parts = [part["text"] if part["type"] == "text" else self.image_token for part in content]
-        return {**message, "content": "".join(parts)}
+        return {**message, "content": self.join_parts(content)} if isinstance(content, list) else message
 
     def check_config(self, config: Any):
         """Raise a `ValueError` where a model's token ids or `num_image_tokens` differ from this processor's."""
@@ -172,9 +194,9 @@ def _bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _images_of(messages: list[dict]) -> list:
-    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
-    keys = ("image", "url", "path")
-    return [part[key] for part in parts if part["type"] == "image" for key in keys if key in part]
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    parts = [part for content in contents for part in FromageProcessor.shown_images(content)]
+    return [part[key] for part in parts for key in ("image", "url", "path") if key in part]
 
 
 def _read(images):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .images_fromage import load_rgb_image
 from .processing_fromage import FromageProcessor
@@ -58,7 +59,7 @@ class FromageDataCollator:
         texts = [self._checked(row, example["caption"]) for row, example in enumerate(examples)]
         captions = [self._caption_ids(text) for text in texts]
         ret = [self.processor.ret_token_id]
-        retrieval = _pad([self._bos + ids + ret for ids in captions], self._pad_id, self._left)
+        retrieval = _pad([self._bos + ids + ret for ids in captions], self._pad_id)
         # After a prefix that no BOS parts from it, a caption goes on with the sentence.
         space = " " if self._prefix and not self._bos else ""
         rows = [self._captioning_row(self._caption_ids(space + text) if space else ids)
@@ -66,8 +67,8 @@ class FromageDataCollator:
         if self._concatenate(captions):
             pairs = [rows[i : i + 2] for i in range(0, len(rows), 2)]
             rows = [tuple(sum(parts, []) for parts in zip(*pair, strict=True)) for pair in pairs]
-        input_ids, attention_mask = _pad([ids for ids, _ in rows], self._pad_id, self._left)
-        labels, _ = _pad([targets for _, targets in rows], -100, self._left)
+        input_ids, attention_mask = _pad([ids for ids, _ in rows], self._pad_id)
+        labels, _ = _pad([targets for _, targets in rows], -100)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -80,10 +81,6 @@ class FromageDataCollator:
     @property
     def _pad_id(self) -> int:
         return self.processor.tokenizer.pad_token_id
-
-    @property
-    def _left(self) -> bool:
-        return self.processor.tokenizer.padding_side == "left"
 
     def _checked(self, row: int, caption: str) -> str:
         if not isinstance(caption, str) or not caption.strip():
@@ -116,13 +113,11 @@ class FromageDataCollator:
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
 
-def _pad(rows: list[list[int]], value: int, left: bool) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows to a (B, L) tensor and its mask."""
+def _pad(rows: list[list[int]], value: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Rows to a (B, L) tensor, padded on the right as the authors', and its mask."""
     tensors = [torch.tensor(row) for row in rows]
-    side = "left" if left else "right"
-    pad = torch.nn.utils.rnn.pad_sequence
-    masks = pad([torch.ones_like(row) for row in tensors], batch_first=True, padding_side=side)
-    return pad(tensors, batch_first=True, padding_value=value, padding_side=side), masks
+    masks = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
+    return pad_sequence(tensors, batch_first=True, padding_value=value), masks
 
 
 __all__ = ["FromageDataCollator"]

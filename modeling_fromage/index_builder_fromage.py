@@ -69,12 +69,13 @@ def build_folder(
             if consumed - checkpointed >= CHECKPOINT_EVERY:
                 writer.checkpoint({"consumed": consumed, "digest": digest.hexdigest()})
                 checkpointed = consumed
-    writer.checkpoint({"consumed": consumed, "digest": digest.hexdigest()})
     skipped = writer.reasons()
     causes = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     summary = f"Indexed {writer.count:,} of {consumed:,} images; skipped {sum(skipped.values()):,}"
     if not writer.count:
+        writer.discard()  # there is nothing to go on with; by the next call the images may be there
         raise ValueError(f"An index needs at least one image. {summary}{': ' + causes if causes else ''}.")
+    writer.checkpoint({"consumed": consumed, "digest": digest.hexdigest()})
     writer.finish()
     if skipped:
         logger.warning("%s: %s. The index's `skipped` lists them.", summary, causes)

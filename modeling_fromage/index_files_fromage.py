@@ -35,12 +35,20 @@ class IndexWriter:
         directory: Created where it is missing.
         facts: JSON-serialisable, kept in the index: `dim`, `dtype`, `model`, ...
         resume: Go on with an unfinished index in `directory`, if there is one with the same `facts`.
+        progress: For an index that is written at one go, what [`checkpoint`] would be told.
 
     Raises:
         ValueError: What is to be resumed has other facts.
+        CorruptIndexError: It lacks ids or metadata.
     """
 
-    def __init__(self, directory: str | os.PathLike, facts: dict[str, Any], resume: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        facts: dict[str, Any],
+        resume: bool = False,
+        progress: dict[str, Any] | None = None,
+    ):
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         unfinished = self.directory / UNFINISHED_FILE
@@ -55,13 +63,16 @@ class IndexWriter:
                 )
         else:
             entries = {"file": f"entries-{uuid.uuid4().hex[:8]}.sqlite"}
-            self.state = {"format": _FORMAT, **facts, "count": 0, "shards": [], "entries": entries, "progress": {}}
+            self.state = {"format": _FORMAT, **facts, "count": 0, "shards": [], "entries": entries}
+            self.state["progress"] = {**(progress or {}), "skipped": 0}
         self.count = self.state["count"]
         self._connection = connect(self.directory / self.state["entries"]["file"])
         with self._connection:  # what came after the last checkpoint
             self._connection.execute("DELETE FROM entries WHERE position >= ?", (self.count,))
-            skipped = self.state["progress"].get("skipped", 0)
-            self._connection.execute("DELETE FROM skipped WHERE rowid > ?", (skipped,))
+            self._connection.execute("DELETE FROM skipped WHERE rowid > ?", (self.state["progress"]["skipped"],))
+        if self._connection.execute("SELECT COUNT(*) FROM entries").fetchone() != (self.count,):
+            raise CorruptIndexError(self.directory / self.state["entries"]["file"], "it lacks entries")
+        self._outgrown: list[str] = []  # files of tails that have grown since
         self._tail: list[torch.Tensor] = []
         self._tail_is_listed = False
         if self.state["shards"] and self.state["shards"][-1]["count"] < SHARD_ROWS:
@@ -100,25 +111,39 @@ class IndexWriter:
 
     def checkpoint(self, progress: dict[str, Any]):
         """Make what was added so far survive a kill."""
+        self._list_all(progress)
+        self._write(UNFINISHED_FILE)
+        if not (self.directory / INDEX_FILE).is_file():  # which may list them too
+            listed = {entry["file"] for entry in self.state["shards"]}
+            for name in set(self._outgrown) - listed:
+                (self.directory / name).unlink(missing_ok=True)
+            self._outgrown = []
+
+    def _list_all(self, progress: dict[str, Any]):
         tail = torch.cat(self._tail) if self._tail else torch.empty(0)
         if len(tail):
             self._list_shard(tail)
             self._tail, self._tail_is_listed = [tail], True
         skipped = self._connection.execute("SELECT COUNT(*) FROM skipped").fetchone()[0]
         self.state.update(count=self.count, progress={**progress, "skipped": skipped})
-        self._write(UNFINISHED_FILE)
+
+    def discard(self):
+        """Remove what was written, with nothing to go on from."""
+        self._connection.close()
+        for name in (UNFINISHED_FILE, self.state["entries"]["file"]):
+            (self.directory / name).unlink(missing_ok=True)
 
     def finish(self, facts: dict[str, Any] | None = None, files: Sequence[str] = ()):
         """Complete the index, with more `facts`; of the folder's older index files only `files` are kept."""
-        self.checkpoint(self.progress)
+        self._list_all(self.progress)
         self._connection.close()
         path = self.directory / self.state["entries"]["file"]
         self.state["entries"].update(bytes=path.stat().st_size, crc32=crc32_of_file(path))
         self.state.update(facts or {})
         self._write(INDEX_FILE)
-        (self.directory / UNFINISHED_FILE).unlink()
+        (self.directory / UNFINISHED_FILE).unlink(missing_ok=True)
         kept = {entry["file"] for entry in self.state["shards"]} | {path.name, *files}
-        for pattern in ("embeds-*.safetensors", "entries-*.sqlite*", "backend-*.faiss"):
+        for pattern in ("embeds-*.safetensors", "entries-*.sqlite*", "backend-*.faiss", "embeds-*.tmp", "backend.tmp"):
             for old in self.directory.glob(pattern):
                 if old.name not in kept:
                     old.unlink()
@@ -127,7 +152,7 @@ class IndexWriter:
         """Write one shard's file, in the place of the listed tail if that is what it grew from."""
         shards = self.state["shards"]
         if self._tail_is_listed:
-            shards.pop()
+            self._outgrown.append(shards.pop()["file"])
         rows = rows.contiguous()
         crc32 = crc32_of(rows)
         path = self.directory / f"embeds-{len(shards):05d}-{crc32:08x}.safetensors"
@@ -160,23 +185,31 @@ def read_index_file(directory: Path) -> tuple[dict[str, Any], list[Shard], Entri
         raise FileNotFoundError(f"{directory} holds no image index: it has no {INDEX_FILE}.")
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        version = state["format"]
-        listed = [*state["shards"], state["entries"], *([state["faiss"]] if state.get("faiss") else [])]
-        if sum(entry["count"] for entry in state["shards"]) != state["count"]:
-            raise CorruptIndexError(path, "its shards do not add up to its count")
-        for entry in listed:
-            file = directory / Path(entry["file"]).name  # nothing outside the folder is opened
-            size = file.stat().st_size if file.is_file() else None
-            if size != entry["bytes"]:
-                raise CorruptIndexError(file, f"it should have {entry['bytes']:,} bytes, and has {size}")
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CorruptIndexError):
-            raise
+        if state["format"] == _FORMAT:
+            return state, *_listed_files(directory, state)
+    except CorruptIndexError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptIndexError(path, f"{type(error).__name__}: {error}") from error
-    if version != _FORMAT:
-        raise ValueError(f"{path} is of format {version}, this version reads {_FORMAT}. Upgrade modeling-fromage.")
+    raise ValueError(f"{path} is of format {state['format']}, this version reads {_FORMAT}. Upgrade modeling-fromage.")
+
+
+def _listed_files(directory: Path, state: dict[str, Any]) -> tuple[list[Shard], Entries]:
+    if missing := {"dim", "dtype", "model", "image_root", "progress"} - state.keys():
+        raise ValueError(f"it lacks {sorted(missing)}")
+    if not isinstance(state["dim"], int) or state["dtype"] not in ("float32", "float16"):
+        raise ValueError(f"embeddings of width {state['dim']!r} and dtype {state['dtype']!r}")
+    if sum(entry["count"] for entry in state["shards"]) != state["count"]:
+        raise ValueError("its shards do not add up to its count")
+    for entry in (*state["shards"], state["entries"], *([state["faiss"]] if state.get("faiss") else [])):
+        if not isinstance(entry["crc32"], int):
+            raise ValueError(f"no checksum of {entry['file']}")
+        file = directory / Path(entry["file"]).name  # nothing outside the folder is opened
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            raise CorruptIndexError(file, f"it should have {entry['bytes']:,} bytes, and has {size}")
     shards = [_shard(directory, entry) for entry in state["shards"]]
-    return state, shards, Entries(directory / Path(state["entries"]["file"]).name, state["entries"]["crc32"])
+    return shards, Entries(directory / Path(state["entries"]["file"]).name, state["entries"]["crc32"])
 
 
 def _shard(directory: Path, entry: dict[str, Any]) -> Shard:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -93,12 +94,12 @@ def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], 
 
 
 def _is_fact(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool))
+    return value is None or isinstance(value, (str, int, bool)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
     """Rows of a TSV or CSV file; relative image paths are relative to it."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
         rows = list(csv.DictReader(file, dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel"))
     if rows and not any(name in rows[0] for name in _IMAGE_COLUMNS):
         raise ValueError(f"{path} needs a header with one of the columns {_IMAGE_COLUMNS}; it has {list(rows[0])}.")

@@ -51,7 +51,9 @@ class Shard:
                 rows = load_file(self.path)["embeds"]
             except (SafetensorError, KeyError, OSError) as error:
                 raise CorruptIndexError(self.path, str(error)) from error
-            if len(rows) != self.count or crc32_of(rows) != self.crc32:
+            # The checksum is of the numbers alone; the file's header says what kind they are.
+            right = rows.dim() == 2 and rows.is_floating_point() and len(rows) == self.count
+            if not right or crc32_of(rows) != self.crc32:
                 raise CorruptIndexError(self.path, "its checksum differs from the index's")
             self._rows = rows
         return self._rows
@@ -150,10 +152,13 @@ class Entries:
         conditions, values = [], []
         for name, wanted in where.items():
             wanted = list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted]
-            # A JSON path's quotes cannot be escaped in SQLite, so keys are compared as values.
-            one = "EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value IS ?)"
-            conditions.append("(" + " OR ".join([one] * len(wanted)) + ")" if wanted else "0")
-            values += [value for choice in wanted for value in (name, choice)]
+            # A JSON path's quotes cannot be escaped in SQLite, so keys are compared as values; and wanted values are
+            # one parameter, as SQLite limits how many there are.
+            conditions.append(
+                "EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND "
+                "(value IN (SELECT value FROM json_each(?)) OR (value IS NULL AND ?)))"
+            )
+            values += [name, json.dumps(wanted, ensure_ascii=False), None in wanted]
         query = f"SELECT position FROM entries WHERE {' AND '.join(conditions)} ORDER BY position"  # noqa: S608
         return [position for (position,) in self.connection.execute(query, values)]
 
@@ -186,7 +191,7 @@ def add_entries(connection: sqlite3.Connection, first: int, ids: Iterable[str], 
     """[`Entries.add`] for a connection."""
     pairs = zip(ids, metadata, strict=True)
     rows = [
-        (position, str(image_id), json.dumps(facts, ensure_ascii=False))
+        (position, str(image_id), json.dumps(facts, ensure_ascii=False, allow_nan=False))  # JSON has no NaN
         for position, (image_id, facts) in enumerate(pairs, first)
     ]
     try:

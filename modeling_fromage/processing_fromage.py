@@ -184,6 +184,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # so that a batch can be generated on
     return image_id, ret_id
 
 

@@ -200,13 +200,15 @@ class FromageImageIndex:
             index = cls.from_pretrained(directory)
             if save_directory is None:
                 index._into_memory()
+            progress = read_index_file(directory)[0]["progress"]
         if save_directory is None and isinstance(images, (list, tuple)):  # which the caller holds in any case
-            given = zip(ids or map(str, itertools.count()), images, strict=False)
-            index._images = {str(name): image for name, image in given if isinstance(image, Image.Image)}
+            for source in image_sources(images, ids, metadata)[0]:
+                if isinstance(source.image, Image.Image) and source.id in index:
+                    index._images.setdefault(source.id, source.image)  # of those with one id the first is indexed
         if backend != index.backend or backend_options:
             index.use_backend(backend, **backend_options)
             if save_directory is not None:
-                index.save_pretrained(save_directory)
+                index._save(save_directory, root, progress)  # still the index of these images to the next call
         return index
 
     def _into_memory(self):
@@ -219,14 +221,17 @@ class FromageImageIndex:
         metadata = [{} for _ in ids] if metadata is None else list(metadata)
         if not len(embeds) == len(ids) == len(metadata):
             raise ValueError(f"Got {len(embeds)} embeddings, {len(ids)} ids and {len(metadata)} metadata entries.")
-        rows = self._normalized(embeds).to(self.dtype)
+        self._add_rows(self._normalized(embeds).to(self.dtype), ids, metadata)
+
+    def _add_rows(self, rows: torch.Tensor, ids: Sequence[str], metadata: Sequence[dict[str, Any]]):
+        faiss = None if self._faiss is None else self._loaded_faiss()
         self._entries.add(self._count, ids, metadata)
         self._added.append(rows)
         self._count += len(rows)
         if self._deleted is not None:
             self._deleted = F.pad(self._deleted, (0, len(rows)))
-        if self._faiss is not None:
-            self._loaded_faiss().add(rows)
+        if faiss is not None:
+            faiss.add(rows)
 
     def add_images(self, model: Any, processor: Any, images: Any, **kwargs: Any):
         """Embed and append `images`; arguments as for [`build`].
@@ -252,6 +257,8 @@ class FromageImageIndex:
             self._deleted = torch.zeros(self._count, dtype=torch.bool)
         self._deleted[list(positions.values())] = True
         self._entries.delete(list(positions.values()))
+        for image_id in positions:
+            self._images.pop(image_id, None)
 
     @classmethod
     def merge(cls, indexes: Sequence["FromageImageIndex | str | os.PathLike"]) -> "FromageImageIndex":
@@ -276,13 +283,18 @@ class FromageImageIndex:
 
     def _append(self, other: "FromageImageIndex", absolute: bool):
         """Add all of another index, with `absolute` paths where its `image_root` is not this one's."""
+        if other.dim != self.dim:
+            raise ValueError(f"Embeddings of width {other.dim} cannot be added to those of width {self.dim}.")
+        if self._entries.positions(other.ids):  # before any of its pieces is added
+            raise ValueError("Image ids must be unique; at least one is in both indexes.")
         for rows, ids, metadata in other._pieces():
-            if absolute:
+            if absolute and other.image_root is not None:
                 metadata = [
                     {**facts, "path": str(other.image_root / facts["path"])} if facts.get("path") else facts
                     for facts in metadata
                 ]
-            self.add(rows, ids, metadata)
+            self._add_rows(rows, ids, metadata)  # as they are: normalised again, they would be rounded again
+        self._may_read_files &= other._may_read_files
         self._entries.skip((row["id"], row["source"], row["reason"]) for row in other.skipped)
         self._images.update(other._images)
 
@@ -304,12 +316,11 @@ class FromageImageIndex:
             raise ValueError(f"Unknown backend {backend!r}; this version has 'flat' and 'faiss'.")
         if backend == "flat" and options:
             raise ValueError(f"The flat backend takes no options, got {sorted(options)}.")
-        self._faiss_file = None
-        self._faiss = None
+        faiss = None
         if backend == "faiss":
             faiss = FaissBackend(**options)
             faiss.build(self._all_shards(), self.dim)
-            self._faiss = faiss
+        self._faiss, self._faiss_file = faiss, None
         return self
 
     def to(self, device: torch.device | str) -> "FromageImageIndex":
@@ -380,9 +391,10 @@ class FromageImageIndex:
     def _normalized(self, embeds: torch.Tensor) -> torch.Tensor:
         if embeds.dim() != 2 or embeds.shape[-1] != self.dim:
             raise ValueError(f"Expected embeddings (N, {self.dim}), got {tuple(embeds.shape)}.")
+        embeds = embeds.detach().float().cpu()
         if not torch.isfinite(embeds).all():
             raise ValueError("The embeddings contain NaN or infinite values.")
-        return F.normalize(embeds.detach().float().cpu(), dim=-1)
+        return F.normalize(embeds, dim=-1)
 
     def _banned(self, exclude_ids, count: int) -> list[torch.LongTensor]:
         """The positions of excluded images, for each query."""
@@ -417,7 +429,7 @@ class FromageImageIndex:
             last = self._shards[-1] if self._shards else None
             if last is not None and last.path is None and last.count < SHARD_ROWS:
                 rows = torch.cat([self._shards.pop().rows().cpu(), rows])
-            self._shards += [Shard(len(piece), piece.to(self.device)) for piece in rows.split(SHARD_ROWS)]
+            self._shards += [Shard(len(piece), piece.to(self.device)) for piece in rows.split(SHARD_ROWS) if len(piece)]
             self._added = []
         return self._shards
 
@@ -441,17 +453,25 @@ class FromageImageIndex:
         """Write the index into a folder. An index that is there stays whole until the new one is."""
         self._save(save_directory, None if self.image_root is None else str(self.image_root.resolve()))
 
-    def _save(self, directory: str | os.PathLike, image_root: str | None):
+    def _save(
+        self,
+        directory: str | os.PathLike,
+        image_root: str | None,
+        progress: dict[str, Any] | None = None,
+        public: bool = False,
+    ):
         facts = {
             "dim": self.dim,
             "dtype": str(self.dtype).removeprefix("torch."),
             "model": self.model_fingerprint,
             "image_root": image_root,
         }
-        writer = IndexWriter(directory, facts)
+        writer = IndexWriter(directory, facts, progress=progress)
         for rows, ids, metadata in self._pieces():
             writer.add(rows, ids, metadata)
-        writer.skip([(row["id"], row["source"], row["reason"]) for row in self.skipped])
+        for row in self.skipped:
+            source = Path(row["source"]).name if public and not is_url(row["source"]) else row["source"]
+            writer.skip([(row["id"], source, row["reason"])])
         if self._faiss is None:
             writer.finish()
             return
@@ -521,7 +541,7 @@ class FromageImageIndex:
         """Upload the index in one commit, in the place of the one that is there; returns the commit's address."""
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self._save(folder, image_root=None)  # a folder of this machine, and of no one else's concern
+            self._save(folder, image_root=None, public=True)  # folders of this machine are of no one else's concern
             api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, repo_type=repo_type, revision=revision,

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 
-from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage import FromageForConditionalGeneration, FromagePipeline, FromageProcessor
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _STRANGER = "import sys; sys.modules['modeling_fromage'] = None; exec(sys.stdin.read())"
@@ -35,8 +35,8 @@ def stage(checkpoint: str, repo_id: str, folder: Path, options: argparse.Namespa
     processor.check_config(model.config)
     if not options.save_backbones:
         model.refuse_local_backbones()
-    model.save_pretrained(folder, save_backbones=options.save_backbones, adapter_dtype=options.adapter_dtype)
-    processor.save_pretrained(folder)
+    pipe = FromagePipeline(model=model, processor=processor)  # its code goes along
+    pipe.save_pretrained(folder, save_backbones=options.save_backbones, adapter_dtype=options.adapter_dtype)
     card = model_card(model, processor, repo_id, options)
     card.save(folder / "README.md")
 

@@ -2,6 +2,8 @@
 
 import io
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, fetch, is_url
 
+# Of the web: Pillow hands PostScript to a program of its own.
+_WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 # What Pillow raises, and why; the first kind that fits counts.
 _REASONS = {
     FileNotFoundError: "not found",
@@ -19,6 +23,7 @@ _REASONS = {
     SyntaxError: "broken",
     ValueError: "broken",
     EOFError: "broken",
+    RuntimeError: "broken",
 }
 
 
@@ -53,15 +58,18 @@ def load_rgb_image(
     """
     if isinstance(source, dict):
         name = str(source.get("path") or "in memory")
-        source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
+        source = io.BytesIO(source["bytes"]) if source.get("bytes") else source.get("path")
+        if not source:
+            raise UnreadableImageError(name, "no image", "neither bytes nor a path")
     else:
         name = str(getattr(source, "filename", "") or repr(source))[:200]
+    formats = None
     if is_url(source):
-        source = io.BytesIO(fetch(source, limits))
+        source, formats = io.BytesIO(fetch(source, limits)), _WEB_FORMATS
     elif isinstance(source, str) and source.lower().startswith("file:"):
         raise UnreadableImageError(name, "file: URLs are refused", "give a path for a local file")
     try:
-        return _decode(source, name, limits)
+        return _decode(source, name, limits, formats)
     except UnreadableImageError:
         raise
     except tuple(_REASONS) as error:
@@ -69,10 +77,9 @@ def load_rgb_image(
         raise UnreadableImageError(name, reason, str(error)) from error
 
 
-def _decode(source: Any, name: str, limits: ImageLimits) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    with Image.open(source) as image:
+def _decode(source: Any, name: str, limits: ImageLimits, formats: Sequence[str] | None) -> Image.Image:
+    image = source if isinstance(source, Image.Image) else Image.open(source, formats=formats)
+    with nullcontext() if image is source else image:
         if image.width * image.height > limits.max_pixels:
             raise UnreadableImageError(name, "too many pixels", f"{image.width} x {image.height}")
         return to_rgb(image)

@@ -45,6 +45,7 @@ class InterleavedGeneration:
         load_images: Whether to read the images; `False` gives their ids and metadata alone.
         limits: What reading an image may cost.
         generate_kwargs: For `model.generate`: `do_sample`, `num_beams`, `ret_bias`, `max_num_rets`, `streamer`, ...
+            `eos_token_id=processor.ret_token_id` ends an answer with the image of its first `[RET]`.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class InterleavedGeneration:
             **inputs,
             max_new_tokens=max(row.tokens_left for row in rows),
             max_num_rets=self.max_num_rets if may_ret else 0,
-            eos_token_id=eos_ids or None,
+            eos_token_id=eos_ids or self.processor.image_token_id,  # never written: `None` would mean the model's own
             return_dict_in_generate=True,
             **options,
         )
@@ -192,6 +193,7 @@ class InterleavedGeneration:
         """Append generated `tokens`, of which the `[RET]`s have `embeds` (R, q), to a row's segments."""
         ret_ids = set(self._ret_ids())
         end = next((i for i, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
+        end += end < len(tokens) and tokens[end] in ret_ids  # where [RET] ends an answer, its image is part of it
         tokens = tokens[: min(end, row.tokens_left)]
         if self.feed_images_back:
             tokens = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ret_ids), len(tokens))]

@@ -60,6 +60,7 @@ class FromagePipeline(Pipeline):
             index, images_per_ret, feed_images_back, max_new_tokens, stop_strings, load_images, limits:
                 See [`InterleavedGeneration`]. `stop_strings` defaults to a newline, which ends captions and the
                 default template's answers; where the LM has a chat template of its own, chats end as it says.
+            exclude_ids: Ids of images that are not to be shown, besides those that a prompt has shown.
             allow_local_files: Whether a message's strings may name files of this machine. Off, because messages
                 often come from others; PIL images and `pathlib.Path` objects do not need it.
             kwargs: Any option of `generate`.
@@ -91,6 +92,7 @@ class FromagePipeline(Pipeline):
         index: Any = None,
         limits: ImageLimits | None = None,
         allow_local_files: bool | None = None,
+        exclude_ids: Sequence[str] | None = None,
         feed_images_back: bool | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -98,6 +100,7 @@ class FromagePipeline(Pipeline):
         preprocess_params = {
             "limits": limits,
             "allow_local_files": allow_local_files,
+            "exclude_ids": exclude_ids,
             "feed_images_back": feed_images_back,
         }
         if isinstance(index, (str, os.PathLike)):
@@ -114,6 +117,7 @@ class FromagePipeline(Pipeline):
         prompt: Any,
         limits: ImageLimits = DEFAULT_LIMITS,
         allow_local_files: bool = False,
+        exclude_ids: Sequence[str] = (),
         feed_images_back: bool = False,
     ) -> dict[str, Any]:
         """A prompt as text with placeholders, its images, and the ids of those that it has shown."""
@@ -133,7 +137,7 @@ class FromagePipeline(Pipeline):
             text = self.processor.join_parts(parts)
         images = [_read_image(part, limits, allow_local_files) for part in self.processor.shown_images(parts)]
         shown = [part["id"] for part in parts if part["type"] == "image" and "id" in part]
-        return {"text": text, "images": images, "shown": shown, "stops": stops}
+        return {"text": text, "images": images, "shown": [*shown, *exclude_ids], "stops": stops}
 
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, list]:
         is_batch = isinstance(model_inputs["text"], list)

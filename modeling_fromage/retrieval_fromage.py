@@ -166,6 +166,7 @@ class FromageImageIndex:
         num_workers: int = 8,
         limits: ImageLimits = DEFAULT_LIMITS,
         show_progress: bool = True,
+        shard: tuple[int, int] | None = None,
         backend: str = "flat",
         **backend_options: Any,
     ) -> "FromageImageIndex":
@@ -179,6 +180,7 @@ class FromageImageIndex:
                 complete, the same call opens it.
             num_workers: Threads that read and preprocess images.
             limits: What an image may cost; see [`ImageLimits`].
+            shard: (i, n) takes every n-th image from the i-th on, for n processes whose indexes are then merged.
 
         Images that cannot be read are left out; [`skipped`] lists them, and the log counts them by reason.
 
@@ -186,6 +188,12 @@ class FromageImageIndex:
             ValueError: There is no image, or none that can be read, or `save_directory` holds another index.
         """
         sources, total, root = image_sources(images, ids, metadata)
+        if shard is not None:
+            first, step = shard
+            if not 0 <= first < step:
+                raise ValueError(f"`shard` is (i, n) with i from 0 to n - 1, got {shard}.")
+            sources = itertools.islice(sources, first, None, step)
+            total = None if total is None else len(range(first, total, step))
         facts = {
             "dim": model.config.projection_dim,
             "dtype": str(dtype).removeprefix("torch."),
@@ -469,9 +477,10 @@ class FromageImageIndex:
         writer = IndexWriter(directory, facts, progress=progress)
         for rows, ids, metadata in self._pieces():
             writer.add(rows, ids, metadata)
-        for row in self.skipped:
-            source = Path(row["source"]).name if public and not is_url(row["source"]) else row["source"]
-            writer.skip([(row["id"], source, row["reason"])])
+        skipped = [(row["id"], row["source"], row["reason"]) for row in self.skipped]
+        if public:
+            skipped = [(name, where if is_url(where) else Path(where).name, why) for name, where, why in skipped]
+        writer.skip(skipped)
         if self._faiss is None:
             writer.finish()
             return

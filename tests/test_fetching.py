@@ -1,5 +1,6 @@
 import base64
 import io
+import ipaddress
 import shutil
 import socket
 import ssl
@@ -25,7 +26,8 @@ from modeling_fromage.images_fromage import load_rgb_image
 NAME = "images.example"
 PUBLIC, ALSO_PUBLIC = "93.184.216.34", "93.184.215.14"
 TIMEOUT = 0.3
-SLACK = 1.0  # a busy machine's; what waits for the server's end would wait for ever
+SLACK = 1.0  # a busy machine's
+FOR_EVER = 3.0  # or longer than any test waits
 LOCAL = ImageLimits(timeout=5, allow_private_addresses=True)
 HASTY = ImageLimits(timeout=TIMEOUT, allow_private_addresses=True)
 SMALL = ImageLimits(timeout=5, max_bytes=1000, allow_private_addresses=True)
@@ -108,11 +110,15 @@ def head(status: str = "200 OK", **headers: Any) -> bytes:
 
 
 def sends(data: bytes, then: bytes | None = None, every: float = 0.0) -> Callable[[BaseHTTPRequestHandler], None]:
-    """Answers with `data` and, if there is a `then`, with that again and again till the client hangs up."""
+    """Answers with `data` and, if there is a `then`, with that again and again till the client hangs up.
+
+    Or for `FOR_EVER`, so that a client without a limit fails its test and does not hang it.
+    """
 
     def answer(handler):
+        end = time.monotonic() + FOR_EVER
         handler.wfile.write(data)
-        while then is not None and not handler.server.closing.wait(every):
+        while then is not None and time.monotonic() < end and not handler.server.closing.wait(every):
             handler.wfile.write(then)
 
     return answer
@@ -401,7 +407,7 @@ def test_a_redirect_loop_ends(server):
 def test_a_redirect_stays_on_the_web(server, to):
     server.answers["/a.png"] = redirects(to)
     error, _ = failure(fetch, f"{server.url}/a.png", LOCAL)
-    assert error.reason == "redirects to something else than http(s)" and to in str(error)
+    assert error.reason == "no http(s) address" and to in str(error)
 
 
 # ---- private addresses ----
@@ -456,10 +462,15 @@ def test_wrapped_private_addresses_are_refused_unasked(network, host):
     assert_refused_unasked(f"http://{host}:80/a.png", network)
 
 
-def test_a_public_ipv6_address_needs_no_port(network):
-    error, _ = failure(fetch, "http://[2606:4700::1111]/a.png")
-    assert error.reason == "connection failed"  # there is nobody on this network
-    assert network.connected == ["2606:4700::1111"]
+@pytest.mark.parametrize("address", ["2606:4700::1111", "::ffff:5db8:d822", "64:ff9b::5db8:d822"])
+def test_public_ipv6_addresses_pass_and_need_no_port(network, address):
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+    error, _ = failure(fetch, f"http://[{address}]/a.png")
+    assert error.reason == "connection failed"  # nobody is there on this network
+    assert [ipaddress.ip_address(connected) for connected in network.connected] == [ipaddress.ip_address(address)]
 
 
 def test_loading_refuses_private_addresses_too(network, server):
@@ -666,3 +677,20 @@ def test_what_is_a_url():
         assert is_url(source)
     for source in ("a.png", "/http://a", "file:///a", "ftp://a", "https.png", Path("http://a"), b"http://a", None, 1):
         assert not is_url(source)
+
+
+def test_a_password_is_not_repeated():
+    with pytest.raises(UnreadableImageError) as caught:
+        fetch("http://someone:secret@127.0.0.1/cat.png")
+    assert "secret" not in str(caught.value) and "127.0.0.1/cat.png" in str(caught.value)
+
+
+def test_a_pil_image_is_held_to_the_limit_too():
+    with pytest.raises(UnreadableImageError, match="too many pixels"):
+        load_rgb_image(Image.new("RGB", (20, 20)), ImageLimits(max_pixels=100))
+
+
+def test_the_web_gives_no_postscript():
+    page = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n").decode()
+    with pytest.raises(UnreadableImageError, match="no image"):
+        load_rgb_image(f"data:application/postscript;BASE64,{page}")

@@ -2,8 +2,6 @@
 
 import json
 
-from safetensors import safe_open
-
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from tests.backbones import PARITY
 from training import quickstart
@@ -38,8 +36,11 @@ def test_quickstart_with_own_backbones_and_data(tmp_path, capsys):
     FromageProcessor.from_pretrained(output / "model").check_config(model.config)
     index = FromageImageIndex.from_pretrained(output / "index")
     assert len(index) == len(lines)
-    with safe_open(output / "index" / "index.safetensors", "pt") as file:
-        assert file.get_slice("embeds").get_shape() == [len(lines), model.config.projection_dim]
+    index.check_model(model)
+    assert index.embeds.shape == (len(lines), model.config.projection_dim)
+    answers = [turn for turn in results["conversation"] if "image_caption" in turn]
+    for turn in answers:
+        assert index.get(turn["image"])["caption"] == turn["image_caption"]
 
 
 def test_families_stay_on_one_side():

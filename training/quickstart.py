@@ -20,6 +20,7 @@ from modeling_fromage import (
     FromageDataCollator,
     FromageForConditionalGeneration,
     FromageImageIndex,
+    FromagePipeline,
     FromageProcessor,
     FromageTrainer,
 )
@@ -145,43 +146,41 @@ def search_texts(model, processor, texts: list[str], index: FromageImageIndex, t
     return index.search(model.get_text_embeds(inputs["input_ids"], inputs["attention_mask"]), top_k)
 
 
-@torch.no_grad()
-def converse(model, processor, index: FromageImageIndex, held_out: Split, prompts: list[str], prefix: str):
+def converse(pipe: FromagePipeline, held_out: Split, prompts: list[str], prefix: str) -> list[dict[str, Any]]:
     """A short interleaved conversation: the model says what a picture shows, and shows what a text asks for."""
     turns: list[dict[str, Any]] = []
     shown: list[str] = []
     for i in (0, len(held_out.images) // 2):
         turns.append({"role": "user", "image": held_out.images[i], "text": prefix + " ..."})
-        said = caption(model, processor, held_out.features[i : i + 1], prefix)[0]
-        turns.append({"role": "model", "text": said, "truth": held_out.captions[i]})
+        said = pipe([Path(held_out.images[i]), prefix], max_new_tokens=16, max_num_rets=0, eos_token_id=None)
+        text = " ".join(segment["text"] for segment in said)
+        turns.append({"role": "model", "text": text, "truth": held_out.captions[i]})
         shown.append(held_out.images[i])
     for prompt in prompts:
         turns.append({"role": "user", "text": prompt})
-        turns.append(answer(model, processor, index, prompt, shown))
+        turns.append(answer(pipe, prompt, shown))
         shown += [turns[-1]["image"]] if "image" in turns[-1] else []
     return turns
 
 
-def answer(model, processor, index: FromageImageIndex, prompt: str, shown: list[str]) -> dict[str, Any]:
-    """Continue `prompt` greedily until the first `[RET]`, and retrieve its image. A bias helps only where needed."""
-    inputs = processor(text=prompt, return_tensors="pt")
-    width = inputs["input_ids"].shape[1]
+def answer(pipe: FromagePipeline, prompt: str, shown: list[str]) -> dict[str, Any]:
+    """Continue `prompt` up to the image of the first `[RET]`. A bias helps only where needed."""
     for ret_bias in (0.0, 2.0, 4.0, 8.0):
-        output = model.generate(
-            **inputs,
+        segments = pipe(
+            prompt,
             max_new_tokens=8,
-            do_sample=False,
             ret_bias=ret_bias,
-            eos_token_id=processor.ret_token_id,
-            pad_token_id=processor.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
+            eos_token_id=pipe.processor.ret_token_id,
+            stop_strings=None,
+            exclude_ids=shown,
         )
-        text = processor.decode(output.sequences[0, width:], skip_special_tokens=True)
-        if len(output.ret_embeds[0]):
-            ids, scores, metadata = index.search(output.ret_embeds[0][:1], exclude_ids=shown)
-            found = {"image": ids[0][0], "score": scores[0, 0].item(), "image_caption": metadata[0][0]["caption"]}
-            return {"role": "model", "text": text, "ret_bias": ret_bias, **found}
-    return {"role": "model", "text": text, "ret_bias": ret_bias}
+        text = " ".join(segment["text"] for segment in segments if segment["type"] == "text")
+        turn = {"role": "model", "text": text, "ret_bias": ret_bias}
+        if segments and segments[-1]["type"] == "image":
+            found = segments[-1]
+            caption = found["metadata"]["caption"]
+            return {**turn, "image": found["id"], "score": found["score"], "image_caption": caption}
+    return turn
 
 
 def prepare(options: argparse.Namespace, output: Path) -> tuple[str, str, Dataset, Dataset]:
@@ -232,15 +231,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model.save_pretrained(output / "model")
     processor.save_pretrained(output / "model")
     everything = train_split.images + held_out.images
-    captions = [{"caption": text} for text in train_split.captions + held_out.captions]
+    facts = zip(train_split.captions + held_out.captions, everything, strict=True)
+    metadata = [{"caption": text, "path": str(Path(path).resolve())} for text, path in facts]
     embeds = model.get_image_embeds(pooled_image_features=torch.cat([train_split.features, held_out.features]))
-    FromageImageIndex(embeds, everything, captions).save_pretrained(output / "index")
+    fingerprint = model.retrieval_fingerprint()
+    FromageImageIndex(embeds, everything, metadata, model_fingerprint=fingerprint).save_pretrained(output / "index")
 
     # What follows uses what a user would load.
     model = FromageForConditionalGeneration.from_pretrained(output / "model", dtype=model.language_model.dtype)
     processor = FromageProcessor.from_pretrained(output / "model")
-    processor.check_config(model.config)
     index = FromageImageIndex.from_pretrained(output / "index")
+    pipe = FromagePipeline(model=model, processor=processor, index=index)
     gallery = FromageImageIndex(
         model.get_image_embeds(pooled_image_features=held_out.features),
         held_out.images,
@@ -248,7 +249,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     results["rankings"] = search_texts(model, processor, held_out.captions, gallery, top_k=min(5, len(gallery)))[0]
     prompts = options.prompts or report.DEFAULT_PROMPTS
-    results["conversation"] = converse(model, processor, index, held_out, prompts, data_args.caption_prefix)
+    results["conversation"] = converse(pipe, held_out, prompts, data_args.caption_prefix)
     results["seconds"] = time.monotonic() - start
     results.update(provenance("cpu"))
     report.write(output, results, held_out.images, held_out.captions)

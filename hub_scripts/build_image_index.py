@@ -1,0 +1,97 @@
+"""Build an image index: `python -m hub_scripts.build_image_index MODEL IMAGES OUTPUT`.
+
+IMAGES is a folder, or a TSV or CSV file with a column "image" or "url"; with `--merge`, folders of indexes that
+processes built with `--shard`; or the authors' `cc3m_embeddings*.pkl`. After an interruption the same command goes on.
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from hub_scripts.original_embeddings import read_original_embeddings
+from modeling_fromage import FromageImageIndex, ImageLimits
+from modeling_fromage.fetching_fromage import is_url
+
+
+def from_original_embeddings(paths: list[str], model) -> FromageImageIndex:
+    """The authors' files, in the order given, as one index; of images that occur twice the first counts."""
+    index = FromageImageIndex(
+        torch.empty(0, model.config.projection_dim), [], model_fingerprint=model.retrieval_fingerprint()
+    )
+    for path in paths:
+        names, embeds = read_original_embeddings(path)
+        first = {name: place for place, name in reversed(list(enumerate(names))) if name not in index}
+        places = sorted(first.values())
+        kept = [names[place] for place in places]
+        metadata = [{"url" if is_url(name) else "path": name} for name in kept]
+        index.add(embeds[places], kept, metadata)
+        print(f"{path}: {len(kept):,} images, and {len(names) - len(kept):,} that occurred before.")
+    return index
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, count = (int(number) for number in text.split("/"))
+    return first, count
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of the model whose embeddings these are")
+    parser.add_argument("images", nargs="+", help="a folder or table; indexes to merge; or *.pkl of the authors")
+    parser.add_argument("output", help="folder of the index")
+    parser.add_argument("--merge", action="store_true", help="the images are folders of indexes")
+    parser.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th image from the I-th on (from 0)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-workers", type=int, default=8, help="threads that read images")
+    parser.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="of the stored embeddings")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds for an image from the web")
+    parser.add_argument("--faiss", metavar="FACTORY", help="add a FAISS index, such as IVF4096,Flat")
+    parser.add_argument("--nprobe", type=int, help="lists that a search visits")
+    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the index to this dataset repository")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    options = parser.parse_args(argv)
+    try:
+        index = _make(options)
+        if options.faiss:
+            index.use_backend("faiss", factory=options.faiss, nprobe=options.nprobe)
+            index.save_pretrained(options.output)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{index!r} in {options.output}")
+    for row in index.skipped[:20]:
+        print(f"skipped {row['source']}: {row['reason']}")
+    if options.push_to_hub:
+        print(index.push_to_hub(options.push_to_hub))
+
+
+def _make(options: argparse.Namespace) -> FromageImageIndex:
+    if options.merge:
+        index = FromageImageIndex.merge(options.images)
+        index.save_pretrained(options.output)
+        return index
+    model = AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    model = model.eval().to(options.device)
+    if all(path.endswith(".pkl") for path in options.images):
+        index = from_original_embeddings(options.images, model)
+        index.save_pretrained(options.output)
+        return index
+    if len(options.images) != 1:
+        raise ValueError(f"Expected one folder or table, got {options.images}. Several indexes are joined by --merge.")
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    return FromageImageIndex.build(
+        model,
+        processor,
+        options.images[0],
+        batch_size=options.batch_size,
+        save_directory=options.output,
+        dtype=getattr(torch, options.dtype),
+        num_workers=options.num_workers,
+        limits=ImageLimits(timeout=options.timeout),
+        shard=options.shard,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -62,8 +62,7 @@ class FromageImageIndex:
         self.use_backend(backend, **backend_options)
 
     def _start(self, dim: int, dtype: torch.dtype, model_fingerprint: str | None):
-        if dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"Embeddings are stored in torch.float32 or torch.float16, not {dtype}.")
+        _check_dtype(dtype)
         self.dim, self.dtype, self.model_fingerprint = dim, dtype, model_fingerprint
         self.device = torch.device("cpu")
         self.image_root: Path | None = None
@@ -187,6 +186,7 @@ class FromageImageIndex:
         Raises:
             ValueError: There is no image, or none that can be read, or `save_directory` holds another index.
         """
+        _check_dtype(dtype)
         sources, total, root = image_sources(images, ids, metadata)
         if shard is not None:
             first, step = shard
@@ -557,6 +557,11 @@ class FromageImageIndex:
                 commit_message=commit_message, delete_patterns=_HUB_FILES[1:],
             )  # fmt: skip
         return commit.commit_url
+
+
+def _check_dtype(dtype: torch.dtype):
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"Embeddings are stored in torch.float32 or torch.float16, not {dtype}.")
 
 
 def recall_at_k(logits: torch.Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

@@ -4,38 +4,20 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, OPTConfig
 
-from modeling_fromage import FromageConfig, FromageForConditionalGeneration
 from tests.test_readme import README
-from training import benchmark
-from training.baseline import PlainFromage
-from training.benchmark import IMAGE_ID, MAX_LENGTH, PRESETS, RET_ID
+from training import benchmark, benchmark_answers, benchmark_index
+from training.shapes import MAX_LENGTH, PRESETS
+from training.tables import read_results
 
 
 def test_baseline_has_our_losses_and_gradients():
     preset = PRESETS["tiny"]
-    text = OPTConfig(vocab_size=50_272, max_position_embeddings=64, **preset.text)
-    language_model = AutoModelForCausalLM.from_config(text).double()
-    vision_model = AutoModel.from_config(CLIPVisionConfig(**preset.vision)).double()
-    config = FromageConfig.from_vision_text_configs(
-        vision_model.config, language_model.config, image_token_id=IMAGE_ID, ret_token_id=RET_ID
-    )
-    model = FromageForConditionalGeneration(config, language_model, vision_model).train()
+    sides = benchmark_answers.Sides(preset, "cpu")
+    model, plain = sides.model.double().train(), sides.plain.double()
     adapter = model.adapter.double()
-
-    trimmed = AutoModelForCausalLM.from_config(
-        OPTConfig(vocab_size=RET_ID + 1, max_position_embeddings=64, **preset.text)
-    ).double()
-    weights = language_model.state_dict()
-    names = [name for name, weight in weights.items() if len(weight) == 50_272]
-    trimmed.load_state_dict({**weights, **{name: weights[name][: RET_ID + 1] for name in names}})
-    plain = PlainFromage(trimmed, vision_model).double()
-    plain.visual_embeddings.load_state_dict(adapter.multi_modal_projector.state_dict())
     plain.visual_fc.load_state_dict(adapter.visual_projection.state_dict())
-    plain.text_fc.load_state_dict(adapter.text_projection[0].state_dict())
     with torch.no_grad():
-        plain.embeddings.weight[-1] = adapter.ret_embedding.weight[0]
         plain.logit_scale.copy_(adapter.logit_scale)
 
     batch = benchmark.make_batch(preset, "cpu", torch.float64)
@@ -65,15 +47,44 @@ def test_benchmark_runs(tmp_path, capsys):
     assert "the original's algorithm" in capsys.readouterr().out
 
 
+def test_answers_benchmark_runs(tmp_path, capsys):
+    """Both sides write the same tokens, and give candidates the same scores."""
+    benchmark_answers.main(["--preset", "tiny", "--rounds", "1", "--output", str(tmp_path / "answers.json")])
+    results = json.loads((tmp_path / "answers.json").read_text())
+    assert results["same_tokens"] and results["largest_score_difference"] < 1e-3
+    assert set(results["ratios"]) == {"8 tokens", "8 tokens, batch 8", "16 tokens", "16 tokens, batch 8",
+                                      "100 candidates"}  # fmt: skip
+    assert "the original's algorithm" in capsys.readouterr().out
+
+
+def test_index_benchmark_runs(tmp_path, capsys):
+    sizes = ["--count", "3000", "--preset", "tiny", "--lists", "16", "--images", "64", "--rounds", "2"]
+    benchmark_index.main([*sizes, "--output", str(tmp_path / "index.json")])
+    results = json.loads((tmp_path / "index.json").read_text())
+    assert all(row["recall"] == 1 for row in results["search"].values()) and results["opening"]["count"] == 3000
+    assert [row["recall"] for row in results["ivf"]] == sorted(row["recall"] for row in results["ivf"])
+    assert results["ivf"][-1]["recall"] == 1  # all lists visited
+    assert "IVF" in capsys.readouterr().out
+
+
 def test_readme_has_the_numbers_of_the_results():
-    results = benchmark.load_results()
-    assert results
-    assert benchmark.render(README, results) == README
-    for result in results:  # what the README claims of the step
+    """And they keep what is claimed."""
+    assert benchmark.render(README) == README
+    steps, answers, indexes = (read_results(f"{name}_*.json") for name in ("benchmark", "answers", "index"))
+    assert steps and answers and indexes
+    for result in steps:
         assert result["ratios"]["live"]["time_over_operations"] >= 1.0
         assert result["ratios"]["cached"]["time_over_operations"] >= 0.9
         assert max(result["ratios"][mode]["memory"] for mode in ("live", "cached")) <= 0.6
         assert min(result["ratios"][mode]["loader_over_step"] for mode in ("live", "cached")) > 1
+    for result in answers:
+        least = {"32 tokens": 2, "128 tokens": 6, "32 tokens, batch 8": 8, "100 candidates": 8}
+        assert result["same_tokens"] and all(result["ratios"][name] >= ratio for name, ratio in least.items())
+    for result in indexes:
+        assert max(row["ratio"] for row in result["search"].values()) <= 1.2
+        assert min(row["recall"] for row in result["search"].values()) == 1.0
+        assert result["opening"]["seconds"] < 1 and result["opening"]["bytes"] < 100e6
+        assert result["build"]["ratio"] >= 0.9 and result["count"] >= 1_000_000
 
 
 def test_lengths_are_like_conceptual_captions():

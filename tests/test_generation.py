@@ -130,3 +130,37 @@ def test_options_of_a_saved_generation_config_are_used(name, tmp_path):
     again = type(model).from_pretrained(tmp_path)
     assert isinstance(again.generation_config, GenerationConfig) and again.generation_config.ret_bias == 1e4
     assert again.generate(torch.tensor([[2, 5]]), max_new_tokens=2, pad_token_id=PAD)[0, -2:].tolist() == [RET, RET]
+
+
+def test_a_prompt_beyond_the_context_is_refused():
+    model = make_model("opt_clip")
+    for length, new in ((128, 1), (120, 9)):
+        with pytest.raises(ValueError, match=f"{length} tokens and {new} new ones exceed .* context of 128"):
+            model.generate(torch.full((1, length), 5), max_new_tokens=new)
+    assert model.generate(torch.full((1, 120), 5), max_new_tokens=8, min_new_tokens=8, pad_token_id=PAD).shape == (
+        1,
+        128,
+    )
+
+
+@torch.no_grad()
+def test_images_are_encoded_once(model, monkeypatch):
+    """For the prompt, and for the embeddings of what was written; `[RET]` in the prompt and last included."""
+    batch, calls = batch_of(model), []
+    forward = model.vision_model.forward
+    monkeypatch.setattr(
+        model.vision_model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    )
+    output = model.generate(
+        **batch, **{**OPTIONS, "ret_bias": 1e4}, return_dict_in_generate=True, num_return_sequences=1
+    )
+    assert len(calls) == 1
+    monkeypatch.undo()
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 5, dtype=torch.long)], dim=1)
+    embeds = model.get_ret_embeds(output.sequences, mask, batch["pixel_values"])
+    in_prompt = (batch["input_ids"] == RET).sum(-1).tolist()
+    for ours, whole, count in zip(output.ret_embeds, embeds, in_prompt, strict=True):
+        torch.testing.assert_close(ours, whole[count:], atol=1e-5, rtol=1e-4)
+    pooled = model.get_pooled_image_features(batch.pop("pixel_values"))
+    again = model.generate(**batch, pooled_image_features=pooled, **{**OPTIONS, "ret_bias": 1e4})
+    assert torch.equal(again, output.sequences)

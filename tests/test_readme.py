@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hub_scripts import make_tiny_checkpoint, push_to_hub
+from hub_scripts import build_image_index, make_tiny_checkpoint, push_to_hub
 from modeling_fromage import FromageForConditionalGeneration
 from tests.backbones import PARITY
-from training import quickstart, train
+from training import benchmark, benchmark_answers, benchmark_index, quickstart, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +25,8 @@ def test_snippets_run(tmp_path, monkeypatch):
     exec(snippet, scope)  # noqa: S102
     assert isinstance(scope["model"], FromageForConditionalGeneration)
     assert sorted(scope["ids"][0]) == ["blue", "red"]
+    assert {segment["type"] for segment in scope["answer"]} <= {"text", "image"}
+    assert len(scope["chat"].messages) == 4 and len(scope["index"]) == 2 and scope["index"].backend == "faiss"
     assert len(scope["output"].ret_embeds) == 1
     assert scope["again"].config.to_dict()["ret_token_id"] == scope["processor"].ret_token_id
 
@@ -39,7 +41,19 @@ def test_commands_exist():
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 
-@pytest.mark.parametrize("main", [train.main, quickstart.main, push_to_hub.main, make_tiny_checkpoint.main])
+@pytest.mark.parametrize(
+    "main",
+    [
+        train.main,
+        quickstart.main,
+        push_to_hub.main,
+        make_tiny_checkpoint.main,
+        build_image_index.main,
+        benchmark.main,
+        benchmark_answers.main,
+        benchmark_index.main,
+    ],
+)
 def test_help(main, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])

@@ -1,4 +1,5 @@
-"""The original's training step in our own words, to be measured against: what it computes, and no more than it does.
+"""The original's training step, generation and scoring in our own words, to be measured against: what it computes, and
+no more than it does.
 
 Two passes over captions padded to their limit, the vision encoder in each, logits of every place, and a gradient (and
 AdamW state) for the whole tied vocabulary matrix, of which all rows but `[RET]`'s are then masked.
@@ -55,6 +56,46 @@ class PlainFromage(nn.Module):
         targets = torch.arange(len(images), device=images.device)
         contrastive = (F.cross_entropy(similarity, targets) + F.cross_entropy(similarity.t(), targets)) / 2
         return captioning + ret_token + contrastive
+
+    @torch.no_grad()
+    def prompt(self, pixel_values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """An interleaved prompt (1, L, D) of images (N, 3, h, w), each encoded by itself, and tokens (1, T), a share of
+        which stands behind each image."""
+        parts = []
+        for image, piece in zip(pixel_values, tokens[0].tensor_split(len(pixel_values)), strict=True):
+            pooled = self.vision_model(image[None]).pooler_output
+            visual = self.visual_embeddings(pooled.to(self.logit_scale)).unflatten(-1, (self.k, -1))
+            embeds = self.embeddings(piece[None])
+            parts += [visual.to(embeds), embeds]
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def generate(self, embeds: torch.Tensor, count: int) -> torch.Tensor:
+        """Greedily continue `embeds` (1, L, D): the whole sequence anew for each token, every place's logits, every
+        layer's hidden states, and the retrieval embedding of every place."""
+        ids = []
+        for _ in range(count):
+            output = self.language_model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
+            F.normalize(self.text_fc(output.hidden_states[-1].to(self.logit_scale)), dim=-1)
+            ids.append(output.logits[:, -1].argmax(-1))
+            embeds = torch.cat([embeds, self.embeddings(ids[-1])[:, None]], dim=1)
+        return torch.stack(ids, dim=1)
+
+    @torch.no_grad()
+    def score(self, embeds: torch.Tensor, candidates: list[torch.Tensor], batch_size: int) -> torch.Tensor:
+        """Summed log-likelihoods (C,) of candidates' tokens after `embeds` (1, L, D), which is encoded with each."""
+        scores = []
+        for start in range(0, len(candidates), batch_size):
+            some = candidates[start : start + batch_size]
+            tokens = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=-100)
+            answers = self.embeddings(tokens.clamp(min=0))
+            whole = torch.cat([embeds.expand(len(some), -1, -1), answers], dim=1)
+            logits = self.language_model(inputs_embeds=whole, use_cache=False).logits
+            losses = F.cross_entropy(
+                logits[:, embeds.shape[1] - 1 : -1].float().transpose(1, 2), tokens, ignore_index=-100, reduction="none"
+            )
+            scores.append(-losses.sum(-1))
+        return torch.cat(scores)
 
     @staticmethod
     def _cross_entropy(output, labels: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Both train the same shapes on the same captions, of lengths like Conceptual Captions', in the same dtype, in turns; the
 table has medians. Weights are random: what a step costs does not depend on them. `--preset paper` takes the paper's
 shapes and needs a GPU. Results go to a JSON file with the hardware, the versions and the state of the repository;
-`--render` writes the README's table from it.
+`--render` writes the README's tables from all such files. `training.benchmark_answers` measures generation and scoring,
+`training.benchmark_index` the image index.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +25,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, OPTConfig
 
-from modeling_fromage import FromageConfig, FromageForConditionalGeneration
 from modeling_fromage.packing_fromage import PackedRows
+from training import benchmark_answers, benchmark_index
 from training.baseline import PlainFromage
 from training.provenance import ROOT, provenance
+from training.shapes import IMAGE_ID, MAX_LENGTH, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
+from training.tables import RESULTS, read_results, replace_between, write_results
 
-RESULTS = ROOT / "training" / "results"
-_START, _END = "<!-- benchmark: rendered by training.benchmark -->", "<!-- end of benchmark -->"
 MODES = ("baseline", "live", "cached")
-
-
-@dataclass
-class Preset:
-    """Shapes of the two backbones, and the batch."""
-
-    text: dict[str, int]
-    vision: dict[str, int]
-    batch_size: int
-    rounds: int
-    dtype: str
-
-
-_OPT_125M = {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
-             "num_attention_heads": 12}  # fmt: skip
-_OPT_6_7B = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
-             "num_attention_heads": 32}  # fmt: skip
-_VIT_B_32 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-             "image_size": 224, "patch_size": 32}  # fmt: skip
-_VIT_L_14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-             "image_size": 224, "patch_size": 14}  # fmt: skip
-PRESETS = {
-    "cpu": Preset(_OPT_125M, _VIT_B_32, batch_size=16, rounds=15, dtype="float32"),
-    "paper": Preset(_OPT_6_7B, _VIT_L_14, batch_size=180, rounds=9, dtype="bfloat16"),
-    "tiny": Preset(
-        {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
-         "patch_size": 8},
-        batch_size=4, rounds=3, dtype="float32",
-    ),
-}  # fmt: skip
-VOCAB, MAX_LENGTH = 50_265, 24  # OPT's tokenizer; the limit of a caption, BOS and [RET] included
-IMAGE_ID, RET_ID = VOCAB, VOCAB + 1
 
 
 def caption_lengths(count: int) -> torch.Tensor:
@@ -92,15 +58,9 @@ def make_batch(preset: Preset, device: str, dtype: torch.dtype) -> dict[str, tor
 
 def make_step(mode: str, preset: Preset, device: str) -> Callable[[], torch.Tensor]:
     """A whole training step (forward, backward, clipping, AdamW, `[RET]`'s norm) of one mode, on one batch."""
-    torch.manual_seed(0)
-    dtype = getattr(torch, preset.dtype)
     # The original trims OPT's 50,272 rows to the tokenizer's.
-    rows = RET_ID + 1 if mode == "baseline" else 50_272
-    text = OPTConfig(vocab_size=rows, max_position_embeddings=2048, **preset.text)
-    with torch.device(device):
-        language_model = AutoModelForCausalLM.from_config(text, dtype=dtype)
-        vision_model = AutoModel.from_config(CLIPVisionConfig(**preset.vision), dtype=dtype)
-    batch = make_batch(preset, device, dtype)
+    language_model, vision_model = make_backbones(preset, device, RET_ID + 1 if mode == "baseline" else 50_272)
+    batch = make_batch(preset, device, getattr(torch, preset.dtype))
     make = _plain_step if mode == "baseline" else _our_step
     return make(language_model, vision_model, batch, cached=mode == "cached")
 
@@ -140,12 +100,7 @@ def our_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _our_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
-    config = FromageConfig.from_vision_text_configs(
-        vision_model.config, language_model.config, image_token_id=IMAGE_ID, ret_token_id=RET_ID
-    )
-    model = FromageForConditionalGeneration(config, language_model, vision_model)
-    model.adapter.to(batch["tokens"].device)
-    model.train()
+    model = join(language_model, vision_model).train()
     inputs = our_inputs(batch)
     if cached:
         pixels = inputs.pop("pixel_values")
@@ -347,15 +302,11 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*rows, "", note])
 
 
-def render(readme: str, results: list[dict[str, Any]]) -> str:
-    """`readme` with the tables of `results` between its two marks."""
-    before, rest = readme.split(_START)
-    after = rest.split(_END)[1]
-    return "\n".join([before + _START, *(f"\n{table(result)}\n" for result in results), _END]) + after
-
-
-def load_results() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("benchmark_*.json"))]
+def render(readme: str) -> str:
+    """`readme` with the tables of all results between their marks."""
+    for name, module in (("benchmark", table), ("answers", benchmark_answers.table), ("index", benchmark_index.table)):
+        readme = replace_between(readme, name, [module(result) for result in read_results(f"{name}_*.json")])
+    return readme
 
 
 def main(argv: list[str] | None = None):
@@ -368,7 +319,7 @@ def main(argv: list[str] | None = None):
     options = parser.parse_args(argv)
     if options.render:
         readme = ROOT / "README.md"
-        readme.write_text(render(readme.read_text(encoding="utf-8"), load_results()), encoding="utf-8")
+        readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
         return
     device = options.device or ("cuda" if options.preset == "paper" else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -377,11 +328,7 @@ def main(argv: list[str] | None = None):
         print(measure_memory(options.memory_of, PRESETS[options.preset], device))
         return
     results = measure(options.preset, device)
-    output = Path(options.output or RESULTS / f"benchmark_{options.preset}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(output)
+    write_results(Path(options.output or RESULTS / f"benchmark_{options.preset}.json"), results)
     print(table(results))
     print(json.dumps(results["ratios"], indent=1))
 

@@ -1,0 +1,171 @@
+"""Measure generation and candidate scoring against the original's algorithm: `python -m training.benchmark_answers`.
+
+The prompt is like VIST's of the paper: four images and five captions. Both sides continue it greedily, images encoded
+included, in the same dtype, in turns. The original takes one prompt at a time. Scoring is like VisDial's: an image, ten
+rounds of dialogue, and 100 answers.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.baseline import PlainFromage
+from training.provenance import provenance
+from training.shapes import IMAGE_ID, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
+from training.tables import RESULTS, write_results
+
+IMAGES, PROMPT_TOKENS, DIALOGUE_TOKENS, CANDIDATES, BATCH = 4, 56, 120, 100, 8
+
+
+class Sides:
+    """Our model and the baseline, of the same weights, and the inputs of both."""
+
+    def __init__(self, preset: Preset, device: str):
+        language_model, vision_model = make_backbones(preset, device)
+        self.model = join(language_model, vision_model)
+        trimmed, _ = make_backbones(preset, device, RET_ID + 1)
+        weights = language_model.state_dict()
+        trimmed.load_state_dict({k: v[: RET_ID + 1] if len(v) == 50_272 else v for k, v in weights.items()})
+        self.plain = PlainFromage(trimmed, vision_model).to(device)
+        adapter = self.model.adapter
+        self.plain.visual_embeddings.load_state_dict(adapter.multi_modal_projector.state_dict())
+        self.plain.text_fc.load_state_dict(adapter.text_projection[0].state_dict())
+        with torch.no_grad():
+            self.plain.embeddings.weight[RET_ID] = adapter.ret_embedding.weight[0]
+        generator = torch.Generator().manual_seed(0)
+        size = preset.vision["image_size"]
+        pixels = torch.rand(IMAGES, 3, size, size, generator=generator)
+        self.pixels = pixels.to(device, getattr(torch, preset.dtype))
+        self.tokens = torch.randint(4, VOCAB, (1, PROMPT_TOKENS), generator=generator).to(device)
+        self.dialogue = torch.randint(4, VOCAB, (1, DIALOGUE_TOKENS), generator=generator).to(device)
+        lengths = torch.arange(CANDIDATES) % 8 + 2  # BOS and an answer of one to eight tokens
+        self.candidates = [torch.randint(4, VOCAB, (int(n),), generator=generator).to(device) for n in lengths]
+
+    def ids(self, tokens: torch.Tensor, images: int) -> torch.Tensor:
+        image = tokens.new_full((1, 1), IMAGE_ID)
+        return torch.cat([part for piece in tokens.tensor_split(images, dim=1) for part in (image, piece)], dim=1)
+
+    def plain_generation(self, count: int) -> torch.Tensor:
+        return self.plain.generate(self.plain.prompt(self.pixels, self.tokens), count)
+
+    def our_generation(self, count: int, batch: int = 1) -> torch.Tensor:
+        ids = self.ids(self.tokens, IMAGES).repeat(batch, 1)
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=self.pixels.repeat(batch, 1, 1, 1),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=IMAGE_ID,  # never written: both write `count` tokens
+            pad_token_id=1,
+            return_dict_in_generate=True,
+        )
+        return output.sequences[:, ids.shape[1] :]
+
+    def plain_scores(self, batch_size: int) -> torch.Tensor:
+        return self.plain.score(self.plain.prompt(self.pixels[:1], self.dialogue), self.candidates, batch_size)
+
+    def our_scores(self) -> torch.Tensor:
+        padded = torch.nn.utils.rnn.pad_sequence(self.candidates, batch_first=True, padding_value=-1)
+        ids = self.ids(self.dialogue, 1)
+        return self.model.score_candidates(
+            ids, None, padded.clamp(min=0), (padded >= 0).long(), pixel_values=self.pixels[:1]
+        )[0]
+
+
+def seconds_in_turns(sides: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(preset_name: str, device: str, lengths: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    sides = Sides(PRESETS[preset_name], device)
+    same = sides.plain_generation(lengths[0]).equal(sides.our_generation(lengths[0]))
+    difference = (sides.plain_scores(20) - sides.our_scores()).abs().max().item()
+    seconds = {}
+    for length in lengths:
+        runs = {
+            "plain": lambda length=length: sides.plain_generation(length),
+            "ours": lambda length=length: sides.our_generation(length),
+            "ours, batched": lambda length=length: sides.our_generation(length, BATCH),
+        }
+        seconds[f"{length} tokens"] = seconds_in_turns(runs, rounds, device)
+    runs = {f"plain, {size} at a time": lambda size=size: sides.plain_scores(size) for size in (1, 20)}
+    seconds["scoring"] = seconds_in_turns({**runs, "ours": sides.our_scores}, rounds, device)
+    median = {
+        part: {name: statistics.median(times) for name, times in sides_.items()} for part, sides_ in seconds.items()
+    }
+    ratios = {}
+    for length in lengths:
+        part = median[f"{length} tokens"]
+        ratios[f"{length} tokens"] = part["plain"] / part["ours"]
+        ratios[f"{length} tokens, batch {BATCH}"] = BATCH * part["plain"] / part["ours, batched"]
+    plain = min(seconds for name, seconds in median["scoring"].items() if name != "ours")
+    ratios[f"{CANDIDATES} candidates"] = plain / median["scoring"]["ours"]
+    return {
+        "preset": preset_name,
+        "dtype": PRESETS[preset_name].dtype,
+        "prompt": {"images": IMAGES, "tokens": PROMPT_TOKENS, "dialogue_tokens": DIALOGUE_TOKENS},
+        "same_tokens": same,
+        "largest_score_difference": difference,
+        "seconds": median,
+        "seconds_all": seconds,
+        "ratios": ratios,
+        **provenance(device),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rows = ["| | the original's algorithm | ours | times as fast |", "|---|---|---|---|"]
+    for part, ratio in results["ratios"].items():
+        if "candidates" in part:
+            medians = results["seconds"]["scoring"]
+            plain = min(seconds for name, seconds in medians.items() if name != "ours")
+            ours, name = medians["ours"], f"score {part}"
+        else:
+            medians, is_batch = results["seconds"][part.partition(",")[0]], "batch" in part
+            plain = medians["plain"] * (BATCH if is_batch else 1)
+            ours, name = medians["ours, batched" if is_batch else "ours"], f"write {part}"
+        rows.append(f"| {name} | {plain:.2f} s | {ours:.2f} s | {ratio:.1f} |")
+    prompt = results["prompt"]
+    note = (
+        f"The same shapes, {results['dtype']}, {results['hardware']}; medians of "
+        f"{len(results['seconds_all']['scoring']['ours'])} runs, in turns. A prompt has {prompt['images']} images and "
+        f"{prompt['tokens']} tokens, a dialogue to be answered {prompt['dialogue_tokens']}; the original's algorithm "
+        f"takes one prompt at a time, and scores with the faster of 1 and 20 answers at a time. Both write the same "
+        f"tokens."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
+    parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda for the paper's shapes alone")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", help="JSON file; by default training/results/answers_PRESET.json")
+    options = parser.parse_args(argv)
+    device = options.device or ("cuda" if options.preset == "paper" else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--preset {options.preset} needs a GPU, and torch sees none.")
+    lengths = (8, 16) if options.preset == "tiny" else (32, 128)
+    results = measure(options.preset, device, lengths, options.rounds)
+    write_results(Path(options.output or RESULTS / f"answers_{options.preset}.json"), results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The backbones' shapes that are measured, with random weights: what a pass costs does not depend on them."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, OPTConfig, PreTrainedModel
+
+from modeling_fromage import FromageConfig, FromageForConditionalGeneration
+
+
+@dataclass
+class Preset:
+    """Shapes of the two backbones, and the batch."""
+
+    text: dict[str, int]
+    vision: dict[str, int]
+    batch_size: int
+    rounds: int
+    dtype: str
+
+
+_OPT_125M = {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
+             "num_attention_heads": 12}  # fmt: skip
+_OPT_6_7B = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
+             "num_attention_heads": 32}  # fmt: skip
+_VIT_B_32 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+             "image_size": 224, "patch_size": 32}  # fmt: skip
+_VIT_L_14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "image_size": 224, "patch_size": 14}  # fmt: skip
+PRESETS = {
+    "cpu": Preset(_OPT_125M, _VIT_B_32, batch_size=16, rounds=15, dtype="float32"),
+    "paper": Preset(_OPT_6_7B, _VIT_L_14, batch_size=180, rounds=9, dtype="bfloat16"),
+    "tiny": Preset(
+        {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+         "patch_size": 8},
+        batch_size=4, rounds=3, dtype="float32",
+    ),
+}  # fmt: skip
+VOCAB, MAX_LENGTH = 50_265, 24  # OPT's tokenizer; the limit of a caption, BOS and [RET] included
+IMAGE_ID, RET_ID = VOCAB, VOCAB + 1
+
+
+def make_backbones(preset: Preset, device: str, rows: int = 50_272) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A language model of `rows` vocabulary rows (OPT's 50,272 by default) and a vision encoder, in eval mode."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, preset.dtype)
+    text = OPTConfig(vocab_size=rows, max_position_embeddings=2048, **preset.text)
+    with torch.device(device):
+        language_model = AutoModelForCausalLM.from_config(text, dtype=dtype)
+        vision_model = AutoModel.from_config(CLIPVisionConfig(**preset.vision), dtype=dtype)
+    return language_model.eval(), vision_model.eval()
+
+
+def join(language_model: PreTrainedModel, vision_model: PreTrainedModel) -> FromageForConditionalGeneration:
+    """Our model of two backbones."""
+    config = FromageConfig.from_vision_text_configs(
+        vision_model.config, language_model.config, image_token_id=IMAGE_ID, ret_token_id=RET_ID
+    )
+    model = FromageForConditionalGeneration(config, language_model, vision_model)
+    model.adapter.to(language_model.device)
+    return model.eval()

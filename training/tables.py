@@ -1,0 +1,29 @@
+"""Results files, and the README's tables that are rendered from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training.provenance import ROOT
+
+RESULTS = ROOT / "training" / "results"
+
+
+def write_results(path: Path, results: dict[str, Any]):
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_results(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
+
+
+def replace_between(text: str, name: str, tables: list[str]) -> str:
+    """`text` with `tables` between its two marks of this name."""
+    start, end = f"<!-- {name}: rendered by training.benchmark -->", f"<!-- end of {name} -->"
+    before, rest = text.split(start)
+    after = rest.split(end)[1]
+    return "\n".join([before + start, *(f"\n{table}\n" for table in tables), end]) + after

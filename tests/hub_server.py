@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hub's HTTP API as pushing and pulling a model take."""
+"""A server on loopback that speaks as much of the Hub's HTTP API as pushing and pulling a model or a dataset take."""
 
 import base64
 import hashlib
@@ -12,7 +12,10 @@ from typing import Any
 
 
 class HubServer(ThreadingHTTPServer):
-    """Repositories in memory: every commit is a whole set of files. `faults` makes the next transfers break off."""
+    """Repositories in memory: every commit is a whole set of files. `faults` makes the next transfers break off.
+
+    Models are kept by their id, datasets by "datasets/" and their id.
+    """
 
     daemon_threads = True
 
@@ -38,6 +41,15 @@ class HubServer(ThreadingHTTPServer):
         return False
 
 
+_REPO = "((?:datasets/)?[^/]+/[^/]+)"  # as in the addresses of files
+_API = "/api/(models|datasets)/([^/]+/[^/]+)"
+_LARGE = (".safetensors", ".sqlite", ".faiss")
+
+
+def _key(kind: str, repo: str) -> str:
+    return f"datasets/{repo}" if kind in ("dataset", "datasets") else repo
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
@@ -54,11 +66,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/api/whoami-v2":
             return self._json({"name": "tester", "type": "user", "orgs": []})
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            return self._with_commit(match[1], match[2] or "main", self._model_info)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
-            return self._with_commit(match[1], match[2], self._tree, match[3] or "")
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(_API + "(?:/revision/([^/]+))?", path):
+            return self._with_commit(_key(match[1], match[2]), match[3] or "main", self._info)
+        if match := re.fullmatch(_API + "/tree/([^/]+)(?:/(.*))?", path):
+            return self._with_commit(_key(match[1], match[2]), match[3], self._tree, match[4] or "")
+        if match := re.fullmatch(f"/{_REPO}/resolve/([^/]+)/(.+)", path):
             return self._with_commit(match[1], match[2], self._file, match[3])
         return self._error(404, "EntryNotFound")
 
@@ -71,8 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "RevisionNotFound")
         return answer(repo, oid, files, *args)
 
-    def _model_info(self, repo, oid, files):
+    def _info(self, repo, oid, files):
         siblings = [{"rfilename": name} for name in files]
+        repo = repo.removeprefix("datasets/")
         self._json({"_id": "0", "id": repo, "modelId": repo, "sha": oid, "private": False, "tags": [],
                     "siblings": siblings})  # fmt: skip
 
@@ -82,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             for name, data in files.items()
             if name.startswith(folder)
         ]
-        self._json(entries) if entries else self._error(404, "EntryNotFound")
+        self._json(entries) if entries or not folder else self._error(404, "EntryNotFound")
 
     def _file(self, repo, oid, files, name):
         if name not in files:
@@ -113,16 +126,17 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/api/repos/create":
             request = json.loads(body)
-            repo = f"{request.get('organization') or 'tester'}/{request['name']}"
+            name = f"{request.get('organization') or 'tester'}/{request['name']}"
+            repo = _key(request.get("type"), name)
             if repo in self.server.heads:
                 return self._json({"error": "You already created it", "url": f"{self.server.url}/{repo}"}, 409)
             self.server.commit(repo, {})
-            return self._json({"url": f"{self.server.url}/{repo}", "name": repo, "id": repo})
+            return self._json({"url": f"{self.server.url}/{repo}", "name": name, "id": name})
         if path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
-        if re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/[^/]+", path):
+        if re.fullmatch(_API + "/preupload/[^/]+", path):
             modes = [
-                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(_LARGE) else "regular",
                  "shouldIgnore": False}
                 for file in json.loads(body)["files"]
             ]  # fmt: skip
@@ -134,8 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for entry in json.loads(body)["objects"]
             ]  # fmt: skip
             return self._json({"transfer": "basic", "objects": objects})
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/[^/]+", path):
-            return self._commit(match[1], body)
+        if match := re.fullmatch(_API + "/commit/[^/]+", path):
+            return self._commit(_key(match[1], match[2]), body)
         return self._error(404, "EntryNotFound")
 
     def do_PUT(self):

@@ -1,11 +1,11 @@
-"""Tokens, BOS, images of every kind, the collator and the index."""
+"""Tokens, BOS, images of every kind and the collator."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from modeling_fromage import FromageDataCollator, FromageImageIndex
+from modeling_fromage import FromageDataCollator
 from modeling_fromage.images_fromage import load_rgb_image
 from modeling_fromage.retrieval_fromage import recall_at_k
 from tests.backbones import make_model
@@ -159,34 +159,6 @@ def test_collator_bad_input(processor):
             collate([{"image": IMAGE, "caption": "a cat"}, {"image": IMAGE, "caption": caption}])
     with pytest.raises(ValueError, match="empty"):
         collate([])
-
-
-def test_index_against_brute_force(tmp_path):
-    embeds, queries = torch.randn(50, 16), torch.randn(7, 16)
-    index = FromageImageIndex(embeds, [f"image {i}" for i in range(50)], [{"i": i} for i in range(50)])
-    index.save_pretrained(tmp_path)
-    index = FromageImageIndex.from_pretrained(tmp_path)
-    ids, scores, metadata = index.search(queries, top_k=4, exclude_ids=["image 3"])
-    for q, query in enumerate(queries):
-        cosines = sorted(((torch.cosine_similarity(query, e, dim=0).item(), i) for i, e in enumerate(embeds) if i != 3))
-        assert ids[q] == [f"image {i}" for _, i in cosines[::-1][:4]] == [f"image {m['i']}" for m in metadata[q]]
-        assert scores[q].tolist() == pytest.approx([c for c, _ in cosines[::-1][:4]], abs=1e-5)
-    per_query = index.search(queries, exclude_ids=[[name] for name, *_ in ids])[0]
-    assert all(a[0] != b[0] for a, b in zip(per_query, ids, strict=True))
-
-
-def test_index_build_and_bad_input(processor):
-    model = make_model("opt_clip")
-    index = FromageImageIndex.build(model, processor, [IMAGE, Image.new("RGB", (40, 30), "blue"), IMAGE], batch_size=2)
-    found = index.search(index.embeds[:1], top_k=3)
-    assert found[0][0] == ["0", "2", "1"]  # ties by position
-    for top_k in (0, 4):
-        with pytest.raises(ValueError, match=f"`top_k` is {top_k}, but the index has 3"):
-            index.search(index.embeds[:1], top_k=top_k)
-    with pytest.raises(ValueError, match="NaN"):
-        index.search(torch.full((1, 16), float("nan")))
-    with pytest.raises(ValueError, match="unique"):
-        index.add(index.embeds[:1], ["0"])
 
 
 def test_recall_counts_ties_against_the_target():

@@ -1,0 +1,729 @@
+"""The image index against brute force, and against what kills, damage, tables and the Hub do to its files."""
+
+import base64
+import io
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from torch.nn import functional as F
+
+from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, index_builder_fromage
+from modeling_fromage import index_files_fromage as files_module
+from modeling_fromage import index_storage_fromage as storage_module
+from modeling_fromage import retrieval_fromage as index_module
+from modeling_fromage.fetching_fromage import UnreadableImageError
+from modeling_fromage.index_storage_fromage import CorruptIndexError
+from tests.backbones import make_model
+from tests.hub_server import hub_server
+
+DIM = 16
+VALUES = [True, False, None, 3, 2.5, "3", "it's", 'say "x"', 0.1]
+KEYS = ["kind", 'a "quoted" key', "it's", "dotted.key", "$.path"]
+WHERES = [
+    *(None, {"kind": [2.5, "it's", None]}, {'a "quoted" key': VALUES[4:], "it's": [False, "3", 'say "x"', 3]}),
+    *({"dotted.key": value} for value in VALUES),
+    {"$.path": [*range(4, 1500), 2.5]},
+]
+
+
+class Entry(NamedTuple):
+    id: str
+    row: torch.Tensor
+    facts: dict[str, Any]
+
+
+def make_entries(count: int, distinct: int = 0, name: str = "image") -> list[Entry]:
+    """Random ones; of only `distinct` rows where it is given, so that ties are certain."""
+    rows, rng = torch.randn(distinct or count, DIM), random.Random(0)
+    numbers = [rng.randrange(distinct) if distinct else i for i in range(count)]
+    facts = [{key: rng.choice(VALUES) for key in KEYS if rng.random() < 0.9} for _ in range(count)]
+    return [Entry(f"{name} {i}", rows[numbers[i]], facts[i]) for i in range(count)]
+
+
+def columns(entries: list[Entry]) -> tuple[torch.Tensor, list[str], list[dict[str, Any]]]:
+    return torch.stack([e.row for e in entries]), [e.id for e in entries], [e.facts for e in entries]
+
+
+def index_of(entries: list[Entry], **kwargs) -> FromageImageIndex:
+    return FromageImageIndex(*columns(entries), **kwargs)
+
+
+def fits(facts: dict[str, Any], where: dict[str, Any] | None) -> bool:
+    wanted = {name: value if isinstance(value, list) else [value] for name, value in (where or {}).items()}
+    return all(name in facts and facts[name] in values for name, values in wanted.items())
+
+
+def assert_searches(index: FromageImageIndex, entries: list[Entry], queries: torch.Tensor, top_k: int, **kwargs):
+    """`index.search` finds what sorting all of `entries` does, ties by position; `top_k` at most."""
+    exclude = kwargs.get("exclude_ids") or []
+    banned = exclude if exclude and isinstance(exclude[0], list) else [exclude] * len(queries)
+    fitting = [i for i, entry in enumerate(entries) if fits(entry.facts, kwargs.get("where"))]
+    left = [[i for i in fitting if entries[i].id not in names] for names in banned]
+    top_k = min(top_k, *map(len, left), len(entries))
+    if top_k == 0:
+        with pytest.raises(ValueError, match="has 0 images to choose from"):
+            index.search(queries, 1, **kwargs)
+        return
+    ids, scores, metadata = index.search(queries, top_k, **kwargs)
+    rows = F.normalize(columns(entries)[0], dim=-1).to(index.dtype).float()
+    for q, query in enumerate(F.normalize(queries, dim=-1)):
+        cosines = (rows * query).sum(-1, dtype=torch.float64).float().tolist()  # row by row: alike for like rows
+        best = sorted((-cosines[i], i) for i in left[q])[:top_k]
+        assert ids[q] == [entries[i].id for _, i in best]
+        assert metadata[q] == [entries[i].facts for _, i in best]
+        assert scores[q].tolist() == pytest.approx([-negative for negative, _ in best], abs=1e-6)
+
+
+def contents(index: FromageImageIndex) -> tuple:
+    """All that can be seen of an index, to be compared bit by bit."""
+    ids, scores, metadata = index.search(torch.eye(index.dim)[:3], len(index))
+    return index.ids, index.metadata, index.embeds.tolist(), ids, scores.tolist(), metadata, index.skipped
+
+
+def small_shards(monkeypatch, rows: int):
+    for module in (files_module, index_module):
+        monkeypatch.setattr(module, "SHARD_ROWS", rows)
+
+
+@pytest.fixture(params=[7, 65_536])
+def shard_rows(request, monkeypatch):
+    small_shards(monkeypatch, request.param)
+
+
+# ---- searching and changing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("count", "stored"), [(1, False), (5, True)])
+def test_search_is_brute_force(tmp_path, shard_rows, dtype, count, stored):
+    entries, queries, rng = make_entries(60, distinct=9), torch.randn(count, DIM), random.Random(1)
+    index = index_of(entries, dtype=dtype)
+    if stored:
+        index.save_pretrained(tmp_path)
+        index = FromageImageIndex.from_pretrained(tmp_path)
+    ids = [entry.id for entry in entries]
+    excluded = [None, ids[:9], [rng.sample(ids, rng.randrange(9)) for _ in range(count)]]
+    for deleted in ([], ids[::4]):
+        index.delete(deleted)
+        left = [entry for entry in entries if entry.id not in deleted]
+        assert_searches(index, left, queries, 60)
+        for exclude_ids, where in itertools.product(excluded, WHERES):
+            assert_searches(index, left, queries, 5, exclude_ids=exclude_ids, where=where)
+
+
+def test_identical_images_tie_wherever_they_are():
+    """A matrix product rounds the same pair of vectors differently at the edges of its blocks."""
+    entries = make_entries(1003, distinct=30)
+    assert_searches(index_of(entries), entries, torch.randn(index_module._QUERIES_AT_A_TIME + 44, DIM), 20)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"top_k": 0}, "`top_k` is 0, but the index has 5 images"),
+        ({"top_k": 6}, "`top_k` is 6, but the index has 5 images"),
+        ({"top_k": 5, "exclude_ids": ["image 1", "image 3"]}, r"has 4 images to choose from \(of 5\)"),
+        ({"top_k": 5, "exclude_ids": [[], ["image 1"]], "embeds": torch.ones(2, DIM)}, "has 4 images"),
+        ({"where": {"kind": []}}, "has 0 images"),
+        ({"embeds": torch.full((1, DIM), float("nan"))}, "NaN"),
+        ({"embeds": torch.full((1, DIM), 1e300, dtype=torch.float64)}, "infinite"),
+        ({"embeds": torch.ones(1, DIM + 1)}, r"Expected embeddings \(N, 16\), got \(1, 17\)"),
+        ({"embeds": torch.ones(DIM)}, "Expected embeddings"),
+        ({"exclude_ids": [["image 1"]] * 2}, "2 lists of excluded ids for 1 queries"),
+    ],
+)
+def test_bad_searches(kwargs, message):
+    index = index_of(make_entries(6))
+    index.delete(["image 3"])
+    with pytest.raises(ValueError, match=message):
+        index.search(**{"embeds": torch.ones(1, DIM), **kwargs})
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("backend", ["flat", "faiss"])
+def test_add_and_delete(tmp_path, shard_rows, stored, backend):
+    entries, queries = make_entries(33), torch.randn(3, DIM)
+    index = index_of(entries[:20], backend=backend)
+    if stored:
+        index.save_pretrained(tmp_path)
+        index = FromageImageIndex.from_pretrained(tmp_path)
+    index.add(torch.empty(0, DIM), [])
+    assert_searches(index, entries[:20], queries, 20)
+    index.add(*columns(entries[20:30]))
+    index.delete(["image 2", "image 25", "image 2"])
+    again = Entry("image 2", torch.randn(DIM), {"again": True})
+    index.add(*columns([*entries[30:], again]))
+    entries = [entry for entry in entries if entry.id not in ("image 2", "image 25")] + [again]
+    assert (len(index), index.ids, index.metadata) == (32, *columns(entries)[1:])
+    assert torch.equal(index.embeds, F.normalize(columns(entries)[0], dim=-1))
+    assert "image 25" not in index and "image 2" in index and index.get("image 2") == {"again": True}
+    with pytest.raises(KeyError, match="image 25"):
+        index.get("image 25")
+    assert_searches(index, entries, queries, 32)
+    assert_searches(index, entries, queries, 4, exclude_ids=["image 7", "image 25"])
+
+
+@pytest.mark.parametrize("backend", ["flat", "faiss"])
+def test_refused_changes_change_nothing(backend):
+    index, rows = index_of(make_entries(6), backend=backend), torch.randn(2, DIM)
+    index.delete(["image 3"])
+    before = contents(index)
+    for arguments, message in [
+        ((rows, ["new", "image 0"]), "unique"),
+        ((rows, ["new", "new"]), "unique"),
+        ((rows, ["new"]), "2 embeddings, 1 ids and 1 metadata"),
+        ((rows, ["new", "newer"], [{}, {"score": float("nan")}]), "JSON"),
+        ((rows / 0, ["new", "newer"]), "infinite"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.add(*arguments)
+        assert contents(index) == before and "new" not in index and len(index) == 5
+    with pytest.raises(KeyError, match="image 9.*nothing was removed"):
+        index.delete(["image 0", "image 9"])
+    assert contents(index) == before
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "a b#c%20d?e=f"])
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "faiss"), (torch.float16, "flat")])
+def test_round_trip(tmp_path, shard_rows, name, dtype, backend):
+    index = index_of(make_entries(20, distinct=15), dtype=dtype, backend=backend, model_fingerprint="some model")
+    for deleted in ([], ["image 0", "image 9"]):  # the second time over the first, which is also what is read from
+        index.delete(deleted)
+        index.save_pretrained(tmp_path / name)
+        known = contents(index)
+        index = FromageImageIndex.from_pretrained(tmp_path / name)
+        assert contents(index) == known
+        assert (index.dtype, index.backend, index.model_fingerprint) == (dtype, backend, "some model")
+        kinds = Counter(re.split("[-.]", path.name)[0] for path in (tmp_path / name).iterdir())
+        assert kinds.pop("embeds") == -(-len(index) // files_module.SHARD_ROWS)
+        assert kinds == {"index": 1, "entries": 1, **({"backend": 1} if backend == "faiss" else {})}
+
+
+def test_files_are_read_when_they_are_needed(tmp_path, monkeypatch):
+    small_shards(monkeypatch, 7)
+    index_of(make_entries(20), backend="faiss").save_pretrained(tmp_path)
+    reads: Counter[str] = Counter()
+
+    def count(module, name):
+        read = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path: reads.update([path.suffix]) or read(path))
+
+    count(storage_module, "load_file")
+    count(storage_module, "crc32_of_file")
+    count(index_module, "crc32_of_file")
+    index = FromageImageIndex.from_pretrained(tmp_path)
+    assert len(index) == 20 and "faiss" in repr(index) and not reads
+    for _ in range(2):  # checked once
+        index.search(torch.randn(2, DIM), 20)
+        assert reads == {".safetensors": 3, ".sqlite": 1, ".faiss": 1}
+
+
+def test_damage_is_found(tmp_path, monkeypatch):
+    small_shards(monkeypatch, 7)
+    index_of(make_entries(20), backend="faiss").save_pretrained(tmp_path)
+    files = sorted(path for path in tmp_path.iterdir() if path.name != "index.json")
+    assert len(files) == 5
+    for path in files:
+        data = path.read_bytes()
+        places = (0, 20, len(data) // 2, len(data) - 1)
+        damaged = [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in places]
+        damaged += [data[:-1], b"", data + b"\0", None]
+        if path.suffix == ".safetensors":  # the numbers' own checksum does not tell what kind of numbers they are
+            damaged.append(data.replace(b'"F32"', b'"I32"'))
+        for content in damaged:
+            path.unlink() if content is None else path.write_bytes(content)
+            with pytest.raises(CorruptIndexError, match=re.escape(str(path))):
+                FromageImageIndex.from_pretrained(tmp_path).search(torch.randn(2, DIM), 20)
+        path.write_bytes(data)
+    assert len(FromageImageIndex.from_pretrained(tmp_path).search(torch.randn(2, DIM), 20)[0][0]) == 20
+
+
+def test_damaged_lists_and_paths_out_of_the_folder(tmp_path):
+    folder = tmp_path / "index"
+    index_of(make_entries(5)).save_pretrained(folder)
+    listing, shard = folder / "index.json", next(folder.glob("embeds-*"))
+    text = listing.read_text()
+    state = json.loads(text)
+    broken = ["", "{", "[]", text.replace("float32", "gloat32"), text.replace('"count": 5', '"count": 6', 1)]
+    broken += [json.dumps({key: value for key, value in state.items() if key != lost}) for lost in state]
+    broken += [text.replace('"crc32"', '"crc"', 1), text.replace('"file"', '"fill"', 1)]
+    (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    for content in broken:
+        listing.write_text(content)
+        with pytest.raises(CorruptIndexError, match=r"index\.json"):
+            FromageImageIndex.from_pretrained(folder)
+    shard.unlink()
+    for outside in (f"../{shard.name}", str(tmp_path / shard.name), ".."):
+        listing.write_text(text.replace(shard.name, outside))
+        with pytest.raises(CorruptIndexError, match=re.escape(str(folder))):
+            FromageImageIndex.from_pretrained(folder)
+    listing.write_text(text.replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match="format 2.*Upgrade"):
+        FromageImageIndex.from_pretrained(folder)
+    listing.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no image index"):
+        FromageImageIndex.from_pretrained(folder)
+
+
+class Killed(BaseException):
+    """Passes every `except Exception`, as a kill does."""
+
+
+def dies_at(call: int, function, calls: list):
+    """`function`, noted in `calls`; the `call`-th of which raises instead."""
+
+    def run(*args, **kwargs):
+        calls.append(function.__name__)
+        if len(calls) == call:
+            raise Killed
+        return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize("backend", ["flat", "faiss"])
+def test_an_interrupted_save_leaves_a_whole_index(tmp_path, monkeypatch, backend):
+    small_shards(monkeypatch, 7)
+    old, new = index_of(make_entries(9)), index_of(make_entries(20, name="new"), backend=backend)
+    whole, died = {"old": contents(old), "new": contents(new)}, []
+    for call in itertools.count(1):
+        old.save_pretrained(tmp_path)
+        with monkeypatch.context() as patch:
+            calls: list[str] = []
+            for place, name in ((files_module, "save_file"), (os, "replace"), (Path, "unlink")):
+                patch.setattr(place, name, dies_at(call, getattr(place, name), calls))
+            try:
+                new.save_pretrained(tmp_path)
+                break
+            except Killed:
+                found = contents(FromageImageIndex.from_pretrained(tmp_path))
+                died.append((calls[-1], next(name for name in whole if whole[name] == found)))
+    saving = 2 * 3 + (backend == "faiss") + 1  # the old one is there until all is written; then its files are removed
+    assert [name for _, name in died[:saving]] == ["old"] * saving and set(died[saving:]) == {("unlink", "new")}
+    assert {name for name, _ in died[:saving]} == {"save_file", "replace"}
+    assert len(list(tmp_path.iterdir())) == 3 + 2 + (backend == "faiss")  # nothing is left of all the attempts
+
+
+# ---- building -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("opt_clip")
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 9, 3), dtype=np.uint8))
+
+
+def png(seed: int) -> bytes:
+    picture(seed).save(buffer := io.BytesIO(), "png")
+    return buffer.getvalue()
+
+
+def write_pictures(folder: Path, *names: str):
+    """Picture i under the i-th name; those called broken are none."""
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no image" if "broken" in name else png(seed))
+
+
+def make_source(kind: str, folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, str]]:
+    """`images` with pictures 0 and 2, and some that cannot be indexed; more arguments for `build`; and what to expect:
+    metadata by id, and reasons by id."""
+    write_pictures(folder, "a.png", "broken.png", "sub dir/b.png", "notes.txt")
+    a, broken, b = (str(folder / name) for name in ("a.png", "broken.png", "sub dir/b.png"))
+    url, urls = (f"data:image/png;base64,{base64.b64encode(png(seed)).decode()}" for seed in (2, 0))
+    table, cells = folder / f"table.{kind}", [("id", "image", "caption"), ("x", "a.png", "one"), ("y", "gone.png", "")]
+    if kind == "tsv":
+        table.write_text("\n".join(map("\t".join, [*cells, ("z", b, "three")])))
+    if kind == "csv":  # with the mark that spreadsheets begin it with
+        cells = [("url", "id", "caption"), (urls, "x", "one, 1"), ("data:,no", "y", ""), (url, "z", "three")]
+        table.write_text("\ufeff" + "\n".join(",".join(f'"{cell}"' for cell in row) for row in cells), "utf-8")
+    photos = {"photo": [{"bytes": png(0)}, {"bytes": b"no"}, {"path": b}], "id": [7, 8, 9], "label": [0, 1, 2]}
+    rows = [
+        {"image": picture(0), "id": "x", "score": 0.5, "missing": float("nan"), "box": [1, 2]},
+        {"path": Path(broken), "id": "y"},
+        {"url": url, "id": "z"},
+        {"image": {"bytes": png(3)}, "id": "x"},
+    ]
+    lists = {"ids": ["x", "y", "z", "x"], "metadata": [{"n": n} for n in range(4)]}
+    images = [picture(0), "gone.png", picture(2), picture(3)]
+    twice, of_rows = {"y": "no image", "x": "id occurs twice"}, {"x": {"score": 0.5}, "z": {"url": url}}
+    return {
+        "folder": (folder, {}, {name: {"path": name} for name in ("a.png", "sub dir/b.png")},
+                   {"broken.png": "no image"}),
+        "tsv": (table, {}, {"x": {"caption": "one", "path": "a.png"},
+                            "z": {"caption": "three", "path": "sub dir/b.png"}}, {"y": "not found"}),
+        "csv": (table, {}, {"x": {"caption": "one, 1", "url": urls}, "z": {"caption": "three", "url": url}},
+                {"y": "no image"}),
+        "dataset": (datasets.Dataset.from_dict(photos).cast_column("photo", datasets.Image()), {},
+                    {"7": {"label": 0}, "9": {"label": 2, "path": b}}, {"8": "no image"}),
+        "images": (images, lists, {"x": {"n": 0}, "z": {"n": 2}}, {**twice, "y": "not found"}),
+        "paths": ([a, broken, Path(b)], {}, {"0": {"path": a}, "2": {"path": b}}, {"1": "no image"}),
+        "rows": (rows, {}, of_rows, twice),
+        "generator": ((row for row in rows), {}, of_rows, twice),
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "tsv", "csv", "dataset", "images", "paths", "rows", "generator"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_build(tmp_path, model, processor, caplog, kind, saved):
+    images, kwargs, metadata, reasons = make_source(kind, tmp_path / "images")
+    kwargs = {**kwargs, "batch_size": 3, "save_directory": tmp_path / "index" if saved else None}
+    index = FromageImageIndex.build(model, processor, images, show_progress=False, **kwargs)
+    assert dict(zip(index.ids, index.metadata, strict=True)) == metadata
+    assert {row["id"]: row["reason"] for row in index.skipped} == reasons and len(index.skipped) == len(reasons)
+    assert f"Indexed 2 of {2 + len(reasons)} images; skipped {len(reasons)}: 1 " in caplog.text
+    assert all(f"1 {reason}" in caplog.text for reason in reasons.values())
+    pixels = processor.image_processor([picture(0), picture(2)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        assert torch.allclose(index.embeds, model.get_image_embeds(pixels), atol=1e-5)
+    for image_id, seed in zip(index.ids, (0, 2), strict=True):
+        if metadata[image_id].keys() & {"path", "url"} or (kind in ("images", "rows") and not saved):
+            assert np.array_equal(index.load_image(image_id), picture(seed))
+        else:
+            with pytest.raises(UnreadableImageError, match="no path or url"):
+                index.load_image(image_id)
+
+
+def test_images_in_memory_tie_and_are_forgotten(model, processor):
+    red, blue = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
+    index = FromageImageIndex.build(model, processor, [red, blue, red], batch_size=2)
+    assert index.search(index.embeds[:1], top_k=3)[0] == [["0", "2", "1"]]
+    index.delete(["1"])
+    index.add(index.embeds[:1], ["1"])
+    with pytest.raises(UnreadableImageError, match="no path or url"):
+        index.load_image("1")
+
+
+@pytest.mark.parametrize(
+    ("images", "kwargs", "message"),
+    [
+        ([], {}, "at least one image. Indexed 0 of 0"),
+        (["gone.png", "gone.jpg"], {}, "Indexed 0 of 2 images; skipped 2: 2 not found"),
+        *((images, {}, "Expected a folder") for images in ("picture.png", b"bytes", {"image": "a.png"}, 5)),
+        ([{"picture": 1}], {}, "Row 0 has none of the columns"),
+        ([picture(0)], {"ids": ["a", "b"]}, "2 ids for 1 images"),
+        ([picture(0)], {"metadata": []}, "0 metadata entries for 1 images"),
+        (iter([picture(0)]), {"ids": ["a"]}, "1 ids for a stream"),
+        ([picture(0)], {"dtype": torch.bfloat16}, "float32 or torch.float16"),
+    ],
+)
+def test_bad_builds(tmp_path, model, processor, images, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        FromageImageIndex.build(model, processor, images, save_directory=tmp_path, **kwargs)
+    assert len(FromageImageIndex.build(model, processor, [picture(0)], save_directory=tmp_path)) == 1  # no trace
+
+
+NAMES = [f"{i:02}.png" for i in range(5)] + ["broken.png"] + [f"sub/{i:02}.png" for i in range(7)]
+BATCHES = 7  # of two
+KILLED = """
+import os, signal, sys
+from modeling_fromage import FromageImageIndex, index_builder_fromage
+from tests.backbones import make_model, make_processor
+
+index_builder_fromage.CHECKPOINT_EVERY = 4
+model = make_model("opt_clip")
+embed, calls = model.get_image_embeds, []
+model.get_image_embeds = lambda pixels: (
+    os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 5 else calls.append(1) or embed(pixels)
+)
+FromageImageIndex.build(model, make_processor(), sys.argv[1], batch_size=2, save_directory=sys.argv[2])
+"""
+
+
+class Build:
+    """The same call again and again, with the model's calls counted."""
+
+    def __init__(self, folder: Path, model, processor):
+        self.model, self.processor = model, processor
+        self.images, self.index = folder / "images", folder / "index"
+        write_pictures(self.images, *NAMES)
+
+    def __call__(self, die_at: int = 0, model=None, **kwargs) -> FromageImageIndex:
+        model, self.calls = model or self.model, []
+        kwargs = {"batch_size": 2, "save_directory": self.index, "show_progress": False, **kwargs}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "get_image_embeds", dies_at(die_at, model.get_image_embeds, self.calls))
+            return FromageImageIndex.build(model, self.processor, self.images, **kwargs)
+
+    def killed(self, *args, **kwargs):
+        with pytest.raises(Killed):
+            self(*args, **kwargs)
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch, model, processor):
+    small_shards(monkeypatch, 5)
+    monkeypatch.setattr(index_builder_fromage, "CHECKPOINT_EVERY", 4)
+    return Build(tmp_path, model, processor)
+
+
+@pytest.mark.parametrize("call", range(1, BATCHES + 1))
+def test_a_killed_build_goes_on(build, call):
+    kwargs = {"dtype": torch.float16, "backend": "faiss"} if call % 2 else {}
+    whole, done = contents(build(save_directory=None, **kwargs)), (call - 1) // 2 * 2  # batches before the checkpoint
+    build.killed(call, **kwargs)
+    with pytest.raises(FileNotFoundError, match="unfinished.*Call `build`" if done else "no image index"):
+        FromageImageIndex.from_pretrained(build.index)
+    build.killed(1, **kwargs)  # and again, in the first batch
+    assert len(list(build.index.glob("embeds-*"))) <= 3  # those that they have outgrown are gone
+    assert contents(build(**kwargs)) == whole and len(build.calls) == BATCHES - done
+    assert contents(build(**kwargs)) == whole and not build.calls  # now it opens it
+    assert len(list(build.index.iterdir())) == 3 + 2 + call % 2
+
+
+def test_a_build_killed_between_its_files_goes_on(tmp_path, monkeypatch, build):
+    kwargs = {"batch_size": 8, "backend": "faiss"}
+    whole = contents(build(save_directory=None, **kwargs))
+    for call in itertools.count(1):
+        build.index = tmp_path / f"index {call}"
+        with monkeypatch.context() as patch:
+            calls: list[str] = []
+            for place, name in ((os, "replace"), (Path, "unlink")):
+                patch.setattr(place, name, dies_at(call, getattr(place, name), calls))
+            try:
+                build(**kwargs)
+                break
+            except Killed:
+                pass
+        assert contents(build(**kwargs)) == whole
+    assert call > 12
+
+
+def test_sigkill(build):
+    command = [sys.executable, "-c", KILLED, str(build.images), str(build.index)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    index = build()
+    assert len(build.calls) == BATCHES - 4  # two checkpoints of two batches
+    assert contents(index) == contents(build(save_directory=None))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_only_the_same_build_goes_on(build, finished):
+    known = contents(build()) if finished else build.killed(6)
+    other = make_model("opt_clip")
+    other.adapter.visual_projection.weight.data *= 2
+    for kwargs in ({"model": other}, {"dtype": torch.float16}):
+        with pytest.raises(ValueError, match="index of other images, or by another" if finished else "other settings"):
+            build(**kwargs)
+    (build.images / NAMES[1]).rename(build.images / "00b.png")
+    with pytest.raises(ValueError, match="index of other images" if finished else "images differ from those"):
+        build()
+    assert not build.calls
+    (build.images / "00b.png").rename(build.images / NAMES[1])
+    if finished:
+        assert contents(build()) == known and not build.calls
+    else:
+        next(build.index.glob("entries-*.sqlite")).unlink()
+        with pytest.raises(CorruptIndexError, match="entries-"):
+            build()
+
+
+def test_an_interrupted_save_is_no_unfinished_build(monkeypatch, build):
+    index = build()
+    known = contents(index)
+    index.delete([NAMES[0]])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(files_module.IndexWriter, "_write", dies_at(1, files_module.IndexWriter._write, []))
+        index.save_pretrained(build.index)
+    assert contents(build()) == known and not build.calls
+    index.save_pretrained(build.index)  # which is no longer what was built
+    with pytest.raises(ValueError, match="index of other images"):
+        build()
+
+
+# ---- FAISS --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"factory": "IVF4,Flat", "nprobe": 4, "training_size": 150}])
+def test_faiss_finds_what_flat_search_does(tmp_path, monkeypatch, options):
+    small_shards(monkeypatch, 50)
+    entries, queries = make_entries(400), torch.randn(5, DIM)
+    index_of(entries[:380], backend="faiss", **options).save_pretrained(tmp_path)
+    index = FromageImageIndex.from_pretrained(tmp_path)
+    index.add(*columns(entries[380:]))
+    assert_searches(index, entries, queries, 10)
+    best = index.search(queries, 40)[0]
+    assert_searches(index, entries, queries, 10, exclude_ids=best)
+    assert_searches(index, entries, queries, 10, exclude_ids=best[0], where=WHERES[1])
+    deleted = {name for names in best for name in names}
+    index.delete(list(deleted))
+    entries = [entry for entry in entries if entry.id not in deleted]
+    assert_searches(index, entries, queries, 10)
+    index.save_pretrained(tmp_path)  # in which the positions move up
+    index = FromageImageIndex.from_pretrained(tmp_path)
+    expected = {"factory": "Flat", "nprobe": None, "training_size": 200_000, **options}
+    assert index.backend == "faiss" and index._faiss.options == expected
+    assert_searches(index, entries, queries, 10)
+    assert_searches(index.use_backend("flat"), entries, queries, 10)
+
+
+def test_faiss_is_exact_where_its_lists_hold_too_few():
+    entries, queries = make_entries(200), torch.randn(5, DIM)
+    index = index_of(entries, backend="faiss", factory="IVF16,Flat", nprobe=1)
+    near = index.search(queries, 3)[1]
+    assert_searches(index, entries, queries, 150)
+    assert_searches(index, entries, queries, 3, where=WHERES[1])  # filters are exact, too
+    best = index.use_backend("flat").search(queries, 3)[1]
+    assert (near <= best).all() and (near < best).any()  # otherwise approximate
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("faiss", {"factory": "nonsense"}, "does not know the factory string 'nonsense'"),
+        ("faiss", {"factory": "IVF100,Flat"}, "cannot train 'IVF100,Flat' on 20 embeddings"),
+        ("milvus", {}, "milvus' is not in this version"),
+        ("lucene", {}, "Unknown backend 'lucene'"),
+        ("flat", {"nprobe": 2}, r"takes no options, got \['nprobe'\]"),
+    ],
+)
+def test_refused_backends(backend, options, message):
+    index = index_of(make_entries(20), backend="faiss")
+    with pytest.raises(ValueError, match=message):
+        index.use_backend(backend, **options)
+    assert index.backend == "faiss"  # as it was
+
+
+# ---- many indexes, many models, the Hub ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_merge_is_one_index(tmp_path, shard_rows, dtype):
+    entries = make_entries(40)
+    parts = [index_of(entries[i : i + 15], dtype=dtype) for i in (0, 15, 30)]
+    parts[1].save_pretrained(tmp_path)
+    merged = FromageImageIndex.merge([parts[0], tmp_path, parts[2]])
+    assert contents(merged) == contents(index_of(entries, dtype=dtype))
+    merged.delete(["image 20"])
+    assert contents(FromageImageIndex.merge([merged])) == contents(merged)
+    others = make_entries(3, name="other")
+    stamped, narrow = index_of(others, dtype=dtype), FromageImageIndex(torch.randn(2, 8), ["a", "b"], dtype=dtype)
+    stamped.model_fingerprint = "another model"
+    unlike = index_of(others, dtype=torch.float32 if dtype == torch.float16 else torch.float16)
+    for other in (stamped, narrow, unlike):
+        with pytest.raises(ValueError, match="one model and kind"):
+            FromageImageIndex.merge([merged, other])
+    for several, message in (([merged, merged], "unique"), ([], "at least one")):
+        with pytest.raises(ValueError, match=message):
+            FromageImageIndex.merge(several)
+
+
+def test_images_are_found_from_whatever_they_were_added_by(tmp_path, monkeypatch, model, processor):
+    small_shards(monkeypatch, 1)
+    for name in ("one", "two"):
+        write_pictures(tmp_path / name, f"{name}.png", f"broken {name}.png")
+    first, second = (FromageImageIndex.build(model, processor, tmp_path / name) for name in ("one", "two"))
+    merged = FromageImageIndex.merge([first, second])
+    first.add_images(model, processor, tmp_path / "two")
+    for index in (merged, first):
+        index.add_images(model, processor, [tmp_path / "one" / "one.png"], ids=["listed"])
+        index.add_images(model, processor, [picture(3)], ids=["memory"])
+        before = contents(index)
+        with pytest.raises(ValueError, match="unique"):
+            index.add_images(model, processor, [picture(4), picture(5)], ids=["new", "memory"])
+        assert contents(index) == before  # not in part either
+        assert index.ids == ["one.png", "two.png", "listed", "memory"]
+        assert [row["id"] for row in index.skipped] == ["broken one.png", "broken two.png"]
+        for name, seed in zip(index.ids, (0, 0, 0, 3), strict=True):
+            assert np.array_equal(index.load_image(name), picture(seed))
+        assert torch.equal(index.embeds[0], index.embeds[1]) and torch.equal(index.embeds[0], index.embeds[2])
+
+
+def test_model_stamp(tmp_path, model, processor):
+    model.save_pretrained(tmp_path, save_backbones=True, adapter_dtype=torch.bfloat16)
+    other = FromageForConditionalGeneration.from_pretrained(tmp_path)
+    weight = other.adapter.visual_projection.weight
+    assert not torch.equal(weight, model.adapter.visual_projection.weight)
+    index, query = FromageImageIndex.build(model, processor, [picture(0)]), torch.randn(1, DIM)
+    assert index.model_fingerprint == model.retrieval_fingerprint() == other.retrieval_fingerprint()
+    assert index.search(query, model=other)[0] == [["0"]]
+    weight.data[0, 0] += 0.1
+    unstamped = FromageImageIndex(index.embeds, ["0"])
+    for use in (
+        lambda index: index.check_model(other),
+        lambda index: index.search(query, model=other),
+        lambda index: index.add_images(other, processor, [picture(1)], ids=["1"]),
+    ):
+        with pytest.raises(ValueError, match="was made by the model"):
+            use(index)
+        use(unstamped)
+    assert len(index) == 1 and len(unstamped) == 2
+    with pytest.raises(ValueError, match="width"):
+        FromageImageIndex(torch.randn(1, 8), ["0"]).add_images(model, processor, [picture(1)], ids=["1"])
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with hub_server() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield server
+
+
+@pytest.mark.parametrize("backend", ["flat", "faiss"])
+def test_push_and_pull(tmp_path, monkeypatch, hub, model, processor, backend):
+    small_shards(monkeypatch, 2)
+    repo, images = "datasets/org/index", tmp_path / "images"
+    write_pictures(images, "a.png", "sub/b.png", "broken.png", "c.png")
+    write_pictures(tmp_path, "secret.png")
+    index = FromageImageIndex.build(model, processor, images, backend=backend)
+    index.add(torch.randn(1, DIM), ["escape"], [{"path": "../secret.png"}])
+    address = index.push_to_hub("org/index", token="hf_test")
+    assert address.endswith(f"/{repo}/commit/{hub.heads[repo]}")
+
+    def pull(**kwargs):
+        return FromageImageIndex.from_pretrained("org/index", token="hf_test", cache_dir=tmp_path / "cache", **kwargs)
+
+    first, pulled, rooted = hub.heads[repo], pull(), pull(image_root=images)
+    files = hub.repositories[repo][first]
+    assert len(files) == 4 + (backend == "faiss") and not any(str(tmp_path).encode() in data for data in files.values())
+    assert contents(pulled)[:-1] == contents(index)[:-1]
+    assert pulled.skipped == [{"id": "broken.png", "source": "broken.png", "reason": "no image"}]
+    assert (pulled.backend, pulled.model_fingerprint) == (backend, model.retrieval_fingerprint())
+
+    # A repository must not be able to name files of the machine that loads it.
+    assert np.array_equal(rooted.load_image("a.png"), picture(0))
+    assert np.array_equal(index.load_image("escape"), picture(0))
+    rooted.add(torch.randn(1, DIM), ["absolute"], [{"path": str(tmp_path / "secret.png")}])
+    monkeypatch.chdir(images)
+    merged = FromageImageIndex.merge([rooted])
+    refused = [(pulled, "a.png"), *((one, name) for one in (rooted, merged) for name in ("escape", "absolute"))]
+    for one, name in refused:
+        with pytest.raises(UnreadableImageError, match="local files are refused"):
+            one.load_image(name)
+
+    hub.commit(repo, {**files, "README.md": b"a card"})
+    index.delete(["a.png", "escape"])
+    index.push_to_hub("org/index", token="hf_test")
+    files = hub.repositories[repo][hub.heads[repo]]
+    state = json.loads(files["index.json"])
+    listed = [entry["file"] for entry in (*state["shards"], state["entries"], state.get("faiss")) if entry]
+    assert sorted(files) == sorted(["README.md", "index.json", *listed])  # those of the first are gone
+    assert pull().ids == index.ids and pull(revision=first).ids == pulled.ids
+    forged = files["index.json"].replace(b'"image_root": null', b'"image_root": "/"')
+    hub.commit(repo, {**files, "index.json": forged})
+    assert forged != files["index.json"] and pull().image_root is None

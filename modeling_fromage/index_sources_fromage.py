@@ -78,7 +78,8 @@ def image_sources(
 def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], root: Path | None) -> ImageSource:
     if not isinstance(row, dict):
         row = {"image": row}
-    column = next((name for name in _IMAGE_COLUMNS if row.get(name) is not None), None)
+    columns = [name for name in _IMAGE_COLUMNS if row.get(name) is not None]
+    column = next((name for name in columns if row[name] != ""), None) or next(iter(columns), None)
     if column is None:
         raise ValueError(f"Row {number} has none of the columns {_IMAGE_COLUMNS}; it has {sorted(row)}.")
     image = row[column]
@@ -107,6 +108,8 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         for name in _IMAGE_COLUMNS:
             if row.get(name) and not is_url(row[name]):
                 row[name] = str(path.parent / row[name])
+            elif name in row:
+                row[name] = row[name] or ""  # of a short row: left out like a missing file, not for all to fail
     return rows
 
 

@@ -352,11 +352,11 @@ def make_source(kind: str, folder: Path) -> tuple[Any, dict[str, Any], dict[str,
     write_pictures(folder, "a.png", "broken.png", "sub dir/b.png", "notes.txt")
     a, broken, b = (str(folder / name) for name in ("a.png", "broken.png", "sub dir/b.png"))
     url, urls = (f"data:image/png;base64,{base64.b64encode(png(seed)).decode()}" for seed in (2, 0))
-    table, cells = folder / f"table.{kind}", [("id", "image", "caption"), ("x", "a.png", "one"), ("y", "gone.png", "")]
+    table, cells = folder / f"table.{kind}", [("id", "image", "caption"), ("x", "a.png", "one"), ("y",)]
     if kind == "tsv":
         table.write_text("\n".join(map("\t".join, [*cells, ("z", b, "three")])))
     if kind == "csv":  # with the mark that spreadsheets begin it with
-        cells = [("url", "id", "caption"), (urls, "x", "one, 1"), ("data:,no", "y", ""), (url, "z", "three")]
+        cells = [("image", "url", "id"), ("", urls, "x, 1"), ("gone.png", "", "y"), ("", url, "z")]
         table.write_text("\ufeff" + "\n".join(",".join(f'"{cell}"' for cell in row) for row in cells), "utf-8")
     photos = {"photo": [{"bytes": png(0)}, {"bytes": b"no"}, {"path": b}], "id": [7, 8, 9], "label": [0, 1, 2]}
     rows = [
@@ -373,8 +373,7 @@ def make_source(kind: str, folder: Path) -> tuple[Any, dict[str, Any], dict[str,
                    {"broken.png": "no image"}),
         "tsv": (table, {}, {"x": {"caption": "one", "path": "a.png"},
                             "z": {"caption": "three", "path": "sub dir/b.png"}}, {"y": "not found"}),
-        "csv": (table, {}, {"x": {"caption": "one, 1", "url": urls}, "z": {"caption": "three", "url": url}},
-                {"y": "no image"}),
+        "csv": (table, {}, {"x, 1": {"image": "", "url": urls}, "z": {"image": "", "url": url}}, {"y": "not found"}),
         "dataset": (datasets.Dataset.from_dict(photos).cast_column("photo", datasets.Image()), {},
                     {"7": {"label": 0}, "9": {"label": 2, "path": b}}, {"8": "no image"}),
         "images": (images, lists, {"x": {"n": 0}, "z": {"n": 2}}, {**twice, "y": "not found"}),

@@ -103,7 +103,7 @@ def measure(preset_name: str, device: str, lengths: tuple[int, ...], rounds: int
         }
         seconds[f"{length} tokens"] = seconds_in_turns(runs, rounds, device)
     runs = {f"plain, {size} at a time": lambda size=size: sides.plain_scores(size) for size in (1, 20)}
-    seconds["scoring"] = seconds_in_turns({**runs, "ours": sides.our_scores}, rounds, device)
+    seconds["scoring"] = seconds_in_turns({**runs, "ours": sides.our_scores}, min(rounds, 3), device)
     median = {
         part: {name: statistics.median(times) for name, times in sides_.items()} for part, sides_ in seconds.items()
     }

@@ -1,7 +1,7 @@
 """Measure the image index: `python -m training.benchmark_index`.
 
-Opening, exact search against FAISS's flat index, and FAISS's IVF, over made-up embeddings in 1,000 overlapping clusters;
-and the rate of a build from JPEG files against that of the bare encoder.
+Opening, exact search against FAISS's flat index, and FAISS's IVF, over made-up embeddings in 1,000 overlapping
+clusters; and the rate of a build from JPEG files against that of the bare encoder.
 """
 
 import argparse
@@ -173,10 +173,11 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['nprobe']} of {row['lists']} | {row['recall']:.3f} | {row['seconds_per_query'] * 1e3:.2f} |"
         )
     exact = min(row["recall"] for row in results["search"].values())
+    milliseconds, megabytes = opening["seconds"] * 1e3, opening["bytes"] / 1e6
     note = (
         f"{results['count']:,} x {results['dim']} in fp32, made-up clusters, {results['hardware']}, FAISS "
-        f"{results['faiss']}, medians; the exact search's recall is {exact:.3f}. Opening the index takes {opening['seconds'] * 1e3:.1f} ms and "
-        f"{opening['bytes'] / 1e6:.1f} MB of memory; the first search, which checks every file, "
+        f"{results['faiss']}, medians; the exact search's recall is {exact:.3f}. Opening the index takes "
+        f"{milliseconds:.1f} ms and {megabytes:.1f} MB of memory; the first search, which checks every file, "
         f"{opening['first_search_seconds']:.2f} s. A build from JPEG files runs at {build['ratio']:.2f} of the bare "
         f"encoder's rate ({build['build']:.1f} and {build['encoder']:.1f} images a second)."
     )

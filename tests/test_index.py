@@ -27,6 +27,7 @@ from modeling_fromage import index_files_fromage as files_module
 from modeling_fromage import index_storage_fromage as storage_module
 from modeling_fromage import retrieval_fromage as index_module
 from modeling_fromage.fetching_fromage import UnreadableImageError
+from modeling_fromage.index_search_fromage import top_k_in_order
 from modeling_fromage.index_storage_fromage import CorruptIndexError
 from tests.backbones import make_model
 from tests.hub_server import hub_server
@@ -130,6 +131,8 @@ def test_identical_images_tie_wherever_they_are():
     """A matrix product rounds the same pair of vectors differently at the edges of its blocks."""
     entries = make_entries(1003, distinct=30)
     assert_searches(index_of(entries), entries, torch.randn(index_module._QUERIES_AT_A_TIME + 44, DIM), 20)
+    query, rounded = F.normalize(torch.randn(1, DIM), dim=-1), torch.ones(1, 200) + 1e-6 * torch.randn(1, 200)
+    assert top_k_in_order(rounded, query.repeat(200, 1), query, 3)[1].tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,9 @@ def test_damage_is_found(tmp_path, monkeypatch):
         for content in damaged:
             path.unlink() if content is None else path.write_bytes(content)
             with pytest.raises(CorruptIndexError, match=re.escape(str(path))):
-                FromageImageIndex.from_pretrained(tmp_path).search(torch.randn(2, DIM), 20)
+                index = FromageImageIndex.from_pretrained(tmp_path)
+                assert content is not None and len(content) == len(data)  # else it was to be found at once
+                index.search(torch.randn(2, DIM), 20)
         path.write_bytes(data)
     assert len(FromageImageIndex.from_pretrained(tmp_path).search(torch.randn(2, DIM), 20)[0][0]) == 20
 
@@ -306,6 +311,7 @@ def test_an_interrupted_save_leaves_a_whole_index(tmp_path, monkeypatch, backend
     whole, died = {"old": contents(old), "new": contents(new)}, []
     for call in itertools.count(1):
         old.save_pretrained(tmp_path)
+        assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".sqlite", ".safetensors"}
         with monkeypatch.context() as patch:
             calls: list[str] = []
             for place, name in ((files_module, "save_file"), (os, "replace"), (Path, "unlink")):
@@ -387,7 +393,7 @@ def make_source(kind: str, folder: Path) -> tuple[Any, dict[str, Any], dict[str,
 @pytest.mark.parametrize("saved", [False, True])
 def test_build(tmp_path, model, processor, caplog, kind, saved):
     images, kwargs, metadata, reasons = make_source(kind, tmp_path / "images")
-    kwargs = {**kwargs, "batch_size": 3, "save_directory": tmp_path / "index" if saved else None}
+    kwargs = {**kwargs, "batch_size": 3 if saved else 4, "save_directory": tmp_path / "index" if saved else None}
     index = FromageImageIndex.build(model, processor, images, show_progress=False, **kwargs)
     assert dict(zip(index.ids, index.metadata, strict=True)) == metadata
     assert {row["id"]: row["reason"] for row in index.skipped} == reasons and len(index.skipped) == len(reasons)
@@ -427,7 +433,8 @@ def test_images_in_memory_tie_and_are_forgotten(model, processor):
         ([picture(0)], {"dtype": torch.bfloat16}, "float32 or torch.float16"),
     ],
 )
-def test_bad_builds(tmp_path, model, processor, images, kwargs, message):
+def test_bad_builds(tmp_path, monkeypatch, model, processor, images, kwargs, message):
+    monkeypatch.setattr(index_builder_fromage, "CHECKPOINT_EVERY", 1)
     with pytest.raises(ValueError, match=message):
         FromageImageIndex.build(model, processor, images, save_directory=tmp_path, **kwargs)
     assert len(FromageImageIndex.build(model, processor, [picture(0)], save_directory=tmp_path)) == 1  # no trace
@@ -583,7 +590,7 @@ def test_faiss_is_exact_where_its_lists_hold_too_few():
     index = index_of(entries, backend="faiss", factory="IVF16,Flat", nprobe=1)
     near = index.search(queries, 3)[1]
     assert_searches(index, entries, queries, 150)
-    assert_searches(index, entries, queries, 3, where=WHERES[1])  # filters are exact, too
+    assert_searches(index, entries, queries, 3, where={"kind": VALUES})  # filters are exact, too
     best = index.use_backend("flat").search(queries, 3)[1]
     assert (near <= best).all() and (near < best).any()  # otherwise approximate
 

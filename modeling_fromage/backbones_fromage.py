@@ -118,6 +118,15 @@ def context_length(text_config: PreTrainedConfig) -> float:
     return getattr(text_config, "max_position_embeddings", None) or float("inf")
 
 
+def check_length(input_ids: torch.Tensor, text_config: PreTrainedConfig):
+    """Raise a `ValueError` where texts (B, L) are longer than the LM's context."""
+    if input_ids.shape[1] > context_length(text_config):
+        raise ValueError(
+            f"The texts are {input_ids.shape[1]} tokens long, images included; the language model's context has "
+            f"{context_length(text_config)}. Shorten them."
+        )
+
+
 def logit_transform(text_config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """The elementwise function that the LM applies after its head: Cohere's and Granite's scale, Gemma's soft cap."""
     config = text_config.to_dict()

@@ -49,7 +49,7 @@ class FaissBackend:
             step = max(1, -(-sum(shard.count for shard in shards) // self.training_size))
             sample = torch.cat([shard.rows()[::step].float() for shard in shards])
             try:
-                self.index.train(sample.numpy())
+                self.index.train(sample.cpu().numpy())
             except RuntimeError as error:
                 raise ValueError(
                     f"FAISS cannot train {self.factory!r} on {len(sample)} embeddings: {error}. Use fewer lists or "
@@ -60,13 +60,13 @@ class FaissBackend:
 
     def add(self, rows: torch.Tensor):
         """Append embeddings (n, q)."""
-        self.index.add(rows.float().numpy())
+        self.index.add(rows.float().cpu().numpy())
 
     def search(self, queries: torch.Tensor, count: int) -> torch.LongTensor:
         """(Q, count) positions of what is near `queries` (Q, q); -1 where no more are found."""
         if self.nprobe is not None and (inner := faiss.try_extract_index_ivf(self.index)) is not None:
             inner.nprobe = self.nprobe
-        return torch.from_numpy(self.index.search(queries.numpy(), count)[1])
+        return torch.from_numpy(self.index.search(queries.cpu().numpy(), count)[1])
 
     def save(self, path: Path):
         faiss.write_index(self.index, str(path))

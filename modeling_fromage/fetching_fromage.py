@@ -29,6 +29,7 @@ class ImageLimits:
         timeout: Seconds for a whole download, redirects included.
         max_bytes: Size of a downloaded file.
         max_pixels: Width times height.
+        max_aspect_ratio: The longer side over the shorter: resizing the shorter one blows a thin image up.
         allow_private_addresses: Whether a host may be this machine or one of its network (loopback, 10.0.0.0/8, the
             cloud's metadata service, ...).
     """
@@ -36,6 +37,7 @@ class ImageLimits:
     timeout: float = 10.0
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
+    max_aspect_ratio: float = 100.0
     allow_private_addresses: bool = False
 
 

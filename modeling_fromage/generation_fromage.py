@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .backbones_fromage import context_length
+from .backbones_fromage import check_length, context_length
 
 RET_GENERATION_DEFAULTS = {
     "ret_scale_factor": 1.0,
@@ -77,18 +77,17 @@ class FromageGenerationMixin:
                 number.
         """
         prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        visual = None
-        if prompt is not None:  # from inputs_embeds alone the prompt's tokens are not known
-            visual = self._encode_once(kwargs)
+        if prompt is None:  # from inputs_embeds alone the prompt's tokens are not known
+            return super().generate(*args, **kwargs)
+        visual = self._encode_once(kwargs)
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
         output = super().generate(*args, **kwargs)
-        if prompt is None or isinstance(output, torch.Tensor):
+        if isinstance(output, torch.Tensor):
             return output
         copies = len(output.sequences) // len(prompt)
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(prompt) if mask is None else mask
-        mask = torch.nn.functional.pad(
-            mask.repeat_interleave(copies, dim=0), (0, output.sequences.shape[1] - prompt.shape[1]), value=1
-        )
+        mask = kwargs["attention_mask"].repeat_interleave(copies, dim=0)
+        mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - prompt.shape[1]), value=1)
         is_ret = self._is_ret(output.sequences)
         is_ret[:, : prompt.shape[1]] = False
         if visual is not None:
@@ -96,6 +95,17 @@ class FromageGenerationMixin:
         output["ret_embeds"] = self.embed_positions(output.sequences, mask, visual, is_ret)
         output["ret_positions"] = [row.nonzero().flatten() for row in is_ret]
         return output
+
+    def _mask_of_prompt(self, prompt: torch.LongTensor, kwargs: dict[str, Any]) -> torch.LongTensor:
+        """The mask of a prompt that comes without one, by transformers' rule: pad tokens are padding, unless they end
+        sequences too."""
+        defaults = kwargs.get("generation_config") or self.generation_config
+        pad, eos = (
+            torch.tensor([] if value is None else value).flatten()
+            for value in (kwargs.get(name, getattr(defaults, name)) for name in ("pad_token_id", "eos_token_id"))
+        )
+        is_pad = torch.isin(prompt.cpu(), pad) & ~torch.isin(prompt.cpu(), eos)
+        return (~is_pad).long().to(prompt.device)
 
     @torch.no_grad()
     def _encode_once(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -146,6 +156,7 @@ class FromageGenerationMixin:
         if visual is not None:
             visual = visual[rows.repeat_interleave(self._image_counts(sequences)).to(visual.device)]
         sequences, mask, at = sequences[rows], attention_mask[rows], at[rows]
+        check_length(sequences, self.config.text_config)
         needed = (at | (sequences == self.config.image_token_id)).any(0)
         length = int(needed.nonzero().max()) + 1
         output = self._decode(

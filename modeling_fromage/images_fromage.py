@@ -64,6 +64,8 @@ def load_rgb_image(
     else:
         name = str(getattr(source, "filename", "") or repr(source))[:200]
     formats = None
+    if not isinstance(source, (str, os.PathLike, io.BytesIO, Image.Image)):
+        raise UnreadableImageError(name, "no image", f"it is a {type(source).__name__}")
     if is_url(source):
         source, formats = io.BytesIO(fetch(source, limits)), _WEB_FORMATS
     elif isinstance(source, str) and source.lower().startswith("file:"):
@@ -82,6 +84,8 @@ def _decode(source: Any, name: str, limits: ImageLimits, formats: Sequence[str] 
     with nullcontext() if image is source else image:
         if image.width * image.height > limits.max_pixels:
             raise UnreadableImageError(name, "too many pixels", f"{image.width} x {image.height}")
+        if max(image.size) > limits.max_aspect_ratio * min(image.size):
+            raise UnreadableImageError(name, "too thin", f"{image.width} x {image.height}")
         return to_rgb(image)
 
 

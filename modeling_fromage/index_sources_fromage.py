@@ -1,10 +1,12 @@
 """Images for an index, from wherever they are: folders, tables, datasets, lists; read ahead by threads."""
 
+import contextlib
 import csv
 import hashlib
 import itertools
 import math
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -100,8 +102,15 @@ def _is_fact(value: Any) -> bool:
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
     """Rows of a TSV or CSV file; relative image paths are relative to it."""
+    is_tsv = path.suffix.lower() == ".tsv"
+    # A quote in a TSV is a quote: captions have single ones. `datasets` and spreadsheets quote a CSV's.
+    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
-        rows = list(csv.DictReader(file, dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel"))
+        reader = csv.DictReader(file, **quoting)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
     if rows and not any(name in rows[0] for name in _IMAGE_COLUMNS):
         raise ValueError(f"{path} needs a header with one of the columns {_IMAGE_COLUMNS}; it has {list(rows[0])}.")
     for row in rows:
@@ -151,14 +160,29 @@ def _result(source, future):
         return source, None, error
 
 
+def _content(image: Any) -> str:
+    """What tells an image from another of the same name; nothing for a URL, and for one that cannot be read."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        if isinstance(image, Image.Image):
+            return f"{image.size} {image.mode} {zlib.crc32(image.tobytes())}"
+        if isinstance(image, dict) and image.get("bytes"):
+            return str(zlib.crc32(image["bytes"]))
+        path = image.get("path") if isinstance(image, dict) else image
+        if isinstance(path, (str, os.PathLike)) and not is_url(path):
+            found = os.stat(path)
+            return f"{found.st_size} {found.st_mtime_ns}"
+    return ""
+
+
 class SourceDigest:
-    """A running digest of which images were seen, to tell whether an interrupted build is gone on with."""
+    """A running digest of the images that were seen, to tell whether a build goes on with them: of their ids, and of
+    their bytes, their pixels, their file's size and time of change, or their address."""
 
     def __init__(self):
         self._hash = hashlib.sha256()
 
     def update(self, source: ImageSource):
-        self._hash.update(f"{source.id}\0{source.name}\n".encode())
+        self._hash.update(f"{source.id}\0{source.name}\0{_content(source.image)}\n".encode(errors="surrogateescape"))
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

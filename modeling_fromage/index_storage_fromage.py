@@ -6,6 +6,7 @@ Axes: N images, n of them in a shard, q the width of the shared image-text space
 
 import json
 import sqlite3
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -88,18 +89,29 @@ class Entries:
     def __init__(self, path: Path | None = None, crc32: int | None = None):
         self.path, self._crc32 = path, crc32
         self._connection: sqlite3.Connection | None = None
+        self._lock = threading.RLock()
 
     @property
     def connection(self) -> sqlite3.Connection:
-        if self._connection is None and self.path is None:
-            self._connection = connect("")  # SQLite's own temporary file, once it is large
-        elif self._connection is None:
-            if crc32_of_file(self.path) != self._crc32:
-                raise CorruptIndexError(self.path, "its checksum differs from the index's")
-            self._connection = sqlite3.connect(
-                f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
-            )
-        return self._connection
+        with self._lock:
+            if self._connection is None and self.path is None:
+                self._connection = connect("")  # SQLite's own temporary file, once it is large
+            elif self._connection is None:
+                if crc32_of_file(self.path) != self._crc32:
+                    raise CorruptIndexError(self.path, "its checksum differs from the index's")
+                self._connection = sqlite3.connect(
+                    f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
+                )
+            return self._connection
+
+    def __getstate__(self) -> dict[str, Any]:
+        data = self.connection.serialize() if self.path is None else None
+        return {"path": self.path, "crc32": self._crc32, "data": data}
+
+    def __setstate__(self, state: dict[str, Any]):
+        self.__init__(state["path"], state["crc32"])
+        if state["data"] is not None:
+            self.connection.deserialize(state["data"])
 
     def detach(self) -> sqlite3.Connection:
         """Make it a temporary copy, if it is not, which can be changed and does without the file."""

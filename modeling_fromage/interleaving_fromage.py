@@ -68,6 +68,8 @@ class InterleavedGeneration:
             )
         if generate_kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("An answer is one sequence a prompt: leave `num_return_sequences` out.")
+        if refused := {"generation_config", "max_length"} & generate_kwargs.keys():
+            raise ValueError(f"Give the options of {sorted(refused)} one by one, and the length as `max_new_tokens`.")
         if feed_images_back and not (index is not None and load_images):
             raise ValueError("`feed_images_back` needs an index, and `load_images`.")
         processor.check_config(model.config)
@@ -164,6 +166,13 @@ class InterleavedGeneration:
 
     def _continue(self, rows: list[_Row], may_ret: bool):
         """Generate on; up to the next `[RET]` where its image is to be fed back."""
+        tokens_left = max(row.tokens_left for row in rows)
+        longest = max(rows, key=lambda row: len(row.ids))
+        if len(rows) > 1 and len(longest.ids) + tokens_left > context_length(self.model.config.text_config):
+            # Each may fit by itself, but not the longest with the tokens that another has left.
+            self._continue([longest], may_ret)
+            self._continue([row for row in rows if row is not longest], may_ret)
+            return
         inputs = self._inputs(rows)
         options = {"pad_token_id": self.processor.tokenizer.pad_token_id, **self.generate_kwargs}
         eos_ids = self.eos_ids
@@ -175,7 +184,7 @@ class InterleavedGeneration:
             options.update(stop_strings=self.stop_strings, tokenizer=self.processor.tokenizer)
         output = self.model.generate(
             **inputs,
-            max_new_tokens=max(row.tokens_left for row in rows),
+            max_new_tokens=tokens_left,
             max_num_rets=self.max_num_rets if may_ret else 0,
             eos_token_id=eos_ids or self.processor.image_token_id,  # never written: `None` would mean the model's own
             return_dict_in_generate=True,
@@ -203,8 +212,9 @@ class InterleavedGeneration:
         row.done |= row.tokens_left <= 0
         self._append(row, tokens, embeds)
 
-    def _append(self, row: _Row, tokens: list[int], embeds: torch.Tensor):
+    def _append(self, row: _Row, tokens: list[int], embeds: torch.Tensor, stop_strings: Sequence[str] | None = None):
         """Tokens as text, up to a stop string, and `[RET]`s that wait for their images."""
+        stop_strings = self.stop_strings if stop_strings is None else stop_strings
         ret_ids, embeds = set(self._ret_ids()), iter(embeds)
         piece: list[int] = []
         for token in [*tokens, None]:
@@ -212,7 +222,7 @@ class InterleavedGeneration:
                 piece.append(token)
                 continue
             text = self.processor.tokenizer.decode(piece, skip_special_tokens=True)
-            ends = [text.index(stop) for stop in self.stop_strings if stop in text]
+            ends = [text.index(stop) for stop in stop_strings if stop in text]
             row.segments.append({"type": "text", "text": text[: min(ends, default=len(text))]})
             if ends:
                 row.done = True
@@ -225,7 +235,7 @@ class InterleavedGeneration:
         """Let the prompts' own `[RET]`s wait for their images."""
         inputs = self._inputs(rows)
         for row, embeds in zip(rows, self.model.get_ret_embeds(**inputs), strict=True):
-            self._append(row, row.ids, embeds)
+            self._append(row, row.ids, embeds, stop_strings=())
             row.done = True
 
     # ---- retrieving -----------------------------------------------------------------------------------------------
@@ -289,10 +299,7 @@ class InterleavedGeneration:
         for row in rows:
             last = [s for s in row.segments if s["type"] == "image" and s["ret_index"] == row.rets - 1]
             images = [segment["image"] for segment in last if segment["image"] is not None]
-            if len(row.ids) + k * len(images) + row.tokens_left > limit:
-                row.tokens_left = limit - len(row.ids) - k * len(images)
-            row.done |= row.tokens_left <= 0
-            if images and not row.done:
+            if images and len(row.ids) + k * len(images) + row.tokens_left <= limit:
                 pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
                 with torch.no_grad():
                     row.features += list(self._encode(pixels))

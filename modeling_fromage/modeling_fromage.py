@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .assembly_fromage import assemble_from_vision_text
 from .backbones_fromage import (
     allow_activation_checkpointing,
+    check_length,
     decoder_and_head,
     hidden_state_width,
     logit_transform,
@@ -297,10 +298,17 @@ class FromageForConditionalGeneration(
         """Tells the models apart whose embeddings can be compared: a digest of the trained parts, rounded to bfloat16,
         so that a checkpoint saved in bfloat16 has its original's."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.adapter.state_dict().items()):
+        for name, parameter in sorted(self._trained_state().items()):
             digest.update(name.encode())
             digest.update(parameter.to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
+
+    def _trained_state(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by their plain names; of a PEFT wrapper, those of its active copy."""
+        adapter = self.adapter
+        if "modules_to_save" in dict(adapter.named_children()):
+            adapter = adapter.modules_to_save[adapter.active_adapters[0]]
+        return adapter.state_dict()
 
     # ---- text -----------------------------------------------------------------------------------------------------
 
@@ -314,8 +322,9 @@ class FromageForConditionalGeneration(
         """Unit-norm embeddings (B, q) at the last `[RET]` of each row of `input_ids` (B, L).
 
         Raises:
-            ValueError: A row has no `[RET]`.
+            ValueError: A row has no `[RET]`, or is longer than the LM's context.
         """
+        check_length(input_ids, self.config.text_config)
         embeds = self._embed(input_ids, self._pooled_or_none(pixel_values, pooled_image_features))
         output = self._decode(embeds, attention_mask, output_hidden_states=self._needs_all_layers)
         rows, columns = self._last_rets(input_ids)

@@ -72,8 +72,8 @@ class FromagePipeline(Pipeline):
         Raises:
             ValueError: A prompt is empty, too long, or of no known kind; an image cannot be read or is refused.
         """
-        if isinstance(inputs, str):
-            inputs = _Interleaved([inputs])
+        if isinstance(inputs, (str, Image.Image, Path, dict)):
+            inputs = _wrap([inputs])
         elif isinstance(inputs, (list, tuple)):
             if not inputs:
                 raise ValueError("The prompt is empty. Give it a text or an image.")
@@ -122,7 +122,7 @@ class FromagePipeline(Pipeline):
     ) -> dict[str, Any]:
         """A prompt as text with placeholders, its images, and the ids of those that it has shown."""
         if not isinstance(prompt, (Chat, _Interleaved)):
-            prompt = _wrap([prompt] if isinstance(prompt, str) else prompt)
+            prompt = _wrap([prompt] if isinstance(prompt, (str, Image.Image, Path, dict)) else prompt)
         stops = ["\n"]
         if isinstance(prompt, Chat):
             messages = [_with_parts(message, feed_images_back) for message in prompt.messages]
@@ -182,7 +182,14 @@ class FromageChat:
         return answer
 
 
-def _wrap(prompt: Sequence[Any]) -> Chat | _Interleaved:
+def _wrap(prompt: Any) -> Chat | _Interleaved:
+    if isinstance(prompt, Chat):
+        return prompt
+    if not isinstance(prompt, (list, tuple)):
+        raise ValueError(
+            f"Expected a text, a list of texts and images, or a list of messages, got {type(prompt)}. Give the prompts "
+            'of a dataset as a generator: `pipe(row["text"] for row in dataset)`.'
+        )
     prompt = list(prompt)
     if not prompt:
         raise ValueError("The prompt is empty. Give it a text or an image.")
@@ -190,7 +197,7 @@ def _wrap(prompt: Sequence[Any]) -> Chat | _Interleaved:
 
 
 def _with_parts(message: dict[str, Any], feed_images_back: bool) -> dict[str, Any]:
-    content = message["content"]
+    content = message.get("content") or []
     return {**message, "content": _parts([content] if isinstance(content, str) else content, feed_images_back)}
 
 
@@ -214,19 +221,22 @@ def _as_part(part: Any) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if isinstance(part, (Image.Image, Path)):
         return {"type": "image", "image": part}
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part
-    if isinstance(part, dict) and part.get("type") == "image":
-        return part
-    if isinstance(part, dict) and part.get("type") == "image_url":  # as in OpenAI's messages
-        return {"type": "image", "url": part["image_url"]["url"]}
+    if isinstance(part, dict):
+        part = {name: value for name, value in part.items() if value is not None}  # tables fill in what is absent
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            return part
+        if part.get("type") == "image":
+            return part
+        if part.get("type") == "image_url" and "image_url" in part:  # as in OpenAI's messages
+            url = part["image_url"]
+            return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
     raise ValueError(
         f"Expected a text, a PIL image, a Path or a message's part of type 'text' or 'image', got {str(part)[:200]!r}."
     )
 
 
 def _read_image(part: dict[str, Any], limits: ImageLimits, allow_local_files: bool) -> Image.Image:
-    source = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+    source = next((part[key] for key in _IMAGE_KEYS if key in part), None)
     if source is None:
         raise ValueError(f"An image of a prompt needs one of {_IMAGE_KEYS}, got {sorted(part)}.")
     if isinstance(source, str) and not is_url(source) and not allow_local_files:

@@ -197,7 +197,8 @@ def _bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
 def _images_of(messages: list[dict]) -> list:
     contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     parts = [part for content in contents for part in FromageProcessor.shown_images(content)]
-    return [part[key] for part in parts for key in ("image", "url", "path") if key in part]
+    found = ([part[key] for key in ("image", "url", "path") if part.get(key) is not None] for part in parts)
+    return [sources[0] for sources in found if sources]
 
 
 def _read(images):

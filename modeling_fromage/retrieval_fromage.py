@@ -8,7 +8,8 @@ import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class FromageImageIndex:
         self.dim, self.dtype, self.model_fingerprint = dim, dtype, model_fingerprint
         self.device = torch.device("cpu")
         self.image_root: Path | None = None
+        self.image_loader: Callable[[str, dict[str, Any]], Any] | None = None
         self._may_read_files = True
         self._count = 0  # positions, deleted ones included
         self._shards: list[Shard] = []
@@ -75,6 +77,13 @@ class FromageImageIndex:
         self._images: dict[str, Image.Image] = {}  # those that have neither path nor URL
         self._faiss: FaissBackend | None = None
         self._faiss_file: dict[str, Any] | None = None
+        self._lock = threading.RLock()  # a server's threads search at once
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]):
+        self.__dict__.update(state, _lock=threading.RLock())
 
     # ---- what is in it --------------------------------------------------------------------------------------------
 
@@ -125,8 +134,10 @@ class FromageImageIndex:
     def load_image(self, image_id: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         """The image itself, as RGB, from memory, or from its metadata's "url" or "path".
 
-        Relative paths are relative to `image_root`. An index from the Hub reads files below an `image_root` alone, so
-        that it cannot name any file of this machine.
+        Where the images are elsewhere (in a `datasets` dataset, a database), set `image_loader`, a function of an id
+        and its metadata that returns a PIL image, a path, a URL or `{"bytes": ...}`. Relative paths are relative to
+        `image_root`. An index from the Hub reads files below an `image_root` alone, so that it cannot name any file of
+        this machine.
 
         Raises:
             UnreadableImageError: It cannot be read, or may not.
@@ -135,11 +146,15 @@ class FromageImageIndex:
         if image_id in self._images:
             return load_rgb_image(self._images[image_id], limits)
         facts = self.get(image_id)
+        if self.image_loader is not None:
+            return load_rgb_image(self.image_loader(image_id, facts), limits)
         path = facts.get("path")
         if is_url(facts.get("url")):
             return load_rgb_image(facts["url"], limits)
         if not isinstance(path, str):
-            raise UnreadableImageError(image_id, "no path or url in the index's metadata")
+            raise UnreadableImageError(
+                image_id, "no path or url in the index's metadata", "set the index's `image_loader` to say where it is"
+            )
         found = Path(path) if self.image_root is None else self.image_root / path
         if not self._may_read_files:
             root = None if self.image_root is None else self.image_root.resolve()
@@ -423,23 +438,24 @@ class FromageImageIndex:
         return allowed
 
     def _loaded_faiss(self) -> FaissBackend:
-        if self._faiss.index is None:
-            path, crc32 = self._faiss_file["path"], self._faiss_file["crc32"]
-            if crc32_of_file(path) != crc32:
-                raise CorruptIndexError(path, "its checksum differs from the index's")
-            self._faiss.load(path)
-        return self._faiss
+        with self._lock:
+            if self._faiss.index is None:
+                path, crc32 = self._faiss_file["path"], self._faiss_file["crc32"]
+                if crc32_of_file(path) != crc32:
+                    raise CorruptIndexError(path, "its checksum differs from the index's")
+                self._faiss.load(path)
+            return self._faiss
 
     def _all_shards(self) -> list[Shard]:
         """The shards, with what was added since in them."""
-        if self._added:
-            rows = torch.cat(self._added)
-            last = self._shards[-1] if self._shards else None
-            if last is not None and last.path is None and last.count < SHARD_ROWS:
-                rows = torch.cat([self._shards.pop().rows().cpu(), rows])
-            self._shards += [Shard(len(piece), piece.to(self.device)) for piece in rows.split(SHARD_ROWS) if len(piece)]
-            self._added = []
-        return self._shards
+        with self._lock:
+            if self._added:
+                shards, rows = list(self._shards), torch.cat(self._added)
+                if shards and shards[-1].path is None and shards[-1].count < SHARD_ROWS:
+                    rows = torch.cat([shards.pop().rows().cpu(), rows])
+                shards += [Shard(len(piece), piece.to(self.device)) for piece in rows.split(SHARD_ROWS) if len(piece)]
+                self._shards, self._added = shards, []
+            return self._shards
 
     # ---- keeping it -----------------------------------------------------------------------------------------------
 
@@ -476,7 +492,7 @@ class FromageImageIndex:
         }
         writer = IndexWriter(directory, facts, progress=progress)
         for rows, ids, metadata in self._pieces():
-            writer.add(rows, ids, metadata)
+            writer.add(rows, ids, [_without_folders(facts) for facts in metadata] if public else metadata)
         skipped = [(row["id"], row["source"], row["reason"]) for row in self.skipped]
         if public:
             skipped = [(name, where if is_url(where) else Path(where).name, why) for name, where, why in skipped]
@@ -518,6 +534,8 @@ class FromageImageIndex:
             CorruptIndexError: A file is missing or of another size.
         """
         directory, local = Path(index_name_or_path), True
+        if not directory.is_dir() and (directory.is_absolute() or len(directory.parts) > 2):
+            raise FileNotFoundError(f"There is no folder {directory}, and it is no repository's name (org/name).")
         if not directory.is_dir():
             local = False
             directory = Path(
@@ -547,7 +565,10 @@ class FromageImageIndex:
         commit_message: str = "Upload image index",
         repo_type: str = "dataset",
     ) -> str:
-        """Upload the index in one commit, in the place of the one that is there; returns the commit's address."""
+        """Upload the index in one commit, in the place of the one that is there; returns the commit's address.
+
+        Of absolute paths in the metadata the file's name alone is published.
+        """
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self._save(folder, image_root=None, public=True)  # folders of this machine are of no one else's concern
@@ -557,6 +578,12 @@ class FromageImageIndex:
                 commit_message=commit_message, delete_patterns=_HUB_FILES[1:],
             )  # fmt: skip
         return commit.commit_url
+
+
+def _without_folders(facts: dict[str, Any]) -> dict[str, Any]:
+    """Metadata with the name alone of a path that leads through this machine's folders."""
+    path = facts.get("path")
+    return {**facts, "path": Path(path).name} if isinstance(path, str) and Path(path).is_absolute() else facts
 
 
 def _check_dtype(dtype: torch.dtype):

@@ -53,7 +53,8 @@ class FromageScoringMixin:
         if ids.dim() == 2:
             ids, candidate_mask = (tensor.expand(len(input_ids), -1, -1) for tensor in (ids, candidate_mask))
         self._check_candidates(mask, ids, candidate_mask)
-        side_by_side = self._packs_rows(torch.ones(1, mask.shape[1] + ids.shape[2]))
+        row = max(ids.shape[2], min(TOKENS_AT_A_TIME, ids.shape[1] * ids.shape[2]))
+        side_by_side = self._packs_rows(torch.ones(1, mask.shape[1] + row))
 
         order = mask.bool().long().argsort(dim=-1, stable=True)  # padding goes to the left: candidates follow tokens
         mask, input_ids = mask.gather(-1, order), input_ids.gather(-1, order)

@@ -694,3 +694,16 @@ def test_the_web_gives_no_postscript():
     page = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n").decode()
     with pytest.raises(UnreadableImageError, match="no image"):
         load_rgb_image(f"data:application/postscript;BASE64,{page}")
+
+
+def test_thin_images_are_refused():
+    """Resizing the short side of one to an encoder's 224 pixels takes gigabytes."""
+    with pytest.raises(UnreadableImageError, match="too thin"):
+        load_rgb_image(Image.new("RGB", (1, 2000)))
+    assert load_rgb_image(Image.new("RGB", (1, 100))).size == (1, 100)
+
+
+def test_what_is_no_image_at_all():
+    for source in (3, None, [1, 2]):
+        with pytest.raises(UnreadableImageError, match="no image"):
+            load_rgb_image(source)

@@ -144,6 +144,26 @@ def test_a_prompt_beyond_the_context_is_refused():
 
 
 @torch.no_grad()
+def test_padding_is_found_without_a_mask():
+    model = make_model("opt_clip")
+    batch = pad([[2, 5, 6, 7, 8, 9], [2, 5]], "left")
+    options = {"max_new_tokens": 3, "ret_bias": 1e4, "pad_token_id": PAD, "return_dict_in_generate": True}
+    expected = model.generate(**batch, **options)
+    found = model.generate(batch["input_ids"], **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.ret_embeds, expected.ret_embeds, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_texts_beyond_the_context_are_refused():
+    model = make_model("opt_clip")
+    ids = torch.full((1, 129), RET)
+    for method in (model.get_text_embeds, model.get_ret_embeds):
+        with pytest.raises(ValueError, match="129 tokens long.*has 128"):
+            method(ids)
+
+
+@torch.no_grad()
 def test_images_are_encoded_once(model, monkeypatch):
     """For the prompt, and for the embeddings of what was written; `[RET]` in the prompt and last included."""
     batch, calls = batch_of(model), []

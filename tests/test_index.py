@@ -1,16 +1,20 @@
 """The image index against brute force, and against what kills, damage, tables and the Hub do to its files."""
 
 import base64
+import copy
 import io
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +33,7 @@ from modeling_fromage import retrieval_fromage as index_module
 from modeling_fromage.fetching_fromage import UnreadableImageError
 from modeling_fromage.index_search_fromage import top_k_in_order
 from modeling_fromage.index_storage_fromage import CorruptIndexError
-from tests.backbones import make_model
+from tests.backbones import make_model, make_processor
 from tests.hub_server import hub_server
 
 DIM = 16
@@ -733,3 +737,75 @@ def test_push_and_pull(tmp_path, monkeypatch, hub, model, processor, backend):
     forged = files["index.json"].replace(b'"image_root": null', b'"image_root": "/"')
     hub.commit(repo, {**files, "index.json": forged})
     assert forged != files["index.json"] and pull().image_root is None
+
+
+# ---- servers and workers ------------------------------------------------------------------------------------------
+
+
+def test_threads_search_at_once():
+    """As the first requests of a server do."""
+    entries = make_entries(2000)
+    for _ in range(10):
+        index = index_of(entries)
+        barrier = threading.Barrier(6)
+
+        def search(index=index, barrier=barrier):
+            barrier.wait()
+            return index.search(torch.ones(1, DIM), 3)[0]
+
+        with ThreadPoolExecutor(6) as pool:
+            found = [future.result() for future in [pool.submit(search) for _ in range(6)]]
+        assert found == [found[0]] * 6 and index.embeds.shape == (2000, DIM)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_index_can_be_copied_and_pickled(tmp_path, stored):
+    index = index_of(make_entries(9))
+    if stored:
+        index.save_pretrained(tmp_path)
+        index = FromageImageIndex.from_pretrained(tmp_path)
+    for other in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):  # noqa: S301
+        assert contents(other) == contents(index)
+        other.add(torch.ones(1, DIM), ["new"])
+        assert "new" in other and "new" not in index
+
+
+@pytest.mark.parametrize("kind", ["pil", "bytes", "file"])
+def test_other_images_of_the_same_names(tmp_path, kind):
+    model, processor = make_model("opt_clip"), make_processor()
+
+    def images(colours):
+        rows = [Image.new("RGB", (8, 8), colour) for colour in colours]
+        if kind == "pil":
+            return rows
+        for i, image in enumerate(rows):
+            image.save(tmp_path / f"{i}.png")
+        paths = [tmp_path / f"{i}.png" for i in range(len(rows))]
+        return paths if kind == "file" else [{"image": {"bytes": p.read_bytes(), "path": None}} for p in paths]
+
+    options = {"save_directory": tmp_path / "index", "show_progress": False}
+    FromageImageIndex.build(model, processor, images(["red", "green"]), **options)
+    with pytest.raises(ValueError, match="other images"):
+        FromageImageIndex.build(model, processor, images(["blue", "black"]), **options)
+
+
+def test_images_from_elsewhere():
+    index = index_of(make_entries(3))
+    with pytest.raises(UnreadableImageError, match="image_loader"):
+        index.load_image("image 1")
+    index.image_loader = lambda image_id, facts: Image.new("RGB", (len(image_id), 2))
+    assert index.load_image("image 1").size == (7, 2)
+
+
+def test_quotes_in_a_tsv_are_quotes(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = ['a "word', '"open', "plain", 'closed"']
+    lines = [f"{i}\ta.png\t{row}\n" for i, row in enumerate(rows)]
+    (tmp_path / "t.tsv").write_text("id\timage\tcaption\n" + "".join(lines))
+    index = FromageImageIndex.build(make_model("opt_clip"), make_processor(), tmp_path / "t.tsv", show_progress=False)
+    assert [facts["caption"] for facts in index.metadata] == rows
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        FromageImageIndex.from_pretrained(tmp_path / "missing")

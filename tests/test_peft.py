@@ -53,6 +53,10 @@ def test_get_peft_model(checkpoint, tmp_path):
     assert (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size < 60_000  # no backbones
     again = PeftModel.from_pretrained(FromageForConditionalGeneration.from_pretrained(folder), tmp_path / "lora")
     assert_equal(outputs(again.base_model.model), expected)
+    # An index that was made under PEFT is the merged model's too.
+    fingerprint = again.base_model.model.retrieval_fingerprint()
+    assert fingerprint == again.merge_and_unload().retrieval_fingerprint()
+    assert fingerprint != FromageForConditionalGeneration.from_pretrained(folder).retrieval_fingerprint()
     assert_equal(outputs(AutoModel.from_pretrained(tmp_path / "lora")), expected)
 
 

@@ -294,6 +294,8 @@ def test_bad_options(pipe):
         ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"feed_images_back": True, "load_images": False}, "needs an index"),
         ({"ret_boost": 1.0}, "ret_boost"),
+        ({"max_length": 20}, "max_length"),
+        ({"generation_config": pipe.model.generation_config}, "one by one"),
     ]:
         with pytest.raises(ValueError, match=message):
             pipe(["x"], **options)
@@ -302,6 +304,49 @@ def test_bad_options(pipe):
         InterleavedGeneration(other, pipe.processor, pipe._forward_params["index"])
     with pytest.raises(ValueError, match="num_image_tokens"):
         FromagePipeline(model=pipe.model, processor=make_processor(num_image_tokens=1))
+
+
+@pytest.mark.parametrize("prompt", [{"text": "a", "images": []}, [{"text": "a"}], ({"text": t} for t in "ab"), 3])
+def test_rows_are_not_taken_for_their_keys(pipe, prompt):
+    with pytest.raises((ValueError, TypeError), match="Expected a text|not iterable"):
+        list(pipe(prompt))
+
+
+def test_one_message_is_a_chat_and_one_image_a_prompt(pipe):
+    message = {"role": "user", "content": "hi"}
+    assert pipe(message, max_num_rets=0) == pipe([message], max_num_rets=0)
+    assert pipe(picture("red"), max_num_rets=0) == pipe([picture("red")], max_num_rets=0)
+
+
+def test_messages_with_absent_keys_filled_in(pipe):
+    """As tables and data classes give them."""
+    nothing = {"id": None, "url": None, "ret_index": None, "text": None}
+    filled = [
+        {"role": "user", "content": [{"type": "image", "image": picture("red"), **nothing},
+                                     {"type": "text", "image": None, **nothing, "text": "hi"}]},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "and?"},
+    ]  # fmt: skip
+    short = [{"type": "image", "image": picture("red")}, {"type": "text", "text": "hi"}]
+    plain_messages = [{"role": "user", "content": short}, {"role": "assistant", "content": ""}, filled[2]]
+    assert pipe(filled, max_num_rets=0) == pipe(plain_messages, max_num_rets=0)
+    inputs = pipe.processor.apply_chat_template(filled[:1], tokenize=True, return_dict=True, return_tensors="pt")
+    assert len(inputs["pixel_values"]) == 1
+
+
+def test_near_the_end_of_the_context(pipe):
+    """Rows that fit by themselves do so in a batch, and an image that has no room is not fed back."""
+    long = " ".join(["a"] * 107)
+    options = {"feed_images_back": True, "images_per_ret": 4, "ret_bias": 1e4, "max_num_rets": 1, "max_new_tokens": 19}
+    single = [pipe(prompt, **options) for prompt in (long, "x")]
+    assert list(map(plain, pipe([[long], ["x"]], batch_size=2, **options))) == list(map(plain, single))
+    assert kinds(single[0]) == ["image"] * 4 + ["text"]
+
+
+def test_the_prompts_own_rets_whatever_stands_between(pipe):
+    assert kinds(pipe(["a cat\nand a dog[RET]"], max_new_tokens=0)) == ["text", "image"]
+    with pytest.raises(ValueError, match="context has 128"):
+        pipe([" ".join(["a"] * 200) + "[RET]"], max_new_tokens=0)
 
 
 def test_a_turn_that_fails_is_not_remembered(pipe):

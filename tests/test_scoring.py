@@ -57,6 +57,19 @@ def test_both_ways_of_running_candidates_agree(monkeypatch):
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [20, 24, 64])
+@torch.no_grad()
+def test_candidates_that_fill_a_sliding_window_together(window):
+    """One fits into it behind the context, and all side by side do not."""
+    model = make_model("mistral_clip")
+    for layer in (model.config.text_config, model.language_model.config):
+        layer.sliding_window = window
+    context, candidates = torch.arange(2, 18)[None], torch.arange(20, 80).view(30, 2)
+    scores = model.score_candidates(context, None, candidates)[0]
+    for candidate, score in zip(candidates, scores, strict=True):
+        torch.testing.assert_close(score, by_hand(model, context[0], candidate, None, True), rtol=1e-5, atol=1e-5)
+
+
 def test_bad_candidates():
     model = make_model("opt_clip")
     ids = torch.tensor([[2, 5, 6]])

@@ -1,5 +1,6 @@
 """Captioned images from a TSV, a folder or a `datasets` repository."""
 
+import csv
 from pathlib import Path
 
 from datasets import Dataset, Image, load_dataset
@@ -27,8 +28,9 @@ def load_captioned_images(
     if is_table and not path.is_file():
         raise ValueError(f"There is no file {source}.")
     if is_table:
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        dataset = load_dataset("csv", data_files=str(path), delimiter=delimiter, split="train", keep_default_na=False)
+        # A quote in a TSV is a quote, as in the image index's tables: captions have single ones.
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        dataset = load_dataset("csv", data_files=str(path), split="train", keep_default_na=False, **options)
     else:
         options = {"path": "imagefolder", "data_dir": source} if path.is_dir() else {"path": source}
         dataset = load_dataset(**options, split=split)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hub_scripts import build_image_index, make_tiny_checkpoint, push_to_hub
+from hub_scripts import build_image_index, convert_original_checkpoint, make_tiny_checkpoint, push_to_hub
 from modeling_fromage import FromageForConditionalGeneration
 from tests.backbones import PARITY
 from training import benchmark, benchmark_answers, benchmark_index, quickstart, train
@@ -49,6 +49,7 @@ def test_commands_exist():
         push_to_hub.main,
         make_tiny_checkpoint.main,
         build_image_index.main,
+        convert_original_checkpoint.main,
         benchmark.main,
         benchmark_answers.main,
         benchmark_index.main,

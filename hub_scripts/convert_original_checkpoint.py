@@ -1,0 +1,177 @@
+"""Convert the authors' checkpoint, or back: `python -m hub_scripts.convert_original_checkpoint --checkpoint-dir D
+--output-dir O [--language-model L] [--vision-model V]`.
+
+D holds `pretrained_ckpt.pth.tar`, `model_args.json` and perhaps `cc3m_embeddings*.pkl`, as released; O becomes a folder
+for `from_pretrained`, with the processor, and the image index in `O/index`. The backbones default to those that
+`model_args.json` names. With `--reverse`, D is such a folder of ours, and O becomes one of theirs.
+"""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hub_scripts.build_image_index import from_original_embeddings
+from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
+
+CHECKPOINT, ARGS, EMBEDDINGS = "pretrained_ckpt.pth.tar", "model_args.json", "cc3m_embeddings.pkl"
+# The whole input matrix, which some files hold beside the trained [RET] row, its last.
+_MATRIX, _RET_ROW = "model.input_embeddings.weight", "ret_input_embeddings.weight"
+_NEEDED_ARGS = ("n_visual_tokens", "shared_emb_dim", "text_emb_layers", "retrieval_token_idx")
+
+
+def original_names(model: FromageForConditionalGeneration) -> dict[str, torch.nn.Parameter]:
+    """Our trained parameters by the authors' names."""
+    adapter = model.adapter
+    modules = {"model.visual_embeddings": adapter.multi_modal_projector, "model.visual_fc": adapter.visual_projection}
+    modules |= {f"model.text_hidden_fcs.{i}.0": layer for i, layer in enumerate(adapter.text_projection)}
+    names = {f"{name}.{kind}": getattr(m, kind) for name, m in modules.items() for kind in ("weight", "bias")}
+    return {**names, "model.logit_scale": adapter.logit_scale, _RET_ROW: adapter.ret_embedding.weight}
+
+
+def read_args(path: Path) -> dict[str, Any]:
+    """`model_args.json`; fields that neither the authors' training nor their loading uses are ignored.
+
+    Raises:
+        ValueError: A needed field is missing or of another kind.
+    """
+    try:
+        args = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {name: type(args[name]) for name in _NEEDED_ARGS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}.") from error
+    wrong = {name: kind.__name__ for name, kind in kinds.items() if kind is not (list if "layers" in name else int)}
+    if wrong or not all(isinstance(layer, int) for layer in args["text_emb_layers"]):
+        raise ValueError(f"{path} has fields of unexpected kinds: {wrong or args['text_emb_layers']}.")
+    return args
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of theirs, with or without the whole input matrix. Nothing in it can run.
+
+    Raises:
+        ValueError: The file is no such checkpoint, or asks for anything but tensors; or two rows of `[RET]` differ.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is refused: {type(error).__name__}: {error}. Nothing of it was run.") from error
+    matrix, row = state.pop(_MATRIX, None), state.get(_RET_ROW)
+    if matrix is not None and row is not None:
+        if matrix.dim() != 2 or matrix.shape[1:] != row.shape[1:] or not torch.equal(matrix[-1], row[-1]):
+            raise ValueError(f"{path} has two different [RET] rows, in {_MATRIX} {shapes[_MATRIX]} and in {_RET_ROW}.")
+    return state
+
+
+@torch.no_grad()
+def load_state(model: FromageForConditionalGeneration, state: dict[str, torch.Tensor]):
+    """Copy their tensors into our trained parameters: all of both, of the right shapes, and finite.
+
+    Raises:
+        ValueError: A name is missing or unknown, or a tensor does not fit.
+    """
+    parameters = original_names(model)
+    missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+    if missing or unknown:
+        raise ValueError(f"The checkpoint lacks {sorted(missing)} and has {sorted(unknown)}, which are not known.")
+    for name, parameter in parameters.items():
+        tensor = state[name]
+        if tensor.shape != parameter.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; these backbones and arguments need "
+                             f"{tuple(parameter.shape)}.")  # fmt: skip
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has NaN or infinite values.")
+        parameter.copy_(tensor)
+
+
+def convert(checkpoint_dir: Path, output_dir: Path, language_model: str | None, vision_model: str | None):
+    """A folder of theirs to one of ours.
+
+    Raises:
+        ValueError: A file is refused, or does not fit the backbones.
+    """
+    args = read_args(checkpoint_dir / ARGS)
+    state = read_state(checkpoint_dir / CHECKPOINT)  # before anything large is loaded
+    language_model = language_model or args.get("opt_version")
+    vision_model = vision_model or args.get("visual_encoder")
+    processor = FromageProcessor.from_vision_text_pretrained(
+        vision_model, language_model, num_image_tokens=args["n_visual_tokens"]
+    )
+    if processor.ret_token_id != args["retrieval_token_idx"]:
+        raise ValueError(f"[RET] is {args['retrieval_token_idx']} in {ARGS}, and {processor.ret_token_id} with the "
+                         f"tokenizer of {language_model}.")  # fmt: skip
+    model = FromageForConditionalGeneration.from_vision_text_pretrained(
+        vision_model,
+        language_model,
+        processor=processor,
+        projection_dim=args["shared_emb_dim"],
+        text_embed_layers=args["text_emb_layers"],
+    ).eval()
+    load_state(model, state)
+    pickles = sorted(str(path) for path in checkpoint_dir.glob("cc3m_embeddings*.pkl"))
+    index = from_original_embeddings(pickles, model) if pickles else None
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    if index is not None:
+        index.save_pretrained(output_dir / "index")
+    return model
+
+
+def convert_back(checkpoint_dir: Path, output_dir: Path):
+    """A folder of ours to one of theirs: the trained tensors, bit by bit, without the input matrix."""
+    model = FromageForConditionalGeneration.from_pretrained(checkpoint_dir)
+    config = model.config
+    if model.adapter.ret_lm_head is not None or config.num_ret_tokens != 1:
+        raise ValueError("The authors' format holds one [RET] row, tied in and out; this model has more.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    args = {
+        "opt_version": config.text_model_id,
+        "visual_encoder": config.vision_model_id,
+        "n_visual_tokens": config.num_image_tokens,
+        "shared_emb_dim": config.projection_dim,
+        "text_emb_layers": config.text_embed_layers,
+        "retrieval_token_idx": config.ret_token_id,
+        "freeze_lm": True,
+        "freeze_vm": True,
+    }
+    state = {name: parameter.detach().clone() for name, parameter in original_names(model).items()}
+    _write(output_dir / CHECKPOINT, lambda path: torch.save({"state_dict": state}, path))
+    _write(output_dir / ARGS, lambda path: path.write_text(json.dumps(args, indent=4), encoding="utf-8"))
+    if (checkpoint_dir / "index").is_dir():
+        index = FromageImageIndex.from_pretrained(checkpoint_dir / "index")
+        content = {"paths": index.ids, "embeddings": index.embeds.float().numpy()}
+        _write(output_dir / EMBEDDINGS, lambda path: path.write_bytes(pickle.dumps(content)))
+
+
+def _write(path: Path, write):
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint-dir", type=Path, required=True)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--language-model", help="Hub id or folder; by default what the checkpoint names")
+    parser.add_argument("--vision-model", help="Hub id or folder; by default what the checkpoint names")
+    parser.add_argument("--reverse", action="store_true", help="from our format to the authors'")
+    options = parser.parse_args(argv)
+    try:
+        if options.reverse:
+            convert_back(options.checkpoint_dir, options.output_dir)
+        else:
+            convert(options.checkpoint_dir, options.output_dir, options.language_model, options.vision_model)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    print(f"Wrote {options.output_dir}: {', '.join(sorted(path.name for path in options.output_dir.iterdir()))}")
+
+
+if __name__ == "__main__":
+    main()

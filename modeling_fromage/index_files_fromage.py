@@ -195,7 +195,7 @@ def read_index_file(directory: Path) -> tuple[dict[str, Any], list[Shard], Entri
 
 
 def _listed_files(directory: Path, state: dict[str, Any]) -> tuple[list[Shard], Entries]:
-    if missing := {"dim", "dtype", "model", "image_root", "progress"} - state.keys():
+    if missing := {"dim", "dtype", "model", "image_root", "may_read_files", "progress"} - state.keys():
         raise ValueError(f"it lacks {sorted(missing)}")
     if not isinstance(state["dim"], int) or state["dtype"] not in ("float32", "float16"):
         raise ValueError(f"embeddings of width {state['dim']!r} and dtype {state['dtype']!r}")

@@ -214,6 +214,7 @@ class FromageImageIndex:
             "dtype": str(dtype).removeprefix("torch."),
             "model": model.retrieval_fingerprint(),
             "image_root": root,
+            "may_read_files": True,
         }
         with contextlib.ExitStack() as stack:
             directory = Path(save_directory or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -489,6 +490,7 @@ class FromageImageIndex:
             "dtype": str(self.dtype).removeprefix("torch."),
             "model": self.model_fingerprint,
             "image_root": image_root,
+            "may_read_files": self._may_read_files,
         }
         writer = IndexWriter(directory, facts, progress=progress)
         for rows, ids, metadata in self._pieces():
@@ -503,7 +505,12 @@ class FromageImageIndex:
         faiss = self._loaded_faiss()
         if self._deleted is not None and self._deleted.any():  # positions move up
             faiss = FaissBackend(**faiss.options)
-            faiss.build([Shard(len(rows), rows) for rows in self._kept_rows()], self.dim)
+            try:
+                faiss.build([Shard(len(rows), rows) for rows in self._kept_rows()], self.dim)
+            except ValueError as error:  # the images are not to be lost for it
+                logger.warning("Saved without its FAISS index: %s", error)
+                writer.finish()
+                return
         temporary = writer.directory / "backend.tmp"
         faiss.save(temporary)
         crc32 = crc32_of_file(temporary)
@@ -548,7 +555,7 @@ class FromageImageIndex:
         index = cls.__new__(cls)
         index._start(state["dim"], getattr(torch, state["dtype"]), state["model"])
         index._shards, index._entries, index._count = shards, entries, state["count"]
-        index._may_read_files = local
+        index._may_read_files = local and state["may_read_files"]  # a copy of a Hub's is no more trusted
         image_root = image_root or (state["image_root"] if local else None)
         index.image_root = None if image_root is None else Path(image_root)
         if state.get("faiss"):

@@ -721,7 +721,10 @@ def test_push_and_pull(tmp_path, monkeypatch, hub, model, processor, backend):
     rooted.add(torch.randn(1, DIM), ["absolute"], [{"path": str(tmp_path / "secret.png")}])
     monkeypatch.chdir(images)
     merged = FromageImageIndex.merge([rooted])
-    refused = [(pulled, "a.png"), *((one, name) for one in (rooted, merged) for name in ("escape", "absolute"))]
+    pulled.save_pretrained(tmp_path / "copy")
+    copied = FromageImageIndex.from_pretrained(tmp_path / "copy")
+    refused = [(pulled, "a.png"), (copied, "a.png")]
+    refused += [(one, name) for one in (rooted, merged) for name in ("escape", "absolute")]
     for one, name in refused:
         with pytest.raises(UnreadableImageError, match="local files are refused"):
             one.load_image(name)
@@ -809,3 +812,13 @@ def test_quotes_in_a_tsv_are_quotes(tmp_path):
 def test_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         FromageImageIndex.from_pretrained(tmp_path / "missing")
+
+
+def test_too_few_left_for_faiss(tmp_path, caplog):
+    entries = make_entries(200)
+    index = index_of(entries, backend="faiss", factory="IVF16,Flat", nprobe=16)
+    index.delete([entry.id for entry in entries[8:]])
+    index.save_pretrained(tmp_path)
+    assert "without its FAISS index" in caplog.text
+    again = FromageImageIndex.from_pretrained(tmp_path)
+    assert again.backend == "flat" and again.ids == [entry.id for entry in entries[:8]]

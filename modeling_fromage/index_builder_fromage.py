@@ -101,7 +101,7 @@ def is_built(directory: Path, sources: Iterator[ImageSource], facts: dict[str, A
 
 
 def _add_batch(writer: IndexWriter, digest: SourceDigest, embed: ImageEmbedder, batch: list[tuple]):
-    taken = writer.ids_taken([source.id for source, _, _ in batch])
+    taken = set(writer.entries.positions([source.id for source, _, _ in batch]))
     good, skipped = [], []
     for source, pixels, error in batch:
         digest.update(source)
@@ -113,7 +113,7 @@ def _add_batch(writer: IndexWriter, digest: SourceDigest, embed: ImageEmbedder, 
     if good:
         rows = embed([pixels for _, pixels in good]).to(getattr(torch, writer.state["dtype"]))
         writer.add(rows, [source.id for source, _ in good], [source.metadata for source, _ in good])
-    writer.skip(skipped)
+    writer.entries.skip(skipped)
 
 
 def _pass_over(progress: dict[str, Any], sources: Iterator[ImageSource], digest: SourceDigest) -> int:

@@ -15,8 +15,6 @@ from .index_storage_fromage import (
     CorruptIndexError,
     Entries,
     Shard,
-    add_entries,
-    connect,
     crc32_of,
     crc32_of_file,
 )
@@ -66,7 +64,8 @@ class IndexWriter:
             self.state = {"format": _FORMAT, **facts, "count": 0, "shards": [], "entries": entries}
             self.state["progress"] = {**(progress or {}), "skipped": 0}
         self.count = self.state["count"]
-        self._connection = connect(self.directory / self.state["entries"]["file"])
+        self.entries = Entries.in_file(self.directory / self.state["entries"]["file"])
+        self._connection = self.entries.connection
         with self._connection:  # what came after the last checkpoint
             self._connection.execute("DELETE FROM entries WHERE position >= ?", (self.count,))
             self._connection.execute("DELETE FROM skipped WHERE rowid > ?", (self.state["progress"]["skipped"],))
@@ -84,25 +83,15 @@ class IndexWriter:
         """What the last checkpoint was told."""
         return self.state["progress"]
 
-    def ids_taken(self, ids: Sequence[str]) -> set[str]:
-        marks = ",".join("?" * len(ids))
-        rows = self._connection.execute(f"SELECT id FROM entries WHERE id IN ({marks})", list(ids))  # noqa: S608
-        return {image_id for (image_id,) in rows}
-
     def add(self, rows: torch.Tensor, ids: Sequence[str], metadata: Sequence[dict[str, Any]]):
         """Append images; what is added between two checkpoints stands or falls together."""
-        add_entries(self._connection, self.count, ids, metadata)
+        self.entries.add(self.count, ids, metadata)
         self.count += len(ids)
         self._tail.append(rows)
         while sum(map(len, self._tail)) >= SHARD_ROWS:
             rows = torch.cat(self._tail)
             self._list_shard(rows[:SHARD_ROWS])
             self._tail, self._tail_is_listed = [rows[SHARD_ROWS:]], False
-
-    def skip(self, rows: Sequence[tuple[str, str, str]]):
-        """Note (id, source, reason) of images that were left out."""
-        with self._connection:
-            self._connection.executemany("INSERT INTO skipped VALUES (?, ?, ?)", rows)
 
     def reasons(self) -> dict[str, int]:
         """How many images were left out, by reason, the most common first."""
@@ -204,13 +193,18 @@ def _listed_files(directory: Path, state: dict[str, Any]) -> tuple[list[Shard], 
     for entry in (*state["shards"], state["entries"], *([state["faiss"]] if state.get("faiss") else [])):
         if not isinstance(entry["crc32"], int):
             raise ValueError(f"no checksum of {entry['file']}")
-        file = directory / Path(entry["file"]).name  # nothing outside the folder is opened
+        file = listed_file(directory, entry)
         size = file.stat().st_size if file.is_file() else None
         if size != entry["bytes"]:
             raise CorruptIndexError(file, f"it should have {entry['bytes']:,} bytes, and has {size}")
     shards = [_shard(directory, entry) for entry in state["shards"]]
-    return shards, Entries(directory / Path(state["entries"]["file"]).name, state["entries"]["crc32"])
+    return shards, Entries(listed_file(directory, state["entries"]), state["entries"]["crc32"])
 
 
 def _shard(directory: Path, entry: dict[str, Any]) -> Shard:
-    return Shard(entry["count"], path=directory / Path(entry["file"]).name, crc32=entry["crc32"])
+    return Shard(entry["count"], path=listed_file(directory, entry), crc32=entry["crc32"])
+
+
+def listed_file(directory: Path, entry: dict[str, Any]) -> Path:
+    """The file of an entry of `index.json`: whatever is written there, one of the folder."""
+    return directory / Path(entry["file"]).name

@@ -69,6 +69,12 @@ def crc32_of(rows: torch.Tensor) -> int:
     return zlib.crc32(rows.contiguous().view(torch.uint8).numpy())
 
 
+def check_file(path: Path, crc32: int):
+    """Raise a [`CorruptIndexError`] where a file is not the one of this checksum."""
+    if crc32_of_file(path) != crc32:
+        raise CorruptIndexError(path, "its checksum differs from the index's")
+
+
 def crc32_of_file(path: Path) -> int:
     """Checksum of a file, which is read piece by piece."""
     value = 0
@@ -82,8 +88,8 @@ class Entries:
     """Ids and metadata by position, in SQLite: nothing is held in memory but what is asked for.
 
     Args:
-        path, crc32: A file that [`write`] made, opened read-only and compared with its checksum at first use; a
-            change goes to a temporary copy. Without them, a new temporary database.
+        path, crc32: A finished file, opened read-only and compared with its checksum at first use; a change goes to a
+            temporary copy. Without them, a new temporary database. [`in_file`] writes into a file.
     """
 
     def __init__(self, path: Path | None = None, crc32: int | None = None):
@@ -91,14 +97,20 @@ class Entries:
         self._connection: sqlite3.Connection | None = None
         self._lock = threading.RLock()
 
+    @classmethod
+    def in_file(cls, path: Path) -> "Entries":
+        """Entries that are written into a file, new or unfinished."""
+        entries = cls()
+        entries._connection = connect(path)
+        return entries
+
     @property
     def connection(self) -> sqlite3.Connection:
         with self._lock:
             if self._connection is None and self.path is None:
                 self._connection = connect("")  # SQLite's own temporary file, once it is large
             elif self._connection is None:
-                if crc32_of_file(self.path) != self._crc32:
-                    raise CorruptIndexError(self.path, "its checksum differs from the index's")
+                check_file(self.path, self._crc32)
                 self._connection = sqlite3.connect(
                     f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
                 )
@@ -128,7 +140,16 @@ class Entries:
         Raises:
             ValueError: An id is there already, or occurs twice.
         """
-        add_entries(self.detach(), first, ids, metadata)
+        rows = [
+            (position, str(image_id), json.dumps(facts, ensure_ascii=False, allow_nan=False))  # JSON has no NaN
+            for position, (image_id, facts) in enumerate(zip(ids, metadata, strict=True), first)
+        ]
+        connection = self.detach()
+        try:
+            with connection:
+                connection.executemany("INSERT INTO entries VALUES (?, ?, ?)", rows)
+        except sqlite3.IntegrityError as error:
+            raise ValueError("Image ids must be unique; at least one occurs twice.") from error
 
     def delete(self, positions: Sequence[int]):
         connection = self.detach()
@@ -197,17 +218,3 @@ def connect(path: str | Path) -> sqlite3.Connection:
         "CREATE TABLE IF NOT EXISTS skipped (id TEXT, source TEXT, reason TEXT);"
     )
     return connection
-
-
-def add_entries(connection: sqlite3.Connection, first: int, ids: Iterable[str], metadata: Iterable[dict[str, Any]]):
-    """[`Entries.add`] for a connection."""
-    pairs = zip(ids, metadata, strict=True)
-    rows = [
-        (position, str(image_id), json.dumps(facts, ensure_ascii=False, allow_nan=False))  # JSON has no NaN
-        for position, (image_id, facts) in enumerate(pairs, first)
-    ]
-    try:
-        with connection:
-            connection.executemany("INSERT INTO entries VALUES (?, ?, ?)", rows)
-    except sqlite3.IntegrityError as error:
-        raise ValueError("Image ids must be unique; at least one occurs twice.") from error

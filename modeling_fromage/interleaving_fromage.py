@@ -76,11 +76,8 @@ class InterleavedGeneration:
         if index is not None:
             index.check_model(model)
         self.model, self.processor, self.index = model, processor, index
-        self.images_per_ret, self.feed_images_back, self.max_new_tokens = (
-            images_per_ret,
-            feed_images_back,
-            max_new_tokens,
-        )
+        self.images_per_ret, self.feed_images_back = images_per_ret, feed_images_back
+        self.max_new_tokens = max_new_tokens
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
         self.load_images, self.limits = load_images, limits
         self.max_num_rets = generate_kwargs.pop("max_num_rets", getattr(model.generation_config, "max_num_rets", None))

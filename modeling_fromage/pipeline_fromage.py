@@ -14,10 +14,11 @@ from transformers.utils.chat_template_utils import Chat
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, is_url
 from .images_fromage import load_rgb_image
 from .interleaving_fromage import InterleavedGeneration, Segment
+from .processing_fromage import FromageProcessor
 from .retrieval_fromage import FromageImageIndex
 
 TASK = "interleaved-generation"
-_IMAGE_KEYS = ("image", "url", "path")  # of a message's part
+_ONE_PART = (str, Image.Image, Path, dict)
 
 
 @dataclass
@@ -72,13 +73,10 @@ class FromagePipeline(Pipeline):
         Raises:
             ValueError: A prompt is empty, too long, or of no known kind; an image cannot be read or is refused.
         """
-        if isinstance(inputs, (str, Image.Image, Path, dict)):
-            inputs = _wrap([inputs])
-        elif isinstance(inputs, (list, tuple)):
-            if not inputs:
-                raise ValueError("The prompt is empty. Give it a text or an image.")
-            is_batch = all(isinstance(item, (list, tuple)) for item in inputs)
-            inputs = [_wrap(item) for item in inputs] if is_batch else _wrap(inputs)
+        if isinstance(inputs, (list, tuple)) and inputs and all(isinstance(item, (list, tuple)) for item in inputs):
+            inputs = [_wrap(item) for item in inputs]
+        elif isinstance(inputs, (list, tuple, *_ONE_PART)):
+            inputs = _wrap(inputs)
         return super().__call__(inputs, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -121,8 +119,7 @@ class FromagePipeline(Pipeline):
         feed_images_back: bool = False,
     ) -> dict[str, Any]:
         """A prompt as text with placeholders, its images, and the ids of those that it has shown."""
-        if not isinstance(prompt, (Chat, _Interleaved)):
-            prompt = _wrap([prompt] if isinstance(prompt, (str, Image.Image, Path, dict)) else prompt)
+        prompt = _wrap(prompt)
         stops = ["\n"]
         if isinstance(prompt, Chat):
             messages = [_with_parts(message, feed_images_back) for message in prompt.messages]
@@ -183,8 +180,11 @@ class FromageChat:
 
 
 def _wrap(prompt: Any) -> Chat | _Interleaved:
-    if isinstance(prompt, Chat):
+    """A prompt as what it is; one text, image or message is a prompt too."""
+    if isinstance(prompt, (Chat, _Interleaved)):
         return prompt
+    if isinstance(prompt, _ONE_PART):
+        prompt = [prompt]
     if not isinstance(prompt, (list, tuple)):
         raise ValueError(
             f"Expected a text, a list of texts and images, or a list of messages, got {type(prompt)}. Give the prompts "
@@ -236,9 +236,9 @@ def _as_part(part: Any) -> dict[str, Any]:
 
 
 def _read_image(part: dict[str, Any], limits: ImageLimits, allow_local_files: bool) -> Image.Image:
-    source = next((part[key] for key in _IMAGE_KEYS if key in part), None)
+    source = FromageProcessor.image_source(part)
     if source is None:
-        raise ValueError(f"An image of a prompt needs one of {_IMAGE_KEYS}, got {sorted(part)}.")
+        raise ValueError(f"An image of a prompt needs one of 'image', 'url' and 'path', got {sorted(part)}.")
     if isinstance(source, str) and not is_url(source) and not allow_local_files:
         raise UnreadableImageError(
             source[:200], "local files are refused", "`allow_local_files=True` allows them, as does a Path or PIL image"

@@ -153,6 +153,11 @@ class FromageProcessor(ProcessorMixin):
         """Those of a message's parts that [`join_parts`] gives a `<|image|>`, in order."""
         return [part for part in parts if part["type"] == "image" and part.get("ret_index") is None]
 
+    @staticmethod
+    def image_source(part: dict) -> Any:
+        """What a message's part of type "image" names: the first of its "image", "url" and "path" that is there."""
+        return next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
+
     def _flatten(self, message: dict) -> dict:
         content = message.get("content")
         return {**message, "content": self.join_parts(content)} if isinstance(content, list) else message
@@ -197,8 +202,8 @@ def _bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
 def _images_of(messages: list[dict]) -> list:
     contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     parts = [part for content in contents for part in FromageProcessor.shown_images(content)]
-    found = ([part[key] for key in ("image", "url", "path") if part.get(key) is not None] for part in parts)
-    return [sources[0] for sources in found if sources]
+    sources = [FromageProcessor.image_source(part) for part in parts]
+    return [source for source in sources if source is not None]
 
 
 def _read(images):

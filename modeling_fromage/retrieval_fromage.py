@@ -22,10 +22,10 @@ from .faiss_fromage import FaissBackend
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, is_url
 from .images_fromage import load_rgb_image
 from .index_builder_fromage import ImageEmbedder, build_folder, is_built
-from .index_files_fromage import INDEX_FILE, IndexWriter, read_index_file
+from .index_files_fromage import INDEX_FILE, IndexWriter, listed_file, read_index_file
 from .index_search_fromage import search_faiss, search_flat
 from .index_sources_fromage import image_sources
-from .index_storage_fromage import SHARD_ROWS, CorruptIndexError, Entries, Shard, crc32_of_file
+from .index_storage_fromage import SHARD_ROWS, Entries, Shard, check_file, crc32_of_file
 
 logger = logging.getLogger(__name__)
 _QUERIES_AT_A_TIME = 256
@@ -224,7 +224,6 @@ class FromageImageIndex:
             index = cls.from_pretrained(directory)
             if save_directory is None:
                 index._into_memory()
-            progress = read_index_file(directory)[0]["progress"]
         if save_directory is None and isinstance(images, (list, tuple)):  # which the caller holds in any case
             for source in image_sources(images, ids, metadata)[0]:
                 if isinstance(source.image, Image.Image) and source.id in index:
@@ -232,6 +231,7 @@ class FromageImageIndex:
         if backend != index.backend or backend_options:
             index.use_backend(backend, **backend_options)
             if save_directory is not None:
+                progress = read_index_file(directory)[0]["progress"]
                 index._save(save_directory, root, progress)  # still the index of these images to the next call
         return index
 
@@ -441,10 +441,8 @@ class FromageImageIndex:
     def _loaded_faiss(self) -> FaissBackend:
         with self._lock:
             if self._faiss.index is None:
-                path, crc32 = self._faiss_file["path"], self._faiss_file["crc32"]
-                if crc32_of_file(path) != crc32:
-                    raise CorruptIndexError(path, "its checksum differs from the index's")
-                self._faiss.load(path)
+                check_file(self._faiss_file["path"], self._faiss_file["crc32"])
+                self._faiss.load(self._faiss_file["path"])
             return self._faiss
 
     def _all_shards(self) -> list[Shard]:
@@ -498,7 +496,7 @@ class FromageImageIndex:
         skipped = [(row["id"], row["source"], row["reason"]) for row in self.skipped]
         if public:
             skipped = [(name, where if is_url(where) else Path(where).name, why) for name, where, why in skipped]
-        writer.skip(skipped)
+        writer.entries.skip(skipped)
         if self._faiss is None:
             writer.finish()
             return
@@ -560,7 +558,7 @@ class FromageImageIndex:
         index.image_root = None if image_root is None else Path(image_root)
         if state.get("faiss"):
             index._faiss = FaissBackend(**state["faiss"]["options"])
-            index._faiss_file = {**state["faiss"], "path": directory / Path(state["faiss"]["file"]).name}
+            index._faiss_file = {**state["faiss"], "path": listed_file(directory, state["faiss"])}
         return index
 
     def push_to_hub(

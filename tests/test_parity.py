@@ -6,28 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hub_scripts.convert_original_checkpoint import original_names
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration
 from tests.backbones import PARITY, make_processor
 
 CASES = {"case_a_opt_tied": {"num_image_tokens": 1, "text_embed_layers": [-1]},
          "case_c_layers_1_2": {"num_image_tokens": 2, "text_embed_layers": [1, 2]}}  # fmt: skip
 LOGITS, GRADIENTS, WEIGHTS = 2e-4, 5e-5, 5e-6
-
-
-def original_names(model):
-    """Our trained parameters under the release checkpoint's names."""
-    names = {
-        "model.logit_scale": model.adapter.logit_scale,
-        "model.visual_embeddings.weight": model.adapter.multi_modal_projector.weight,
-        "model.visual_embeddings.bias": model.adapter.multi_modal_projector.bias,
-        "model.visual_fc.weight": model.adapter.visual_projection.weight,
-        "model.visual_fc.bias": model.adapter.visual_projection.bias,
-        "ret_input_embeddings.weight": model.adapter.ret_embedding.weight,
-    }
-    for i, layer in enumerate(model.adapter.text_projection):
-        names[f"model.text_hidden_fcs.{i}.0.weight"] = layer.weight
-        names[f"model.text_hidden_fcs.{i}.0.bias"] = layer.bias
-    return names
 
 
 class Case:

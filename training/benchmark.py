@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_fromage.packing_fromage import PackedRows
 from training import benchmark_answers, benchmark_index
 from training.baseline import PlainFromage
+from training.measuring import choose_device, memory_counter, seconds_of
 from training.provenance import ROOT, provenance
 from training.shapes import IMAGE_ID, MAX_LENGTH, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
 from training.tables import RESULTS, read_results, replace_between, write_results
@@ -123,14 +124,6 @@ def _our_step(language_model, vision_model, batch, cached: bool) -> Callable[[],
 # ---- measuring ----
 
 
-def seconds_of(step: Callable[[], torch.Tensor], device: str) -> float:
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def operations_of(step: Callable[[], torch.Tensor]) -> int:
     """Floating-point operations of a step's matrix products and attention, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
@@ -183,16 +176,10 @@ def measure_memory(mode: str, preset: Preset, device: str) -> int:
     else:
         ctypes.CDLL(None).malloc_trim(0)  # what building the model has freed
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _status("VmRSS")
+        before = memory_counter("VmRSS")
     for _ in range(3):
         step()
-    return torch.cuda.max_memory_allocated() - before if device == "cuda" else _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    """Bytes of one of Linux's memory counters of this process: now resident (VmRSS), or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return torch.cuda.max_memory_allocated() - before if device == "cuda" else memory_counter("VmHWM") - before
 
 
 def measure_loader(preset: Preset, workers: int, count: int = 256) -> dict[str, float]:
@@ -321,9 +308,7 @@ def main(argv: list[str] | None = None):
         readme = ROOT / "README.md"
         readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
         return
-    device = options.device or ("cuda" if options.preset == "paper" else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--preset {options.preset} needs a GPU, and torch sees none.")
+    device = choose_device(parser, options)
     if options.memory_of:
         print(measure_memory(options.memory_of, PRESETS[options.preset], device))
         return

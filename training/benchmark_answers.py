@@ -7,7 +7,6 @@ rounds of dialogue, and 100 answers.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from training.baseline import PlainFromage
+from training.measuring import choose_device, seconds_of
 from training.provenance import provenance
 from training.shapes import IMAGE_ID, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
 from training.tables import RESULTS, write_results
@@ -82,11 +82,7 @@ def seconds_in_turns(sides: dict[str, Callable[[], Any]], rounds: int, device: s
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(run, device))
     return seconds
 
 
@@ -158,9 +154,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", help="JSON file; by default training/results/answers_PRESET.json")
     options = parser.parse_args(argv)
-    device = options.device or ("cuda" if options.preset == "paper" else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--preset {options.preset} needs a GPU, and torch sees none.")
+    device = choose_device(parser, options)
     lengths = (8, 16) if options.preset == "tiny" else (32, 128)
     results = measure(options.preset, device, lengths, options.rounds)
     write_results(Path(options.output or RESULTS / f"answers_{options.preset}.json"), results)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil
 
 from modeling_fromage import FromageImageIndex
+from training.measuring import memory_counter
 from training.provenance import ROOT, provenance
 from training.shapes import PRESETS, join, make_backbones
 from training.tables import RESULTS, write_results
@@ -45,15 +46,10 @@ def make_index(count: int, directory: str):
 
 def measure_opening(directory: str) -> dict[str, float]:
     """Seconds and resident bytes of opening an index, in this process; its imports are made."""
-
-    def resident() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
-
-    before, start = resident(), time.perf_counter()
+    before, start = memory_counter("VmRSS"), time.perf_counter()
     index = FromageImageIndex.from_pretrained(directory)
     count = len(index)
-    opened = {"seconds": time.perf_counter() - start, "bytes": resident() - before, "count": count}
+    opened = {"seconds": time.perf_counter() - start, "bytes": memory_counter("VmRSS") - before, "count": count}
     start = time.perf_counter()
     index.search(clustered(1, 2), TOP_K)
     return {**opened, "first_search_seconds": time.perf_counter() - start}

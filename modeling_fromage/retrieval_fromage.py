@@ -596,11 +596,4 @@ def _check_dtype(dtype: torch.dtype):
         raise ValueError(f"Embeddings are stored in torch.float32 or torch.float16, not {dtype}.")
 
 
-def recall_at_k(logits: torch.Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Fraction of rows of `logits` (N, N) whose diagonal entry is among the k largest; ties count against it."""
-    target = logits.diagonal()[:, None]
-    rank = (logits >= target).sum(-1)  # 1 is best
-    return {f"R@{k}": (rank <= k).float().mean().item() for k in ks}
-
-
-__all__ = ["FromageImageIndex", "recall_at_k"]
+__all__ = ["FromageImageIndex"]

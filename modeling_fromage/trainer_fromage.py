@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .retrieval_fromage import recall_at_k
+from .ranking_fromage import gallery_ranks, recall_at_k
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +107,10 @@ class FromageTrainer(Trainer):
     def _recall(values: dict[str, Any], prefix: str) -> dict[str, float]:
         images = torch.as_tensor(values["image_embeds"]).float()
         texts = torch.as_tensor(values["text_embeds"]).float()
-        similarity = texts @ images.t()  # (N, N)
         metrics: dict[str, float] = {f"{prefix}_num_pairs": len(images)}
-        for direction, scores in (("text_to_image", similarity), ("image_to_text", similarity.t())):
-            metrics.update({f"{prefix}_{direction}_{name}": value for name, value in recall_at_k(scores).items()})
+        for direction, pair in (("text_to_image", (texts, images)), ("image_to_text", (images, texts))):
+            recall = recall_at_k(gallery_ranks(*pair))
+            metrics.update({f"{prefix}_{direction}_{name}": value for name, value in recall.items()})
         return metrics
 
 

@@ -8,7 +8,7 @@ import pytest
 from hub_scripts import build_image_index, convert_original_checkpoint, make_tiny_checkpoint, push_to_hub
 from modeling_fromage import FromageForConditionalGeneration
 from tests.backbones import PARITY
-from training import benchmark, benchmark_answers, benchmark_index, quickstart, train
+from training import benchmark, benchmark_answers, benchmark_index, evaluate, quickstart, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,6 +51,7 @@ def test_commands_exist():
         build_image_index.main,
         convert_original_checkpoint.main,
         benchmark.main,
+        evaluate.main,
         benchmark_answers.main,
         benchmark_index.main,
     ],

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset, Image, load_dataset
 
+from modeling_fromage.fetching_fromage import is_url
+
 _CAPTION_COLUMNS = ("caption", "text", "captions", "title")
 
 
@@ -14,9 +16,10 @@ def load_captioned_images(
     """Load a dataset of `{"image", "caption"}`; images stay undecoded until the collator reads them.
 
     Args:
-        source: A `.tsv` or `.csv` file with a header and columns `caption` and `image` (paths relative to the file), a
-            folder that the `imagefolder` builder of `datasets` reads (`metadata.csv` with `file_name` and `caption`),
-            or the id of a `datasets` repository.
+        source: A `.tsv` or `.csv` file with a header and columns `caption` and `image` (URLs, or paths relative to the
+            file); a `.tsv` file of captions and URLs without a header, as Conceptual Captions is published; a folder
+            that the `imagefolder` builder of `datasets` reads (`metadata.csv` with `file_name` and `caption`); or the
+            id of a `datasets` repository.
         split: Split of a folder or repository.
         caption_column: Found among caption, text, captions and title where absent.
 
@@ -30,6 +33,8 @@ def load_captioned_images(
     if is_table:
         # A quote in a TSV is a quote, as in the image index's tables: captions have single ones.
         options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        if path.suffix == ".tsv" and _has_no_header(path):
+            options["column_names"] = ["caption", image_column]
         dataset = load_dataset("csv", data_files=str(path), split="train", keep_default_na=False, **options)
     else:
         options = {"path": "imagefolder", "data_dir": source} if path.is_dir() else {"path": source}
@@ -46,5 +51,15 @@ def load_captioned_images(
     names = {image_column: "image", caption_column: "caption"}
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     if is_table:
-        return dataset.map(lambda row: {"image": str(path.parent / row["image"])}, desc="Resolving image paths")
+        return dataset.map(lambda row: {"image": _absolute(row["image"], path.parent)}, desc="Resolving image paths")
     return dataset.cast_column("image", Image(decode=False))
+
+
+def _has_no_header(path: Path) -> bool:
+    with path.open(encoding="utf-8") as file:
+        fields = file.readline().rstrip("\r\n").split("\t")
+    return len(fields) == 2 and is_url(fields[1])
+
+
+def _absolute(image: str, folder: Path) -> str:
+    return image if is_url(image) else str(folder / image)

@@ -27,6 +27,7 @@ from modeling_fromage import (
 from modeling_fromage.images_fromage import load_rgb_image
 from training import report
 from training.data import load_captioned_images
+from training.evaluation.captioning import generate_captions, read_through
 from training.provenance import provenance
 from training.train import assemble, describe_parameters, make_collator, parse_config
 
@@ -77,46 +78,6 @@ def encode(dataset: Dataset, model, processor, batch_size: int = 8) -> Split:
     return Split(list(dataset["caption"]), paths, torch.cat(features))
 
 
-@torch.no_grad()
-def caption(model, processor, features: torch.Tensor, prompt: str, batch_size: int = 32) -> list[str]:
-    """Greedy captions, cut at the newline that ends them in training."""
-    stop = processor.tokenizer("\n", add_special_tokens=False).input_ids[-1]
-    texts = []
-    for chunk in features.split(batch_size):
-        inputs = processor.tokenizer(
-            [processor.add_bos(processor.image_token * processor.num_image_tokens + prompt)] * len(chunk),
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pooled_image_features=chunk,
-            max_new_tokens=16,
-            do_sample=False,
-            eos_token_id=stop,
-            pad_token_id=processor.tokenizer.pad_token_id,
-            max_num_rets=0,
-        )
-        generated = ids[:, inputs["input_ids"].shape[1] :]
-        texts += [text.split("\n")[0].strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
-    return texts
-
-
-@torch.no_grad()
-def caption_loss(model, collator, split: Split, features: torch.Tensor, batch_size: int = 32) -> float:
-    """Mean captioning loss a token of `split`'s captions given `features`."""
-    total, count = 0.0, 0
-    examples = [{"pooled_image_features": f, "caption": c} for f, c in zip(features, split.captions, strict=True)]
-    for start in range(0, len(examples), batch_size):
-        batch = collator(examples[start : start + batch_size])
-        del batch["retrieval_input_ids"], batch["retrieval_attention_mask"]
-        targets = int((batch["labels"][:, 1:] != -100).sum())
-        total += model(**batch, return_logits=False).captioning_loss.item() * targets
-        count += targets
-    return total / count
-
-
 def wilson_interval(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a rate among n (Wilson score)."""
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
@@ -133,10 +94,12 @@ def evaluate(model, processor, collator, trainer, held_out: Split) -> dict[str, 
     for direction in ("text_to_image", "image_to_text"):
         results[direction] = {f"R@{k}": metrics[f"eval_{direction}_R@{k}"] for k in (1, 5, 10)}
         results[direction]["R@1_95%"] = wilson_interval(results[direction]["R@1"], n)
-    shuffled = held_out.features.roll(n // 2, dims=0)
-    results["caption_loss"] = caption_loss(model, collator, held_out, held_out.features)
-    results["caption_loss_shuffled_images"] = caption_loss(model, collator, held_out, shuffled)
-    results["captions"] = caption(model, processor, held_out.features, collator.caption_prefix)
+    rows = list(range(n))
+    for name, order in (("caption_loss", rows), ("caption_loss_shuffled_images", rows[n // 2 :] + rows[: n // 2])):
+        results[name], _, _ = read_through(model, collator, held_out.features, order, held_out.captions)
+    results["captions"] = generate_captions(
+        model, processor, held_out.features, collator.caption_prefix, max_new_tokens=16
+    )
     return results
 
 

@@ -21,9 +21,9 @@ def read_results(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
 
 
-def replace_between(text: str, name: str, tables: list[str]) -> str:
+def replace_between(text: str, name: str, tables: list[str], by: str = "training.benchmark") -> str:
     """`text` with `tables` between its two marks of this name."""
-    start, end = f"<!-- {name}: rendered by training.benchmark -->", f"<!-- end of {name} -->"
+    start, end = f"<!-- {name}: rendered by {by} -->", f"<!-- end of {name} -->"
     before, rest = text.split(start)
     after = rest.split(end)[1]
     return "\n".join([before + start, *(f"\n{table}\n" for table in tables), end]) + after

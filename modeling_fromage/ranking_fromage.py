@@ -1,0 +1,79 @@
+"""Ranks of the right answers in a gallery, and recall. Ties count against the model, so that a constant one has none.
+
+Axes: Q queries, N entries of the gallery, q the shared space's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+TIE = 1e-6  # scores that are closer are equal: products of equal unit vectors differ in their last bits
+_QUERIES, _ENTRIES = 1024, 16_384  # whose scores are held at a time: 64 MB
+
+
+@torch.no_grad()
+def gallery_ranks(
+    queries: torch.Tensor,
+    gallery: torch.Tensor,
+    query_labels: torch.LongTensor | None = None,
+    gallery_labels: torch.LongTensor | None = None,
+) -> torch.LongTensor:
+    """The rank, from 1, of each query's best match among the unit vectors of a gallery.
+
+    Memory grows with Q + N, not with their product.
+
+    Args:
+        queries (Q, q), gallery (N, q): Unit vectors.
+        query_labels (Q,), gallery_labels (N,): A query's matches are the entries with its label; by default entry i is
+            the match of query i. Other matches than the best do not count as wrong.
+
+    Returns:
+        (Q,), 1 where nothing but matches is as near to the query as its best match.
+
+    Raises:
+        ValueError: A query has no match, or a vector has a NaN.
+    """
+    queries, gallery = queries.float(), gallery.float()
+    if not (torch.isfinite(queries).all() and torch.isfinite(gallery).all()):
+        raise ValueError("The embeddings contain NaN or infinite values; check the model's weights and dtype.")
+    query_labels = torch.arange(len(queries)) if query_labels is None else query_labels.cpu()
+    gallery_labels = torch.arange(len(gallery)) if gallery_labels is None else gallery_labels.cpu()
+    sorted_labels, order = gallery_labels.sort(stable=True)
+    ranks = [
+        _ranks_of_block(block, gallery, *_matches(labels, sorted_labels, order))
+        for block, labels in zip(queries.split(_QUERIES), query_labels.split(_QUERIES), strict=True)
+    ]
+    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.long)
+
+
+def _matches(labels: torch.LongTensor, sorted_labels: torch.LongTensor, order: torch.LongTensor):
+    """Pairs (P,), (P,) of queries of a block and their matches in the gallery."""
+    first, last = (torch.searchsorted(sorted_labels, labels, right=right) for right in (False, True))
+    counts = last - first
+    if bool((counts == 0).any()):
+        raise ValueError(f"Queries of the labels {labels[counts == 0][:10].tolist()} have no match in the gallery.")
+    rows = torch.arange(len(labels)).repeat_interleave(counts)
+    within = torch.arange(len(rows)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return rows, order[first.repeat_interleave(counts) + within]
+
+
+def _ranks_of_block(queries: torch.Tensor, gallery: torch.Tensor, rows: torch.LongTensor, columns: torch.LongTensor):
+    device = queries.device
+    near = (queries[rows.to(device)] * gallery[columns.to(device)]).sum(-1)  # (P,)
+    best = near.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows.to(device), near, "amax")
+    wrong = torch.zeros(len(queries), dtype=torch.long, device=device)
+    for start in range(0, len(gallery), _ENTRIES):
+        entries = gallery[start : start + _ENTRIES]
+        scores = queries @ entries.t()
+        here = (columns >= start) & (columns < start + len(entries))
+        scores[rows[here].to(device), columns[here].to(device) - start] = -torch.inf
+        wrong += (scores >= (best - TIE)[:, None]).sum(-1)
+    return (1 + wrong).cpu()
+
+
+def recall_at_k(ranks: torch.LongTensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """The fraction of ranks (Q,), from 1, that are at most k."""
+    return {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
+
+
+__all__ = ["gallery_ranks", "recall_at_k"]

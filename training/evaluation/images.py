@@ -1,0 +1,152 @@
+"""The images of an evaluation: found, encoded once, and counted where they cannot be used."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from modeling_fromage import UnreadableImageError
+from modeling_fromage.fetching_fromage import is_url
+from modeling_fromage.images_fromage import load_rgb_image
+from modeling_fromage.index_sources_fromage import ImageSource, read_ahead
+from training.evaluation.dual_encoder import DualEncoder
+
+SQUASHED_SIZE = (224, 224)  # the authors' evaluations resize to it before CLIP's own preprocessing
+
+
+@dataclass
+class EncodedImages:
+    """Ids of N images, their pooled features (N, vision width) and a dual encoder's embeddings (N, d), on the CPU, in
+    fp32; and why others could not be used, by id."""
+
+    ids: list[str]
+    features: torch.Tensor
+    dual_embeds: torch.Tensor | None
+    skipped: dict[str, str]
+
+    def __post_init__(self):
+        self.rows = {image_id: row for row, image_id in enumerate(self.ids)}
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self.rows
+
+    def rows_of(self, ids: list[str]) -> list[int]:
+        return [self.rows[image_id] for image_id in ids]
+
+    def report(self) -> dict[str, Any]:
+        return {"used": len(self.ids), "not_usable": dict(Counter(self.skipped.values()))}
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """Image files below a folder by their names without suffix.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder} of images.")
+    suffixes = Image.registered_extensions()
+    return {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes}
+
+
+@dataclass
+class _Loader:
+    """From an image's id and where it is to its pixels, for the vision tower and for a dual encoder; in threads."""
+
+    processor: Any
+    squash: bool
+    dual_encoder: DualEncoder | None
+    keep_in: Path | None
+
+    def __call__(self, source: tuple[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        image_id, where = source
+        if where is None:
+            raise UnreadableImageError(image_id, "missing")
+        if self.keep_in is not None and Path(image_id).name != image_id:
+            raise UnreadableImageError(image_id, "id that is no file name")
+        try:
+            image = load_rgb_image(where)
+        except UnreadableImageError as error:
+            if is_url(where):
+                raise UnreadableImageError(where, f"URL: {error.reason}") from error
+            raise
+        if self.keep_in is not None and is_url(where):
+            _save_image(image, self.keep_in / f"{image_id}.png")
+        image = image.resize(SQUASHED_SIZE) if self.squash else image
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels, None if self.dual_encoder is None else self.dual_encoder.pixels(image)
+
+
+@torch.no_grad()
+def encode_images(
+    model: Any,
+    processor: Any,
+    sources: Mapping[str, Any],
+    squash: bool = False,
+    dual_encoder: DualEncoder | None = None,
+    batch_size: int = 32,
+    keep_in: Path | None = None,
+) -> EncodedImages:
+    """Run the frozen vision encoder, and the image half of `dual_encoder`, once over images.
+
+    Args:
+        sources: What [`load_rgb_image`] takes, by id; `None` for an image that is not there.
+        squash: Whether images are first resized to 224 x 224, aspect ratio not kept, as by the authors' evaluations.
+        keep_in: Folder into which images from the web are saved, so that the next run finds them.
+
+    Raises:
+        ValueError: No image can be used.
+    """
+    ids, features, embeds, skipped = [], [], [], {}
+
+    def readable() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        pairs = (ImageSource((image_id, where), image_id) for image_id, where in sources.items())
+        load = _Loader(processor, squash, dual_encoder, keep_in)
+        results = read_ahead(pairs, load, workers=8, ahead=2 * batch_size)
+        for source, pixels, error in tqdm(results, total=len(sources), desc="Encoding images"):
+            if error is None:
+                ids.append(source.id)
+                yield pixels
+            else:
+                skipped[source.id] = error.reason
+
+    loaded = readable()
+    while batch := list(islice(loaded, batch_size)):
+        pixels, dual_pixels = zip(*batch, strict=True)
+        features.append(model.get_pooled_image_features(torch.stack(pixels).to(model.device)).float().cpu())
+        if dual_encoder is not None:
+            embeds.append(dual_encoder.image_embeds(torch.stack(dual_pixels)))
+    if not ids:
+        raise ValueError(f"None of {len(sources)} images can be used: {dict(Counter(skipped.values()))}.")
+    return EncodedImages(ids, torch.cat(features), torch.cat(embeds) if embeds else None, skipped)
+
+
+def _save_image(image: Image.Image, path: Path):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    image.save(temporary, "PNG")
+    os.replace(temporary, path)
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        ValueError: The file is missing, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error

@@ -1,0 +1,70 @@
+"""Interleaved prompts that end in `[RET]`, of images that are encoded already, and what they are embedded as."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+PROTOCOLS = ("paper", "corrected")
+
+
+def image_text(processor: Any) -> str:
+    """What stands for one image in a prompt."""
+    return processor.image_token * processor.num_image_tokens
+
+
+def tokenize(processor: Any, prompts: list[str], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (N, L), padded on the left, of prompts whose images and BOS are written out."""
+    inputs = processor.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+@torch.no_grad()
+def embed_prompts(
+    model: Any,
+    processor: Any,
+    prompts: list[str],
+    features: list[torch.Tensor] | None = None,
+    batch_size: int = 32,
+    first_projection_only: bool = False,
+) -> torch.Tensor:
+    """Unit-norm embeddings (N, q) of prompts that end in `[RET]`, on the CPU, in fp32.
+
+    Args:
+        features: Pooled features (images, vision width) of each prompt's images.
+        first_projection_only: Whether the first text projection is put on the last hidden state, whatever layers the
+            model has its projections for, as the authors' VIST script does.
+    """
+    embeds: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
+    for start in tqdm(range(0, len(order), batch_size), desc="Embedding prompts"):
+        some = order[start : start + batch_size]
+        ids, mask = tokenize(processor, [prompts[i] for i in some], model.device)
+        images = torch.cat([features[i] for i in some]).to(model.device) if features else None
+        if images is not None and not len(images):
+            images = None
+        if first_projection_only and model.config.text_embed_layers != [-1]:
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                pooled_image_features=images,
+                output_hidden_states=True,
+                logits_to_keep=1,
+            )
+            projected = model.adapter.text_projection[0](output.hidden_states[-1][:, -1].to(model.adapter.logit_scale))
+            rows = F.normalize(projected, dim=-1)
+        else:
+            rows = model.get_text_embeds(ids, mask, pooled_image_features=images)
+        for i, row in zip(some, rows.float().cpu(), strict=True):
+            embeds[i] = row
+    return torch.stack(embeds)
+
+
+@torch.no_grad()
+def image_embeds(model: Any, features: torch.Tensor, batch_size: int = 4096) -> torch.Tensor:
+    """Unit-norm embeddings (N, q) of pooled features (N, vision width), on the CPU, in fp32."""
+    pieces = [
+        model.get_image_embeds(pooled_image_features=piece.to(model.device)) for piece in features.split(batch_size)
+    ]
+    return torch.cat(pieces).float().cpu()

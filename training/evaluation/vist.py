@@ -1,0 +1,186 @@
+"""Contextual image retrieval on Visual Storytelling (VIST): the fifth image of a story from what comes before it.
+
+Section 4.1 of the paper. `protocol="paper"` is the authors' script: every caption has a BOS of its own, sentences stand
+in the order of the file, images are squashed to 224 x 224, and the first text projection is put on the last hidden
+state. `"corrected"` has one BOS, the order of the story, the processor's preprocessing and the model's own embedding.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from training.evaluation.dual_encoder import DualEncoder
+from training.evaluation.images import EncodedImages, encode_images, find_files, read_json
+from training.evaluation.metrics import rank_metrics, target_ranks
+from training.evaluation.prompts import embed_prompts, image_embeds, image_text
+
+LENGTH = 5  # sentences and photos of a story
+SETTINGS = {"1 caption": (1, 0), "5 captions": (5, 0), "5 captions + 4 images": (5, 4)}  # captions, images of a prompt
+MASKS = {
+    "shown": "images of the prompt are no candidates",
+    "story": "the story's first four images are no candidates",
+    "none": "every image of the gallery is a candidate",
+}
+_URL_FIELDS = ("url_o", "url_m")
+
+
+@dataclass
+class Story:
+    """Captions of five photos, in order, and the photos' Flickr ids."""
+
+    id: str
+    captions: list[str]
+    photos: list[str]
+
+
+@dataclass
+class Stories:
+    """Stories of SIS files, each photo's URL (`None` where it has none), and entries that are left out, counted."""
+
+    stories: list[Story] = field(default_factory=list)
+    photos: dict[str, str | None] = field(default_factory=dict)
+    left_out: Counter = field(default_factory=Counter)
+
+
+def read_stories(paths: Sequence[Path], protocol: str = "paper") -> Stories:
+    """Read `{train,val,test}.story-in-sequence.json` files (SIS).
+
+    Raises:
+        ValueError: A file is not of that format, or has no story.
+    """
+    found = Stories()
+    urls: dict[str, str | None] = {}
+    sentences: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in paths:
+        content = read_json(path)
+        try:
+            for photo in content["images"]:
+                urls[str(photo["id"])] = next((photo[name] for name in _URL_FIELDS if photo.get(name)), None)
+            for (annotation,) in content["annotations"]:
+                sentences[str(annotation["story_id"])].append(annotation)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not of VIST's SIS format ({type(error).__name__}: {error}): expected images with an id, "
+                "and annotations, each a list of one with story_id, text and photo_flickr_id."
+            ) from error
+    named: dict[str, None] = {}
+    for story_id, rows in sentences.items():
+        if protocol == "corrected":
+            rows = sorted(rows, key=lambda row: int(row["worker_arranged_photo_order"]))
+        captions = [str(row.get("text") or "").strip() for row in rows]
+        photos = [str(row.get("photo_flickr_id")) for row in rows]
+        if len(rows) != LENGTH:
+            found.left_out[f"not of {LENGTH} sentences"] += 1
+        elif not all(captions):
+            found.left_out["a sentence is empty"] += 1
+        else:
+            found.stories.append(Story(story_id, captions, photos))
+        named.update(dict.fromkeys(photos))
+    found.photos = {photo: url for photo, url in urls.items() if photo in named}  # in the order of the files
+    found.photos.update({photo: None for photo in named if photo not in urls})
+    if not found.stories:
+        raise ValueError(f"{', '.join(map(str, paths))} have no story of {LENGTH} sentences: {dict(found.left_out)}.")
+    return found
+
+
+def encode_photos(
+    model: Any, processor: Any, stories: Stories, folder: Path, download: bool, protocol: str, **kwargs: Any
+) -> EncodedImages:
+    """The photos that a story names, from `folder` by their ids; with `download`, missing ones are fetched into it.
+
+    Without, a missing photo is left out, and so are the stories that need it.
+    """
+    files = find_files(folder)
+    sources = {photo: files.get(photo) or (url if download else None) for photo, url in stories.photos.items()}
+    return encode_images(model, processor, sources, protocol == "paper", keep_in=folder, **kwargs)
+
+
+def prompt(processor: Any, story: Story, captions: int, images: int, protocol: str) -> str:
+    """The last `captions` captions of a story, each of the first `images` followed by its image, then `[RET]`."""
+    texts = story.captions[-captions:]
+    bos = processor.bos_text
+    if protocol == "paper":
+        parts = [bos + text + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
+        return "".join(parts) + processor.ret_token
+    parts = [text + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
+    return bos + " ".join(parts) + processor.ret_token
+
+
+def score(
+    model: Any, processor: Any, stories: list[Story], photos: EncodedImages, setting: str, protocol: str, **kwargs: Any
+) -> torch.Tensor:
+    """The cosine (stories, photos) of each story's prompt and each photo of the gallery."""
+    captions, images = SETTINGS[setting]
+    prompts = [prompt(processor, story, captions, images, protocol) for story in stories]
+    features = [photos.features[photos.rows_of(story.photos[:images])] for story in stories]
+    texts = embed_prompts(model, processor, prompts, features, first_projection_only=protocol == "paper", **kwargs)
+    return texts @ image_embeds(model, photos.features).t()
+
+
+def score_dual(dual_encoder: DualEncoder, stories: list[Story], photos: EncodedImages, setting: str) -> torch.Tensor:
+    """The baseline's cosines (stories, photos): of the captions, joined; with images, of the mean of all embeddings."""
+    captions, images = SETTINGS[setting]
+    texts = dual_encoder.text_embeds([" ".join(story.captions[-captions:]) for story in stories])
+    shown = [photos.dual_embeds[photos.rows_of(story.photos[:images])].sum(0) for story in stories]
+    return F.normalize((texts + torch.stack(shown)) / (1 + images), dim=-1) @ photos.dual_embeds.t()
+
+
+def ranks(scores: torch.Tensor, stories: list[Story], photos: EncodedImages, setting: str, mask: str) -> torch.Tensor:
+    """The rank (stories,) of each story's last photo."""
+    masked = {"shown": SETTINGS[setting][1], "story": LENGTH - 1, "none": 0}[mask]
+    scores = scores.clone()
+    for row, story in enumerate(stories):
+        scores[row, photos.rows_of(story.photos[:masked])] = -torch.inf
+    return target_ranks(scores, torch.tensor(photos.rows_of([story.photos[-1] for story in stories])))
+
+
+def usable(stories: Stories, photos: EncodedImages) -> tuple[list[Story], Counter]:
+    """The stories all of whose photos can be used, as in the authors' script; and why others are left out."""
+    whole = [story for story in stories.stories if all(photo in photos for photo in story.photos)]
+    left_out = Counter(stories.left_out)
+    if missing := len(stories.stories) - len(whole):
+        left_out["an image is not usable"] = missing
+    if not whole:
+        raise ValueError(f"No story has all of its photos: {photos.report()}.")
+    return whole, left_out
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    data: Sequence[Path],
+    folder: Path,
+    protocol: str = "paper",
+    mask: str = "shown",
+    download: bool = False,
+    batch_size: int = 32,
+    dual_encoder: DualEncoder | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Recall of the fifth image in three settings; results, and the manifest of what was really used."""
+    read = read_stories(data, protocol)
+    photos = encode_photos(
+        model, processor, read, folder, download, protocol, batch_size=batch_size, dual_encoder=dual_encoder
+    )
+    stories, left_out = usable(read, photos)
+    settings = {}
+    for name in SETTINGS:
+        scores = score(model, processor, stories, photos, name, protocol, batch_size=batch_size)
+        settings[name] = {"ours": rank_metrics(ranks(scores, stories, photos, name, mask))}
+        if dual_encoder is not None:
+            scores = score_dual(dual_encoder, stories, photos, name)
+            settings[name]["dual encoder"] = rank_metrics(ranks(scores, stories, photos, name, mask))
+    results = {
+        "settings": settings,
+        "gallery": {"rule": "every usable image that a story of the files names", "N": len(photos.ids)},
+        "masking": MASKS[mask],
+        "denominator": {"rule": "stories of which all images are usable", "N": len(stories)},
+        "images": photos.report(),
+        "stories": {"read": len(read.stories) + sum(read.left_out.values()), "left_out": dict(left_out)},
+    }
+    manifest = {"gallery": photos.ids, "stories": [story.id for story in stories], "not_usable": photos.skipped}
+    return results, manifest

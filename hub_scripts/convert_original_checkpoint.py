@@ -1,23 +1,32 @@
 """Convert the authors' checkpoint, or back: `python -m hub_scripts.convert_original_checkpoint --checkpoint-dir D
 --output-dir O [--language-model L] [--vision-model V]`.
 
-D holds `pretrained_ckpt.pth.tar`, `model_args.json` and perhaps `cc3m_embeddings*.pkl`, as released; O becomes a folder
-for `from_pretrained`, with the processor, and the image index in `O/index`. The backbones default to those that
-`model_args.json` names. With `--reverse`, D is such a folder of ours, and O becomes one of theirs.
+D holds `pretrained_ckpt.pth.tar`, `model_args.json` and perhaps `cc3m_embeddings*.pkl`, as released; `--release NAME`
+downloads it. O becomes a folder for `from_pretrained`, with the processor, and the image index in `O/index`. The
+backbones default to those that `model_args.json` names; of backbones on the Hub no weights are downloaded. With
+`--reverse`, D is such a folder of ours, and O becomes one of theirs.
 """
 
 import argparse
 import json
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers.utils.hub import resolve_revision
 
 from hub_scripts.build_image_index import from_original_embeddings
-from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
+from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
+from modeling_fromage.assembly_fromage import saved_dtype, vision_half
 
+RELEASES = {"fromage": "fromage_model", "fromage_vis4": "fromage_model/fromage_vis4"}  # k = 1, the paper's; k = 4
+RELEASE_URL = "https://github.com/kohjingyu/fromage/raw/b36a1889e16cb9486e83e1853dce68ab653068c9"
 CHECKPOINT, ARGS, EMBEDDINGS = "pretrained_ckpt.pth.tar", "model_args.json", "cc3m_embeddings.pkl"
 # The whole input matrix, which some files hold beside the trained [RET] row, its last.
 _MATRIX, _RET_ROW = "model.input_embeddings.weight", "ret_input_embeddings.weight"
@@ -69,6 +78,64 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def download(release: str) -> Path:
+    """The folder of a release of the authors', in torch.hub's cache; files that are there are not fetched again."""
+    folder = Path(torch.hub.get_dir()) / "fromage" / release
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CHECKPOINT, ARGS):
+        if not (folder / name).is_file():
+            torch.hub.download_url_to_file(f"{RELEASE_URL}/{RELEASES[release]}/{name}", str(folder / name))
+    return folder
+
+
+def backbone_name(args: dict[str, Any], field: str) -> str:
+    """The Hub id that a checkpoint names; it may not name a folder of this machine.
+
+    Raises:
+        ValueError: It is no Hub id, or a folder.
+    """
+    name = args.get(field)
+    try:
+        validate_repo_id(name)
+        problem = "which is a folder here" if os.path.exists(name) else None
+    except (HFValidationError, TypeError):
+        problem = "which is no Hub id"
+    if problem:
+        raise ValueError(
+            f"{ARGS} has {field}={name!r}, {problem}. Name the backbone yourself: --language-model, --vision-model."
+        )
+    return name
+
+
+def without_weights(
+    vision_model: str, language_model: str, processor: FromageProcessor, **config_kwargs: Any
+) -> FromageForConditionalGeneration:
+    """The model of two backbones on the Hub, whose weights are on no device and not downloaded: enough to write a
+    checkpoint of the trained parts. Those are not initialised."""
+    configs = {}
+    for prefix, name in (("text", language_model), ("vision", vision_model)):
+        revision = resolve_revision(name, None)  # the commit that the checkpoint will name
+        configs[prefix] = AutoConfig.from_pretrained(name, revision=revision)
+        config_kwargs[f"{prefix}_model_id"] = name
+        config_kwargs[f"{prefix}_model_revision"] = getattr(revision, "resolved", revision)
+    text, vision = configs["text"], vision_half(configs["vision"])
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(text, dtype=saved_dtype(text))
+        tower = AutoModel.from_config(vision, dtype=saved_dtype(vision))
+        try:
+            language.generation_config = GenerationConfig.from_pretrained(
+                language_model, revision=config_kwargs["text_model_revision"]
+            )
+        except OSError:  # it has none beyond its configuration
+            pass
+        for name in ("image_token_id", "ret_token_id", "num_image_tokens"):
+            config_kwargs[name] = getattr(processor, name)
+        config = FromageConfig.from_vision_text_configs(tower.config, language.config, **config_kwargs)
+        model = FromageForConditionalGeneration(config, language, tower)
+    model.adapter.to_empty(device="cpu")
+    return model.eval()
+
+
 @torch.no_grad()
 def load_state(model: FromageForConditionalGeneration, state: dict[str, torch.Tensor]):
     """Copy their tensors into our trained parameters: all of both, of the right shapes, and finite.
@@ -76,6 +143,8 @@ def load_state(model: FromageForConditionalGeneration, state: dict[str, torch.Te
     Raises:
         ValueError: A name is missing or unknown, or a tensor does not fit.
     """
+    if model.adapter.ret_lm_head is not None:
+        raise ValueError("The authors' format holds one [RET] row, tied in and out; this language model needs two.")
     parameters = original_names(model)
     missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
     if missing or unknown:
@@ -90,23 +159,31 @@ def load_state(model: FromageForConditionalGeneration, state: dict[str, torch.Te
         parameter.copy_(tensor)
 
 
-def convert(checkpoint_dir: Path, output_dir: Path, language_model: str | None, vision_model: str | None):
-    """A folder of theirs to one of ours.
+def convert(
+    checkpoint_dir: Path,
+    output_dir: Path,
+    language_model: str | None = None,
+    vision_model: str | None = None,
+    embeddings: Sequence[Path] | None = None,
+) -> FromageForConditionalGeneration:
+    """A folder of theirs to one of ours; `embeddings` are by default the folder's `cc3m_embeddings*.pkl`.
 
     Raises:
         ValueError: A file is refused, or does not fit the backbones.
     """
     args = read_args(checkpoint_dir / ARGS)
     state = read_state(checkpoint_dir / CHECKPOINT)  # before anything large is loaded
-    language_model = language_model or args.get("opt_version")
-    vision_model = vision_model or args.get("visual_encoder")
+    language_model = language_model or backbone_name(args, "opt_version")
+    vision_model = vision_model or backbone_name(args, "visual_encoder")
     processor = FromageProcessor.from_vision_text_pretrained(
         vision_model, language_model, num_image_tokens=args["n_visual_tokens"]
     )
     if processor.ret_token_id != args["retrieval_token_idx"]:
         raise ValueError(f"[RET] is {args['retrieval_token_idx']} in {ARGS}, and {processor.ret_token_id} with the "
                          f"tokenizer of {language_model}.")  # fmt: skip
-    model = FromageForConditionalGeneration.from_vision_text_pretrained(
+    on_the_hub = not (os.path.isdir(language_model) or os.path.isdir(vision_model))
+    assemble = without_weights if on_the_hub else FromageForConditionalGeneration.from_vision_text_pretrained
+    model = assemble(
         vision_model,
         language_model,
         processor=processor,
@@ -114,8 +191,8 @@ def convert(checkpoint_dir: Path, output_dir: Path, language_model: str | None, 
         text_embed_layers=args["text_emb_layers"],
     ).eval()
     load_state(model, state)
-    pickles = sorted(str(path) for path in checkpoint_dir.glob("cc3m_embeddings*.pkl"))
-    index = from_original_embeddings(pickles, model) if pickles else None
+    pickles = sorted(checkpoint_dir.glob("cc3m_embeddings*.pkl")) if embeddings is None else embeddings
+    index = from_original_embeddings([str(path) for path in pickles], model) if pickles else None
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     if index is not None:
@@ -157,18 +234,24 @@ def _write(path: Path, write):
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint-dir", type=Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint-dir", type=Path)
+    source.add_argument("--release", choices=sorted(RELEASES), help="the authors' with one visual token, or with four")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--language-model", help="Hub id or folder; by default what the checkpoint names")
     parser.add_argument("--vision-model", help="Hub id or folder; by default what the checkpoint names")
+    parser.add_argument("--embeddings", type=Path, nargs="+", help="the authors' *.pkl, where they lie elsewhere")
     parser.add_argument("--reverse", action="store_true", help="from our format to the authors'")
     options = parser.parse_args(argv)
     try:
         if options.reverse:
+            if options.release:
+                raise ValueError("--reverse takes a folder of ours: give --checkpoint-dir.")
             convert_back(options.checkpoint_dir, options.output_dir)
         else:
-            convert(options.checkpoint_dir, options.output_dir, options.language_model, options.vision_model)
-    except (ValueError, FileNotFoundError) as error:
+            folder = options.checkpoint_dir or download(options.release)
+            convert(folder, options.output_dir, options.language_model, options.vision_model, options.embeddings)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"Wrote {options.output_dir}: {', '.join(sorted(path.name for path in options.output_dir.iterdir()))}")
 

@@ -2,11 +2,13 @@
 
 import io
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 import torch
+
+from modeling_fromage.fetching_fromage import is_url
 
 # What arrays and tensors are pickled as. Nothing else is looked up, so nothing else can be called.
 _ALLOWED = {
@@ -46,7 +48,8 @@ def read_original_embeddings(path: str | Path) -> tuple[list[str], torch.Tensor]
     """Paths or URLs, and embeddings (N, q) in fp32, of one file of the authors' (an array, or a list of vectors).
 
     Raises:
-        ValueError: The file would run code, is no such pickle, or its entries do not fit together. Nothing was run.
+        ValueError: The file would run code, is no such pickle, or its entries do not fit together, or a path leads out
+            of the folder that paths start from. Nothing was run.
     """
     try:
         with Path(path).open("rb") as file:
@@ -59,6 +62,14 @@ def read_original_embeddings(path: str | Path) -> tuple[list[str], torch.Tensor]
         raise ValueError(f"{path} is refused: {type(error).__name__}: {error}. Nothing of it was run.") from error
     if not (isinstance(paths, list) and all(isinstance(name, str) for name in paths) and len(paths) == len(embeds)):
         raise ValueError(f"{path} has {len(paths)} paths and {len(embeds)} embeddings; expected as many, and texts.")
+    if escaping := [name for name in paths if not is_url(name) and _escapes(name)]:
+        raise ValueError(f"{path} is refused: it names files outside its folder, such as {escaping[0]!r}.")
     if not torch.isfinite(embeds).all():
         raise ValueError(f"{path} has embeddings with NaN or infinite values.")
     return paths, embeds
+
+
+def _escapes(name: str) -> bool:
+    """Whether a relative path is none, or leads out of where it starts; by the rules of every system."""
+    kinds = (PurePosixPath(name), PureWindowsPath(name))
+    return any(path.is_absolute() or path.drive or ".." in path.parts for path in kinds)

@@ -26,6 +26,7 @@ class HubServer(ThreadingHTTPServer):
         self.heads: dict[str, str] = {}
         self.objects: dict[str, bytes] = {}  # large files by sha256
         self.faults: dict[str, int] = {"upload": 0, "download": 0}
+        self.served: list[str] = []  # names of files that were sent
 
     def commit(self, repo: str, files: dict[str, bytes]) -> str:
         contents = [(path, hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())]
@@ -113,6 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.server.served.append(name)
         if name.endswith(".safetensors") and self.server.takes_fault("download"):
             self.wfile.write(body[: len(body) // 2])
             self.close_connection = True

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import CLIPConfig, OPTConfig
 
 from hub_scripts import convert_original_checkpoint as converter
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from tests.backbones import PARITY
+from tests.hub_server import hub_server
+from tests.test_hub import run as run_on_hub
 from tests.test_original import Inference
 from tests.test_parity import CASES
 
@@ -69,6 +73,144 @@ def test_there_and_back(case, compact, tmp_path):
     torch.testing.assert_close(again.embeds, index.embeds)
 
 
+def on_a_hub(server):
+    """The release's backbones, as its arguments name them."""
+    for repo, folder in (("facebook/opt-golden-a", "language_model"), ("openai/clip-golden-a", "vision_model")):
+        files = (PARITY / "case_a_opt_tied" / folder).iterdir()
+        server.commit(repo, {path.name: path.read_bytes() for path in files})
+
+
+CONVERT = """
+import sys
+from hub_scripts import convert_original_checkpoint as converter
+if len(sys.argv) > 3:  # as it would be with the weights
+    converter.without_weights = converter.FromageForConditionalGeneration.from_vision_text_pretrained
+converter.main(["--checkpoint-dir", sys.argv[1], "--output-dir", sys.argv[2]])
+"""
+
+LOAD = """
+import sys, torch
+from modeling_fromage import FromageForConditionalGeneration
+model = FromageForConditionalGeneration.from_pretrained(sys.argv[1])
+torch.save(model(torch.tensor([[2, 5, 6, 501]])).logits, sys.argv[2])
+"""
+
+
+def test_no_weights_of_backbones_are_fetched(tmp_path):
+    """The trained parts of backbones on the Hub are converted without 13 GB of them; the result is the same."""
+    folder = release("case_a_opt_tied", tmp_path)
+    for name in ("convert", "load"):
+        (tmp_path / f"{name}.py").write_text({"convert": CONVERT, "load": LOAD}[name])
+    with hub_server() as server:
+        on_a_hub(server)
+        run_on_hub(server, tmp_path, "convert.py", str(folder), "light")
+        assert "config.json" in server.served and not [n for n in server.served if n.endswith((".safetensors", ".bin"))]
+        run_on_hub(server, tmp_path, "convert.py", str(folder), "whole", "with weights")
+        assert [name for name in server.served if name.endswith(".safetensors")]
+        for name in ("light", "whole"):
+            run_on_hub(server, tmp_path, "load.py", name, f"{name}.pt")
+    light, whole = tmp_path / "light", tmp_path / "whole"
+    assert torch.equal(torch.load(tmp_path / "light.pt"), torch.load(tmp_path / "whole.pt"))
+    assert (light / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    configs = [json.loads((path / "config.json").read_text()) for path in (light, whole)]
+    for prefix in ("text", "vision"):  # what is known of files that were fetched
+        assert configs[0].pop(f"{prefix}_model_fingerprint") == {} != configs[1].pop(f"{prefix}_model_fingerprint")
+    assert configs[0] == configs[1] and len(configs[0]["text_model_revision"]) == 40
+    generation = [json.loads((path / "generation_config.json").read_text()) for path in (light, whole)]
+    assert generation[0] == generation[1]
+    assert {path.name for path in light.iterdir()} == {path.name for path in whole.iterdir()}
+    indexes = [FromageImageIndex.from_pretrained(path / "index") for path in (light, whole)]
+    assert indexes[0].ids == indexes[1].ids and torch.equal(indexes[0].embeds, indexes[1].embeds)
+
+
+RELEASE = """
+import sys, torch
+from hub_scripts import convert_original_checkpoint as converter
+converter.RELEASE_URL = sys.argv[1]
+torch.hub.set_dir("cache")
+converter.main(["--release", sys.argv[2], "--output-dir", sys.argv[2]])
+"""
+
+
+@pytest.mark.parametrize(("name", "tokens", "parameters"), [("fromage", 1, 5_513_729), ("fromage_vis4", 4, 18_108_929)])
+def test_releases_of_the_authors(name, tokens, parameters, tmp_path):
+    """Both released models, by name, at their own shapes: OPT-6.7B, ViT-L/14, [RET] 50266, arguments as published."""
+    folder = tmp_path / "site" / converter.RELEASES[name]
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "model.visual_embeddings.weight": (4096 * tokens, 1024),
+        "model.visual_embeddings.bias": (4096 * tokens,),
+        "model.visual_fc.weight": (256, 1024),
+        "model.visual_fc.bias": (256,),
+        "model.text_hidden_fcs.0.0.weight": (256, 4096),
+        "model.text_hidden_fcs.0.0.bias": (256,),
+        "model.logit_scale": (),
+        "ret_input_embeddings.weight": (1, 4096),
+    }
+    state = {key: torch.randn(shape, generator=generator).bfloat16() for key, shape in shapes.items()}
+    torch.save({"state_dict": state}, folder / converter.CHECKPOINT)
+    args = {"opt_version": "facebook/opt-6.7b", "task": "multitask", "freeze_lm": True, "pretrained_visual": True,
+            "visual_encoder": "openai/clip-vit-large-patch14", "freeze_vm": True, "use_pooler": True,
+            "n_visual_tokens": tokens, "image_embed_dropout_prob": 0.0, "text_embed_dropout_prob": 0.0,
+            "shared_emb_dim": 256, "text_emb_layers": [-1], "append_retrieval_token": True,
+            "input_prompt": "A picture of", "retrieval_token_idx": 50266}  # fmt: skip
+    (folder / converter.ARGS).write_text(json.dumps(args))
+    (tmp_path / "release.py").write_text(RELEASE)
+    with hub_server() as server:
+        for repo, files in full_size_backbones().items():
+            server.commit(repo, files)
+        run_on_hub(server, tmp_path, "release.py", (tmp_path / "site").as_uri(), name)
+    tensors = load_file(tmp_path / name / "model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == parameters
+    assert torch.equal(tensors["adapter.ret_embedding.weight"], state["ret_input_embeddings.weight"].float())
+    config = json.loads((tmp_path / name / "config.json").read_text())
+    assert config["ret_token_id"] == 50266 and config["num_image_tokens"] == tokens
+    assert config["text_model_id"] == "facebook/opt-6.7b" and config["text_config"]["num_hidden_layers"] == 32
+
+
+def test_downloads_are_kept(tmp_path, monkeypatch):
+    site = tmp_path / "site" / converter.RELEASES["fromage_vis4"]
+    shutil.copytree(PARITY / "case_a_opt_tied" / "fromage_model", site)
+    monkeypatch.setattr(converter, "RELEASE_URL", (tmp_path / "site").as_uri())
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "cache"))
+    (site / converter.ARGS).rename(site / "later")
+    with pytest.raises(OSError):
+        converter.download("fromage_vis4")
+    (site / "later").rename(site / converter.ARGS)
+    folder = converter.download("fromage_vis4")
+    shutil.rmtree(site)
+    assert converter.download("fromage_vis4") == folder
+    assert {path.name for path in folder.iterdir()} == {converter.CHECKPOINT, converter.ARGS}
+
+
+def full_size_backbones():
+    """Configurations of OPT-6.7B and CLIP ViT-L/14, and a tokenizer of OPT's size; no weights."""
+    parity = PARITY / "case_a_opt_tied"
+    text = OPTConfig(hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=32,
+                     num_attention_heads=32, dtype="float16", architectures=["OPTForCausalLM"])  # fmt: skip
+    vision = CLIPConfig(vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                                       "num_attention_heads": 16, "patch_size": 14})  # fmt: skip
+    tokenizer = {path.name: path.read_bytes() for path in (parity / "language_model").iterdir()
+                 if path.suffix in (".json", ".txt") and "config" not in path.stem}  # fmt: skip
+    vocabulary = json.loads(tokenizer["vocab.json"])
+    vocabulary |= {f"unused {number}": number for number in range(len(vocabulary), 50265)}
+    tokenizer["vocab.json"] = json.dumps(vocabulary).encode()
+    tokenizer["tokenizer_config.json"] = (parity / "language_model" / "tokenizer_config.json").read_bytes()
+    processor = (parity / "vision_model" / "preprocessor_config.json").read_bytes()
+    return {
+        "facebook/opt-6.7b": {**tokenizer, "config.json": text.to_json_string().encode()},
+        "openai/clip-vit-large-patch14": {"preprocessor_config.json": processor,
+                                          "config.json": vision.to_json_string().encode()},
+    }  # fmt: skip
+
+
+def test_reverse_takes_a_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        converter.main(["--release", "fromage", "--output-dir", str(tmp_path / "o"), "--reverse"])
+    assert "--checkpoint-dir" in capsys.readouterr().err
+
+
 class _Runs:
     def __init__(self, trace):
         self.trace = trace
@@ -96,6 +238,26 @@ def spoil_args(**changes):
     return spoil
 
 
+def spoil_paths(name):
+    def spoil(folder, trace):
+        content = {"paths": ["a.png", name], "embeddings": torch.ones(2, 16).numpy()}
+        (folder / "cc3m_embeddings.pkl").write_bytes(pickle.dumps(content))
+
+    return spoil
+
+
+@pytest.mark.parametrize("name", ["../private", "/private/model", "private", None, 7])
+def test_a_checkpoint_names_no_folder_of_this_machine(name, tmp_path, capsys, monkeypatch):
+    folder = release("case_a_opt_tied", tmp_path)
+    (tmp_path / "private").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = json.loads((folder / converter.ARGS).read_text())
+    (folder / converter.ARGS).write_text(json.dumps({**args, "opt_version": name}))
+    with pytest.raises(SystemExit):
+        converter.main(["--checkpoint-dir", str(folder), "--output-dir", str(tmp_path / "ours")])
+    assert "--language-model" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -114,6 +276,9 @@ def spoil_args(**changes):
         (spoil_args(n_visual_tokens="two"), "unexpected kinds"),
         (spoil_args(text_emb_layers=None), "cannot be used"),
         (spoil_args(shared_emb_dim=5), "need"),
+        (spoil_paths("../../secret.png"), "outside its folder"),
+        (spoil_paths("/etc/secret.png"), "outside its folder"),
+        (spoil_paths("C:\\secret.png"), "outside its folder"),
     ],
 )
 def test_what_is_refused(spoil, message, tmp_path, capsys):

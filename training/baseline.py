@@ -82,8 +82,11 @@ class PlainFromage(nn.Module):
         return torch.stack(ids, dim=1)
 
     @torch.no_grad()
-    def score(self, embeds: torch.Tensor, candidates: list[torch.Tensor], batch_size: int) -> torch.Tensor:
-        """Summed log-likelihoods (C,) of candidates' tokens after `embeds` (1, L, D), which is encoded with each."""
+    def score(
+        self, embeds: torch.Tensor, candidates: list[torch.Tensor], batch_size: int, shift: bool = True
+    ) -> torch.Tensor:
+        """Summed log-likelihoods (C,) of candidates' tokens after `embeds` (1, L, D), which is encoded with each; from
+        the place before each token, or (`shift=False`, the authors' VisDial) from its own."""
         scores = []
         for start in range(0, len(candidates), batch_size):
             some = candidates[start : start + batch_size]
@@ -91,9 +94,8 @@ class PlainFromage(nn.Module):
             answers = self.embeddings(tokens.clamp(min=0))
             whole = torch.cat([embeds.expand(len(some), -1, -1), answers], dim=1)
             logits = self.language_model(inputs_embeds=whole, use_cache=False).logits
-            losses = F.cross_entropy(
-                logits[:, embeds.shape[1] - 1 : -1].float().transpose(1, 2), tokens, ignore_index=-100, reduction="none"
-            )
+            logits = logits[:, embeds.shape[1] - 1 : -1] if shift else logits[:, embeds.shape[1] :]
+            losses = F.cross_entropy(logits.float().transpose(1, 2), tokens, ignore_index=-100, reduction="none")
             scores.append(-losses.sum(-1))
         return torch.cat(scores)
 

@@ -2,7 +2,7 @@
 
 The prompt is like VIST's of the paper: four images and five captions. Both sides continue it greedily, images encoded
 included, in the same dtype, in turns. The original takes one prompt at a time. Scoring is like VisDial's: an image, ten
-rounds of dialogue, and 100 answers.
+rounds of dialogue, and 100 answers; ranking is of the answers of all ten rounds, by the authors' protocol.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from training.provenance import provenance
 from training.shapes import IMAGE_ID, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
 from training.tables import RESULTS, write_results
 
-IMAGES, PROMPT_TOKENS, DIALOGUE_TOKENS, CANDIDATES, BATCH = 4, 56, 120, 100, 8
+IMAGES, PROMPT_TOKENS, DIALOGUE_TOKENS, CANDIDATES, BATCH, ROUNDS = 4, 56, 120, 100, 8, 10
+RANKING = f"{ROUNDS} x {CANDIDATES} answers"
 
 
 class Sides:
@@ -71,11 +72,37 @@ class Sides:
         return self.plain.score(self.plain.prompt(self.pixels[:1], self.dialogue), self.candidates, batch_size)
 
     def our_scores(self) -> torch.Tensor:
-        padded = torch.nn.utils.rnn.pad_sequence(self.candidates, batch_first=True, padding_value=-1)
         ids = self.ids(self.dialogue, 1)
+        return self.model.score_candidates(ids, None, *self._padded_candidates(), pixel_values=self.pixels[:1])[0]
+
+    def _padded_candidates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        padded = torch.nn.utils.rnn.pad_sequence(self.candidates, batch_first=True, padding_value=-1)
+        return padded.clamp(min=0), (padded >= 0).long()
+
+    def _dialogues(self) -> list[torch.Tensor]:
+        """The dialogue up to each round's question."""
+        return [self.dialogue[:, : DIALOGUE_TOKENS * i // ROUNDS] for i in range(1, ROUNDS + 1)]
+
+    def plain_ranking(self) -> torch.Tensor:
+        """(rounds, candidates): every answer of every round, each with the whole dialogue before it."""
+        rows = [
+            self.plain.score(self.plain.prompt(self.pixels[:1], dialogue), self.candidates, 20, shift=False)
+            for dialogue in self._dialogues()
+        ]
+        return torch.stack(rows)
+
+    def our_ranking(self) -> torch.Tensor:
+        """(rounds, candidates), as `training.evaluation.visdial` asks: the image once, the rounds in a batch."""
+        pooled = self.model.get_pooled_image_features(self.pixels[:1])
+        rows = [self.ids(dialogue, 1)[0].flip(0) for dialogue in self._dialogues()]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).flip(1)
         return self.model.score_candidates(
-            ids, None, padded.clamp(min=0), (padded >= 0).long(), pixel_values=self.pixels[:1]
-        )[0]
+            ids.clamp(min=0),
+            (ids >= 0).long(),
+            *self._padded_candidates(),
+            pooled_image_features=pooled.expand(ROUNDS, -1),
+            shift=False,
+        )
 
 
 def seconds_in_turns(sides: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
@@ -90,6 +117,9 @@ def measure(preset_name: str, device: str, lengths: tuple[int, ...], rounds: int
     sides = Sides(PRESETS[preset_name], device)
     same = sides.plain_generation(lengths[0]).equal(sides.our_generation(lengths[0]))
     difference = (sides.plain_scores(20) - sides.our_scores()).abs().max().item()
+    plain_ranking, our_ranking = sides.plain_ranking(), sides.our_ranking()
+    same_ranks = plain_ranking.argsort(dim=-1).equal(our_ranking.argsort(dim=-1))
+    ranking_difference = (plain_ranking - our_ranking).abs().max().item()
     seconds = {}
     for length in lengths:
         runs = {
@@ -100,6 +130,8 @@ def measure(preset_name: str, device: str, lengths: tuple[int, ...], rounds: int
         seconds[f"{length} tokens"] = seconds_in_turns(runs, rounds, device)
     runs = {f"plain, {size} at a time": lambda size=size: sides.plain_scores(size) for size in (1, 20)}
     seconds["scoring"] = seconds_in_turns({**runs, "ours": sides.our_scores}, min(rounds, 3), device)
+    runs = {"plain": sides.plain_ranking, "ours": sides.our_ranking}
+    seconds["ranking"] = seconds_in_turns(runs, min(rounds, 3), device)
     median = {
         part: {name: statistics.median(times) for name, times in sides_.items()} for part, sides_ in seconds.items()
     }
@@ -110,12 +142,15 @@ def measure(preset_name: str, device: str, lengths: tuple[int, ...], rounds: int
         ratios[f"{length} tokens, batch {BATCH}"] = BATCH * part["plain"] / part["ours, batched"]
     plain = min(seconds for name, seconds in median["scoring"].items() if name != "ours")
     ratios[f"{CANDIDATES} candidates"] = plain / median["scoring"]["ours"]
+    ratios[RANKING] = median["ranking"]["plain"] / median["ranking"]["ours"]
     return {
         "preset": preset_name,
         "dtype": PRESETS[preset_name].dtype,
         "prompt": {"images": IMAGES, "tokens": PROMPT_TOKENS, "dialogue_tokens": DIALOGUE_TOKENS},
         "same_tokens": same,
         "largest_score_difference": difference,
+        "same_ranks": same_ranks,
+        "largest_ranking_difference": ranking_difference,
         "seconds": median,
         "seconds_all": seconds,
         "ratios": ratios,
@@ -131,6 +166,8 @@ def table(results: dict[str, Any]) -> str:
             medians = results["seconds"]["scoring"]
             plain = min(seconds for name, seconds in medians.items() if name != "ours")
             ours, name = medians["ours"], f"score {part}"
+        elif part == RANKING:
+            plain, ours, name = *results["seconds"]["ranking"].values(), f"rank {part} (VisDial)"
         else:
             medians, is_batch = results["seconds"][part.partition(",")[0]], "batch" in part
             plain = medians["plain"] * (BATCH if is_batch else 1)
@@ -141,8 +178,8 @@ def table(results: dict[str, Any]) -> str:
         f"The same shapes, {results['dtype']}, {results['hardware']}; medians of "
         f"{len(results['seconds_all']['scoring']['ours'])} runs, in turns. A prompt has {prompt['images']} images and "
         f"{prompt['tokens']} tokens, a dialogue to be answered {prompt['dialogue_tokens']}; the original's algorithm "
-        f"takes one prompt at a time, and scores with the faster of 1 and 20 answers at a time. Both write the same "
-        f"tokens."
+        f"takes one prompt at a time, scores with the faster of 1 and 20 answers at a time, and ranks with 20. Both "
+        f"write the same tokens and rank alike."
     )
     return "\n".join([*rows, "", note])
 

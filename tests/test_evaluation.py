@@ -163,6 +163,15 @@ def test_answers_are_scored_as_by_whole_passes(protocol, scripts):
         expected = sum(logits[len(start) + i - shift, token].item() for i, token in enumerate(answer))
         assert score == pytest.approx(expected, abs=LOSSES)
     assert scores[0] == pytest.approx(scores[3].item(), abs=1e-4)
+    # Rounds with other numbers of candidates, none with a text among them.
+    turns += [visdial.Turn("how many", "two", ["", ""], 1), visdial.Turn("any dogs", "no", ["no"], 0)]
+    dialogue = visdial.Dialogue("1", turns)
+    many = visdial.score_answers(model, processor, dialogue, [1, 2, 3], features[0], protocol)
+    assert [len(row) for row in many] == [4, 2, 1]
+    torch.testing.assert_close(many[0], scores, atol=LOSSES, rtol=0)
+    (alone,) = visdial.score_answers(model, processor, dialogue, [2], features[0], protocol)
+    torch.testing.assert_close(alone, many[1], atol=LOSSES, rtol=0)
+    assert bool(alone.isinf().all()) == (protocol == "corrected")
 
 
 def test_dense_annotations_are_of_the_round_they_name():
@@ -174,8 +183,9 @@ def test_dense_annotations_are_of_the_round_they_name():
         visdial.Dialogue("8", turns, (3, [0.0, 1.0])),
         visdial.Dialogue("9", turns, (10, [1.0, 1.0])),
     ]
-    assert visdial.dense_rows(dialogues, "corrected") == {(0, 9): [1.0, 0.0], (2, 2): [0.0, 1.0], (3, 9): [1.0, 1.0]}
-    assert visdial.dense_rows(dialogues, "paper") == {(1, 0): [1.0, 0.0], (2, 3): [0.0, 1.0], (4, 0): [1.0, 1.0]}
+    corrected, paper = (dict(visdial.dense_rows(dialogues, protocol)) for protocol in ("corrected", "paper"))
+    assert corrected == {(0, 9): [1.0, 0.0], (2, 2): [0.0, 1.0], (3, 9): [1.0, 1.0]}
+    assert paper == {(1, 0): [1.0, 0.0], (2, 3): [0.0, 1.0], (4, 0): [1.0, 1.0]}
     scores = {(n, i): torch.tensor([2.0, 1.0]) for n in (0, 2, 3) for i in range(10)}
     metrics, left_out = visdial.answer_metrics(scores, dialogues, "paper")
     assert metrics["NDCG_N"] == 1 and left_out == {"dense annotation of a round without scores": 2}

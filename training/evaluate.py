@@ -19,13 +19,13 @@ import torch
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from training.evaluation import captioning, visdial, vist
 from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.images import digest_of
 from training.evaluation.prompts import PROTOCOLS
 from training.evaluation.table import table
-from training.provenance import ROOT, provenance
+from training.provenance import ROOT, digest_of, provenance
 from training.tables import replace_between, write_results
 
 OUTPUT = Path("outputs/evaluate")
+_OF_THE_COMMAND = {"task", "model", "output", "dual_encoder", "device", "dtype"}  # what no evaluation takes
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -131,9 +131,6 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         **provenance(torch.device(options.device).type),
     }
     return facts, manifest
-
-
-_OF_THE_COMMAND = {"task", "model", "output", "dual_encoder", "device", "dtype"}
 
 
 def _files(options: argparse.Namespace) -> list[Path]:

@@ -1,5 +1,6 @@
 """Where a published number comes from: hardware, versions, and the state of the repository."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -11,6 +12,12 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parent.parent
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def provenance(device: str) -> dict[str, Any]:

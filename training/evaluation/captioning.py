@@ -20,7 +20,8 @@ from modeling_fromage.original_fromage import truncate_caption
 from modeling_fromage.ranking_fromage import gallery_ranks
 from training.data import load_captioned_images
 from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.images import encode_images, read_json
+from training.evaluation.files import read_json
+from training.evaluation.images import encode_images
 from training.evaluation.metrics import rank_metrics
 from training.evaluation.prompts import image_embeds, image_text, tokenize
 
@@ -65,7 +66,8 @@ def _read_coco(path: Path, folder: Path | None) -> CaptionedImages:
     content, found = read_json(path), CaptionedImages()
     try:
         names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        rows = sorted((row["image_id"], row["id"], row.get("caption")) for row in content["annotations"])
+        rows = [(row["image_id"], row["id"], row.get("caption")) for row in content["annotations"]]
+        rows.sort(key=lambda row: row[:2])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of COCO's caption format: {type(error).__name__}: {error}.") from error
     for image_id, _, caption in rows:
@@ -214,6 +216,8 @@ def evaluate(
             else:
                 rows.append(images.rows[image_id])
                 captions.append(text)
+    if not captions:
+        raise ValueError(f"No caption of a usable image can be used: {dict(+read.left_out)}, {images.report()}.")
     manifest: dict[str, Any] = {"images": images.ids, "not_usable": images.skipped}
     results: dict[str, Any] = {}
     if "captions" in tasks:

@@ -1,7 +1,5 @@
 """The images of an evaluation: found, encoded once, and counted where they cannot be used."""
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -44,18 +42,6 @@ class EncodedImages:
 
     def report(self) -> dict[str, Any]:
         return {"used": len(self.ids), "not_usable": dict(Counter(self.skipped.values()))}
-
-
-def find_files(folder: Path) -> dict[str, Path]:
-    """Image files below a folder by their names without suffix.
-
-    Raises:
-        ValueError: There is no such folder.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder} of images.")
-    suffixes = Image.registered_extensions()
-    return {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes}
 
 
 @dataclass
@@ -134,19 +120,3 @@ def _save_image(image: Image.Image, path: Path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     image.save(temporary, "PNG")
     os.replace(temporary, path)
-
-
-def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """
-    Raises:
-        ValueError: The file is missing, or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error

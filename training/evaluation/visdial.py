@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from modeling_fromage.ranking_fromage import gallery_ranks
 from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.images import EncodedImages, encode_images, find_files, read_json
+from training.evaluation.files import find_images, read_json
+from training.evaluation.images import EncodedImages, encode_images
 from training.evaluation.metrics import ndcg, rank_metrics, target_ranks
 from training.evaluation.prompts import embed_prompts, image_embeds, image_text, tokenize
 
@@ -113,7 +114,7 @@ def encode_dialogue_images(
     """The dialogues' images, from files of `folder` whose names end in their ids, such as
     `VisualDialog_val2018_000000254080.jpg`."""
     files = {}
-    for stem, path in find_files(folder).items():
+    for stem, path in find_images(folder).items():
         number = stem.rpartition("_")[2]
         files[number.lstrip("0") or "0"] = path
     ids = dict.fromkeys(dialogue.image for dialogue in dialogues.dialogues if dialogue is not None)
@@ -140,20 +141,16 @@ def score_answers(
     """
     contexts = [context(processor, dialogue.turns[: i + 1], protocol) for i in rounds]
     start = processor.bos_text if protocol == "paper" else " "
-    options = [[start + text if text or protocol == "paper" else "" for text in dialogue.turns[i].options]
-               for i in rounds]  # fmt: skip
-    flat = [text for texts in options for text in texts]
-    tokens = processor.tokenizer(flat, add_special_tokens=False).input_ids
-    count, length = max(map(len, options)), max(1, *map(len, tokens))
-    ids = torch.zeros(len(rounds), count, length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    rows = iter(tokens)
-    for i, texts in enumerate(options):
-        for j in range(len(texts)):
-            row = next(rows)
-            ids[i, j, : len(row)], mask[i, j, : len(row)] = torch.tensor(row, dtype=torch.long), 1
+    counts = [len(dialogue.turns[i].options) for i in rounds]
+    padded = []
+    for i, count in zip(rounds, counts, strict=True):
+        texts = [start + text if text or protocol == "paper" else "" for text in dialogue.turns[i].options]
+        padded += texts + [start] * (max(counts) - count)
+    ids, mask = (tensor.unflatten(0, (len(rounds), -1)) for tensor in tokenize(processor, padded, model.device))
     empty = ~mask.any(-1)
-    mask[..., 0] = 1  # candidates need a token; what the empty ones score is thrown away
+    if bool(empty.all()):
+        return [torch.full((count,), -torch.inf) for count in counts]
+    mask[..., -1] = 1  # candidates need a token; what the empty ones score is thrown away
     context_ids, context_mask = tokenize(processor, contexts, model.device)
     scores = model.score_candidates(
         context_ids,
@@ -162,9 +159,9 @@ def score_answers(
         mask,
         pooled_image_features=features.expand(len(rounds), -1).to(model.device),
         shift=protocol == "corrected",
-    ).cpu()
-    scores = scores.masked_fill(empty, -torch.inf)
-    return [row[: len(texts)] for row, texts in zip(scores, options, strict=True)]
+    )
+    scores = scores.masked_fill(empty, -torch.inf).cpu()
+    return [row[:count] for row, count in zip(scores, counts, strict=True)]
 
 
 def answered_rounds(dialogue: Dialogue) -> list[int]:
@@ -172,18 +169,18 @@ def answered_rounds(dialogue: Dialogue) -> list[int]:
     return [i for i, turn in enumerate(dialogue.turns) if turn.options and turn.target is not None]
 
 
-def dense_rows(dialogues: Sequence[Dialogue | None], protocol: str) -> dict[tuple[int, int], list[float]]:
-    """By dialogue and round (from 0): the relevance of its candidates.
+def dense_rows(dialogues: Sequence[Dialogue | None], protocol: str) -> list[tuple[tuple[int, int], list[float]]]:
+    """Dialogue and round (from 0) of every dense annotation, and the relevance of the candidates.
 
     The authors' script adds the file's round, from 1, to ten times the dialogue's number, so that it takes each
     annotation for the round behind it, and round 10 for the next dialogue's first.
     """
-    rows = {}
+    rows = []
     for number, dialogue in enumerate(dialogues):
         if dialogue is not None and dialogue.relevance is not None:
             round_id, relevance = dialogue.relevance
-            place = number * ROUNDS + round_id if protocol == "paper" else number * ROUNDS + round_id - 1
-            rows[divmod(place, ROUNDS)] = relevance
+            place = divmod(number * ROUNDS + round_id, ROUNDS) if protocol == "paper" else (number, round_id - 1)
+            rows.append((place, relevance))
     return rows
 
 
@@ -197,7 +194,7 @@ def answer_metrics(
         target = torch.tensor([dialogues[number].turns[i].target])
         ranks[min(i, ROUNDS - 1)].append(target_ranks(row[None], target).item())
     gains = []
-    for place, relevance in dense_rows(dialogues, protocol).items():
+    for place, relevance in dense_rows(dialogues, protocol):
         row = scores.get(place)
         if row is None:
             left_out["dense annotation of a round without scores"] += 1

@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.images import EncodedImages, encode_images, find_files, read_json
+from training.evaluation.files import find_images, read_json
+from training.evaluation.images import EncodedImages, encode_images
 from training.evaluation.metrics import rank_metrics, target_ranks
 from training.evaluation.prompts import embed_prompts, image_embeds, image_text
 
@@ -95,7 +96,7 @@ def encode_photos(
 
     Without, a missing photo is left out, and so are the stories that need it.
     """
-    files = find_files(folder)
+    files = find_images(folder)
     sources = {photo: files.get(photo) or (url if download else None) for photo, url in stories.photos.items()}
     return encode_images(model, processor, sources, protocol == "paper", keep_in=folder, **kwargs)
 

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.hub import resolve_revision
 
 from hub_scripts.build_image_index import from_original_embeddings
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from modeling_fromage.assembly_fromage import saved_dtype, vision_half
+from modeling_fromage.checkpoint_fromage import TRAINED_PREFIX
 
 RELEASES = {"fromage": "fromage_model", "fromage_vis4": "fromage_model/fromage_vis4"}  # k = 1, the paper's; k = 4
 RELEASE_URL = "https://github.com/kohjingyu/fromage/raw/b36a1889e16cb9486e83e1853dce68ab653068c9"
@@ -33,13 +35,18 @@ _MATRIX, _RET_ROW = "model.input_embeddings.weight", "ret_input_embeddings.weigh
 _NEEDED_ARGS = ("n_visual_tokens", "shared_emb_dim", "text_emb_layers", "retrieval_token_idx")
 
 
+def key_map(num_text_layers: int) -> dict[str, str]:
+    """The authors' name of each trained tensor, and ours within `adapter`."""
+    modules = {"model.visual_embeddings": "multi_modal_projector", "model.visual_fc": "visual_projection"}
+    modules |= {f"model.text_hidden_fcs.{i}.0": f"text_projection.{i}" for i in range(num_text_layers)}
+    names = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in modules.items() for kind in ("weight", "bias")}
+    return {**names, "model.logit_scale": "logit_scale", _RET_ROW: "ret_embedding.weight"}
+
+
 def original_names(model: FromageForConditionalGeneration) -> dict[str, torch.nn.Parameter]:
     """Our trained parameters by the authors' names."""
-    adapter = model.adapter
-    modules = {"model.visual_embeddings": adapter.multi_modal_projector, "model.visual_fc": adapter.visual_projection}
-    modules |= {f"model.text_hidden_fcs.{i}.0": layer for i, layer in enumerate(adapter.text_projection)}
-    names = {f"{name}.{kind}": getattr(m, kind) for name, m in modules.items() for kind in ("weight", "bias")}
-    return {**names, "model.logit_scale": adapter.logit_scale, _RET_ROW: adapter.ret_embedding.weight}
+    names = key_map(len(model.config.text_embed_layers))
+    return {theirs: model.adapter.get_parameter(ours) for theirs, ours in names.items()}
 
 
 def read_args(path: Path) -> dict[str, Any]:
@@ -71,11 +78,22 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         shapes = {name: tensor.shape for name, tensor in state.items()}
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is refused: {type(error).__name__}: {error}. Nothing of it was run.") from error
+    odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
+    if odd:
+        raise ValueError(f"{path} is refused: {odd} are no plain tensors of floating-point numbers. Nothing was run.")
     matrix, row = state.pop(_MATRIX, None), state.get(_RET_ROW)
     if matrix is not None and row is not None:
-        if matrix.dim() != 2 or matrix.shape[1:] != row.shape[1:] or not torch.equal(matrix[-1], row[-1]):
+        both = matrix.dim() == row.dim() == 2 and matrix.dtype == row.dtype
+        if not (both and torch.equal(matrix[-1:], row[-1:])):
             raise ValueError(f"{path} has two different [RET] rows, in {_MATRIX} {shapes[_MATRIX]} and in {_RET_ROW}.")
     return state
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a dense tensor of real numbers in memory."""
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    is_dense = type(tensor) in kinds and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return is_dense and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def download(release: str) -> Path:
@@ -193,7 +211,10 @@ def convert(
     load_state(model, state)
     pickles = sorted(checkpoint_dir.glob("cc3m_embeddings*.pkl")) if embeddings is None else embeddings
     index = from_original_embeddings([str(path) for path in pickles], model) if pickles else None
-    model.save_pretrained(output_dir)
+    dtypes = {tensor.dtype for tensor in state.values()}
+    # As it came where that is one dtype that our files have: the way back is then bit by bit.
+    dtype = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+    model.save_pretrained(output_dir, adapter_dtype=dtype)
     processor.save_pretrained(output_dir)
     if index is not None:
         index.save_pretrained(output_dir / "index")
@@ -201,11 +222,24 @@ def convert(
 
 
 def convert_back(checkpoint_dir: Path, output_dir: Path):
-    """A folder of ours to one of theirs: the trained tensors, bit by bit, without the input matrix."""
-    model = FromageForConditionalGeneration.from_pretrained(checkpoint_dir)
-    config = model.config
-    if model.adapter.ret_lm_head is not None or config.num_ret_tokens != 1:
-        raise ValueError("The authors' format holds one [RET] row, tied in and out; this model has more.")
+    """A folder of ours to one of theirs: the trained tensors as they are stored, bit by bit, without the input matrix.
+    Nothing else of the model is needed.
+
+    Raises:
+        ValueError: The folder is no checkpoint of ours, or holds more than the authors' format.
+    """
+    config = FromageConfig.from_pretrained(checkpoint_dir)
+    tensors = {}
+    for path in sorted(checkpoint_dir.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            keys = [key for key in file.keys() if key.startswith(TRAINED_PREFIX)]  # noqa: SIM118 (a method of safetensors)
+            tensors.update({key.removeprefix(TRAINED_PREFIX): file.get_tensor(key) for key in keys})
+    names = key_map(len(config.text_embed_layers))
+    if tensors.keys() != set(names.values()) or config.num_ret_tokens != 1:
+        raise ValueError(
+            f"The authors' format holds {sorted(names.values())}, one [RET] row, tied in and out; {checkpoint_dir} has "
+            f"{sorted(tensors)} and {config.num_ret_tokens} rows."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     args = {
         "opt_version": config.text_model_id,
@@ -217,7 +251,7 @@ def convert_back(checkpoint_dir: Path, output_dir: Path):
         "freeze_lm": True,
         "freeze_vm": True,
     }
-    state = {name: parameter.detach().clone() for name, parameter in original_names(model).items()}
+    state = {theirs: tensors[ours] for theirs, ours in names.items()}
     _write(output_dir / CHECKPOINT, lambda path: torch.save({"state_dict": state}, path))
     _write(output_dir / ARGS, lambda path: path.write_text(json.dumps(args, indent=4), encoding="utf-8"))
     if (checkpoint_dir / "index").is_dir():

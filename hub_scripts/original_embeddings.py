@@ -60,8 +60,10 @@ def read_original_embeddings(path: str | Path) -> tuple[list[str], torch.Tensor]
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
             RuntimeError) as error:  # fmt: skip
         raise ValueError(f"{path} is refused: {type(error).__name__}: {error}. Nothing of it was run.") from error
-    if not (isinstance(paths, list) and all(isinstance(name, str) for name in paths) and len(paths) == len(embeds)):
-        raise ValueError(f"{path} has {len(paths)} paths and {len(embeds)} embeddings; expected as many, and texts.")
+    if not (isinstance(paths, list) and all(isinstance(name, str) for name in paths)):
+        raise ValueError(f"{path} has paths that are no list of texts.")
+    if len(paths) != len(embeds):
+        raise ValueError(f"{path} has {len(paths)} paths and {len(embeds)} embeddings; expected as many.")
     if escaping := [name for name in paths if not is_url(name) and _escapes(name)]:
         raise ValueError(f"{path} is refused: it names files outside its folder, such as {escaping[0]!r}.")
     if not torch.isfinite(embeds).all():

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, fetch, is_url
 
 # Of the web: Pillow hands PostScript to a program of its own.
-_WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 # What Pillow raises, and why; the first kind that fits counts.
 _REASONS = {
     FileNotFoundError: "not found",
@@ -67,7 +67,7 @@ def load_rgb_image(
     if not isinstance(source, (str, os.PathLike, io.BytesIO, Image.Image)):
         raise UnreadableImageError(name, "no image", f"it is a {type(source).__name__}")
     if is_url(source):
-        source, formats = io.BytesIO(fetch(source, limits)), _WEB_FORMATS
+        source, formats = io.BytesIO(fetch(source, limits)), WEB_FORMATS
     elif isinstance(source, str) and source.lower().startswith("file:"):
         raise UnreadableImageError(name, "file: URLs are refused", "give a path for a local file")
     try:

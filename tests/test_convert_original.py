@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, OPTConfig
 
 from hub_scripts import convert_original_checkpoint as converter
+from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from tests.backbones import PARITY
 from tests.hub_server import hub_server
@@ -80,9 +81,40 @@ def on_a_hub(server):
         server.commit(repo, {path.name: path.read_bytes() for path in files})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_there_and_back_in_half_precision(dtype, tmp_path):
+    """As the releases of 11 MB must be."""
+    folder = release("case_a_opt_tied", tmp_path, compact=True)
+    content = torch.load(folder / converter.CHECKPOINT, weights_only=True)
+    state = {name: tensor.to(dtype) for name, tensor in content["state_dict"].items()}
+    torch.save({"state_dict": state}, folder / converter.CHECKPOINT)
+    run("case_a_opt_tied", folder, tmp_path / "ours")
+    converter.main(["--checkpoint-dir", str(tmp_path / "ours"), "--output-dir", str(tmp_path / "back"), "--reverse"])
+    back = torch.load(tmp_path / "back" / converter.CHECKPOINT, weights_only=True)["state_dict"]
+    assert back.keys() == state.keys()
+    assert all(back[name].dtype == dtype and torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_the_way_back_needs_no_backbones(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "tiny")
+    for backbone in ("language_model", "vision_model"):
+        shutil.rmtree(tmp_path / "tiny" / backbone)
+    back = ["--reverse", "--checkpoint-dir", str(folder), "--output-dir", str(tmp_path / "theirs")]
+    converter.main(back)
+    theirs = torch.load(tmp_path / "theirs" / converter.CHECKPOINT, weights_only=True)["state_dict"]
+    ours = load_file(folder / "model.safetensors")
+    for name, key in converter.key_map(1).items():
+        assert torch.equal(theirs[name], ours[f"adapter.{key}"])
+    ours["adapter.ret_lm_head.weight"] = torch.ones(1, 1)
+    save_file(ours, folder / "model.safetensors")
+    with pytest.raises(SystemExit):
+        converter.main(back)
+
+
 CONVERT = """
 import sys
 from hub_scripts import convert_original_checkpoint as converter
+from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 if len(sys.argv) > 3:  # as it would be with the weights
     converter.without_weights = converter.FromageForConditionalGeneration.from_vision_text_pretrained
 converter.main(["--checkpoint-dir", sys.argv[1], "--output-dir", sys.argv[2]])
@@ -126,6 +158,7 @@ def test_no_weights_of_backbones_are_fetched(tmp_path):
 RELEASE = """
 import sys, torch
 from hub_scripts import convert_original_checkpoint as converter
+from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 converter.RELEASE_URL = sys.argv[1]
 torch.hub.set_dir("cache")
 converter.main(["--release", sys.argv[2], "--output-dir", sys.argv[2]])
@@ -238,6 +271,9 @@ def spoil_args(**changes):
     return spoil
 
 
+BIAS, MATRIX = "model.visual_fc.bias", "model.input_embeddings.weight"
+
+
 def spoil_paths(name):
     def spoil(folder, trace):
         content = {"paths": ["a.png", name], "embeddings": torch.ones(2, 16).numpy()}
@@ -272,12 +308,20 @@ def test_a_checkpoint_names_no_folder_of_this_machine(name, tmp_path, capsys, mo
         (spoil_state(lambda state, trace: state.update({"model.visual_fc.bias": torch.ones(3)})), r"is \(3,\)"),
         (spoil_state(lambda state, trace: state["model.visual_fc.bias"].fill_(float("nan"))), "NaN"),
         (spoil_state(lambda state, trace: state["ret_input_embeddings.weight"].add_(1)), "two different"),
+        (spoil_state(lambda state, trace: state.update({MATRIX: torch.ones(0, 64)})), "two different"),
+        (spoil_state(lambda state, trace: state.update({MATRIX: torch.ones(64)})), "two different"),
+        (spoil_state(lambda state, trace: state.update({BIAS: torch.ones(16).to_sparse()})), "no plain tensors"),
+        (spoil_state(lambda state, trace: state.update({BIAS: torch.ones(16, device="meta")})), "no plain tensors"),
+        (spoil_state(lambda state, trace: state.update({BIAS: torch.ones(16) * 1j})), "no plain tensors"),
+        (spoil_state(lambda state, trace: state.update({BIAS: torch.ones(16, dtype=torch.long)})), "no plain tensors"),
+        (spoil_state(lambda state, trace: state.update({BIAS: 1.0})), "is refused"),
         (spoil_args(retrieval_token_idx=77), "RET. is 77"),
         (spoil_args(n_visual_tokens="two"), "unexpected kinds"),
         (spoil_args(text_emb_layers=None), "cannot be used"),
         (spoil_args(shared_emb_dim=5), "need"),
         (spoil_paths("../../secret.png"), "outside its folder"),
         (spoil_paths("/etc/secret.png"), "outside its folder"),
+        (spoil_paths(7), "no list of texts"),
         (spoil_paths("C:\\secret.png"), "outside its folder"),
     ],
 )

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
@@ -29,7 +30,7 @@ class Scripts(Inference):
     def __init__(self, name, folder):
         super().__init__(name)
         self.evals = json.loads((PARITY / name / "evals.json").read_text(encoding="utf-8"))
-        self.eval_tensors = load(PARITY / name / "evals.safetensors")
+        self.eval_tensors = load_file(PARITY / name / "evals.safetensors")
         self.images = folder / "images"
         self.images.mkdir()
         self.folder = folder
@@ -38,12 +39,6 @@ class Scripts(Inference):
         path = self.folder / name
         path.write_text(json.dumps(content), encoding="utf-8")
         return path
-
-
-def load(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
@@ -73,7 +68,7 @@ def test_vist_of_the_original(scripts):
 
     read = vist.read_stories(sis)
     photos = vist.encode_photos(scripts.model, scripts.processor, read, scripts.images, False, "paper")
-    stories, _ = vist.usable(read, photos)
+    stories, _ = vist.usable(scripts.model, scripts.processor, read, photos, "paper")
     scores = vist.score(scripts.model, scripts.processor, stories, photos, "5 captions + 4 images", "paper")
     for story, row in zip(stories, scores, strict=True):
         row = row.clone()
@@ -279,6 +274,10 @@ def test_vist_end_to_end(checkpoint, tmp_path, capsys):
         "escapes": story(1000, 1001, "../../escaped", 1003, 1004),
         "short": story(1000, 1001, 1002, 1003),
         "silent": [*story(1000, 1001, 1002, 1003), (4, "1011", " ")],
+        "special": [*story(1000, 1001, 1002, 1003), (4, "1004", "a <|image|> .")],
+        "long": [*story(1000, 1001, 1002, 1003), (4, "1004", "word " * 200)],
+        "wordless": [*story(1000, 1001, 1002, 1003), (4, "1004", None)],
+        "without a place": [*story(1000, 1001, 1002, 1003), (None, "1004", "somewhere .")],
     }
     data_url = "data:image/png;base64," + base64.b64encode(png(20)).decode()
     urls = {"2000": {"url_o": data_url}, "../../escaped": {"url_o": data_url}, "1003": {}}
@@ -290,29 +289,44 @@ def test_vist_end_to_end(checkpoint, tmp_path, capsys):
     run("vist", checkpoint[0], *options, "--download")
     results, manifest = read(output), read(tmp_path / "vist.manifest.json")
     assert results["stories"] == {
-        "read": 8,
-        "left_out": {"not of 5 sentences": 1, "a sentence is empty": 1, "an image is not usable": 3},
+        "read": 12,
+        "left_out": {
+            "not of 5 sentences": 1,
+            "a sentence without its text, photo or place": 1,
+            "an image is not usable": 3,
+            "a special token in a text": 1,
+            "longer than the language model's context": 1,
+        },
     }
-    assert manifest["stories"] == ["in order", "shuffled", "from the web"]
+    assert manifest["stories"] == ["in order", "shuffled", "from the web", "silent", "without a place"]
     reasons = results["images"]["not_usable"]
     assert sum(reasons.values()) == 3 and reasons.pop("broken") == 1 and reasons.pop("id that is no file name") == 1
     assert next(iter(reasons)).startswith("URL: ")  # the dead one
-    assert (photos / "2000.png").is_file() and not list(tmp_path.rglob("*escaped*")) and not list(photos.glob(".*"))
-    assert results["denominator"]["N"] == 3 and results["gallery"]["N"] == len(manifest["gallery"]) == 12
+    assert (
+        (photos / "2000.png").read_bytes() == png(20)
+        and not list(tmp_path.rglob("*escaped*"))
+        and not list(photos.glob(".*"))
+    )
+    assert results["denominator"]["N"] == 5 and results["gallery"]["N"] == len(manifest["gallery"]) == 12
     for setting in ("1 caption", "5 captions", "5 captions + 4 images"):
         for who in ("ours", "dual encoder"):
-            assert results["settings"][setting][who]["N"] == 3
-    assert results["data"].keys() == {sis.name} and len(results["commit"]) in (40, len("no repository"))
+            assert results["settings"][setting][who]["N"] == 5
+    assert [data["file"] for data in results["data"]] == [sis.name] and len(results["commit"]) in (
+        40,
+        len("no repository"),
+    )
     assert results["dual_encoder"]["texts_cut"] > 0 and results["model"]["fingerprint"]
-    assert "5 captions + 4 images, ours: N 3" in capsys.readouterr().out
+    assert "5 captions + 4 images, ours: N 5" in capsys.readouterr().out
 
     # The next run finds the photo of the web in the folder; without it, its story is left out.
     run("vist", checkpoint[0], *options, "--protocol", "corrected", "--mask", "none")
     corrected = read(output)
     assert corrected["denominator"]["N"] == 3 and corrected["masking"] == vist.MASKS["none"]
+    assert corrected["stories"]["left_out"]["a sentence is empty"] == 1
+    assert corrected["stories"]["left_out"]["a sentence without its text, photo or place"] == 2
     (photos / "2000.png").unlink()
     run("vist", checkpoint[0], *options)
-    assert read(output)["denominator"]["N"] == 2 and read(output)["images"]["not_usable"]["missing"] == 3
+    assert read(output)["denominator"]["N"] == 4 and read(output)["images"]["not_usable"]["missing"] == 3
 
     order = {name: [s.photos for s in vist.read_stories([sis], name).stories if s.id == "shuffled"]
              for name in ("paper", "corrected")}  # fmt: skip
@@ -351,7 +365,15 @@ def visdial_file(count, images):
                                                           "dialogs": dialogs}}  # fmt: skip
 
 
-def test_visdial_end_to_end(checkpoint, tmp_path, capsys):
+def spy(function, calls):
+    def wrapped(*args):
+        calls.append(args)
+        return function(*args)
+
+    return wrapped
+
+
+def test_visdial_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "VisualDialog_val2018"
     folder.mkdir()
     images = [254080, 11, 500, 600, 700, 800]
@@ -360,6 +382,11 @@ def test_visdial_end_to_end(checkpoint, tmp_path, capsys):
     (folder / f"VisualDialog_val2018_{700:012d}.jpg").write_bytes(b"no image")
     content = visdial_file(6, images)
     content["data"]["dialogs"][3]["dialog"][2]["answer_options"][0] = 1000  # of no answer
+    content["data"]["answers"] += ["[RET]", "word " * 200]
+    for text in (10, 11):
+        content["data"]["dialogs"].append(visdial_file(1, [11])["data"]["dialogs"][0])
+        content["data"]["dialogs"][-1]["dialog"][4]["answer_options"][0] = text
+    content["data"]["dialogs"].append({"image_id": 11, "dialog": []})
     del content["data"]["dialogs"][2]["dialog"][9]["gt_index"]
     data, dense = tmp_path / "visdial_1.0_val.json", tmp_path / "dense.json"
     data.write_text(json.dumps(content), encoding="utf-8")
@@ -375,16 +402,18 @@ def test_visdial_end_to_end(checkpoint, tmp_path, capsys):
     run("visdial", checkpoint[0], *options, "--dual-encoder", checkpoint[1], "--rounds", "1", "5")
     results, manifest = read(output), read(tmp_path / "visdial.manifest.json")
     assert manifest["dialogues"] == ["254080", "11", "500"] == manifest["images"]
-    assert results["dialogues"]["read"] == 6
+    assert results["dialogues"]["read"] == 9
     assert results["dialogues"]["left_out"] == {
-        "dialogue with a broken entry (IndexError)": 1,
+        "dialogue with a broken entry (IndexError)": 2,
+        "dialogue with a special token in a text": 1,
+        "dialogue longer than the language model's context": 1,
         "dense annotation of no dialogue": 1,
         "dialogue whose image is not usable": 2,
         "round without candidates or answer": 1,
-        "empty candidates (ranked, not left out)": 29,
         "dense annotation without a relevant candidate": 1,
     }
     assert results["images"]["not_usable"] == {"no image": 1, "missing": 1}
+    assert results["answers"]["empty_candidates"] == 29
     for who in ("ours", "dual encoder"):
         metrics = results["answers"][who]
         assert metrics["N"] == 29 and metrics["NDCG_N"] == 2 and len(metrics["MRR_by_round"]) == 10
@@ -392,6 +421,20 @@ def test_visdial_end_to_end(checkpoint, tmp_path, capsys):
         for direction in ("image_to_dialogue", "dialogue_to_image"):
             assert results["retrieval"]["5"][direction][who]["N"] == 3
     assert "answers, ours: N 29" in capsys.readouterr().out
+
+    # Scores are kept as they come: the next run computes those that are not there, and of other data all.
+    kept = tmp_path / "visdial.scores.jsonl"
+    lines = kept.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    kept.write_bytes(b"".join(lines[:2]) + lines[2][:50])
+    scored = []
+    monkeypatch.setattr(visdial, "score_answers", spy(visdial.score_answers, scored))
+    again = [*options, "--dual-encoder", checkpoint[1], "--tasks", "answers"]
+    run("visdial", checkpoint[0], *again)
+    assert len(scored) == 2 and read(output)["answers"] == results["answers"]
+    assert kept.read_bytes().splitlines(keepends=True) == lines
+    run("visdial", checkpoint[0], *again, "--protocol", "paper")
+    assert len(scored) == 5
 
     run("visdial", checkpoint[0], *options[:-2], "--tasks", "retrieval", "--rounds", "10", "--sample", "3")
     results = read(output)
@@ -451,6 +494,109 @@ def test_captions_end_to_end(checkpoint, tmp_path, capsys):
     assert table_results["retrieval"]["text_to_image"] == results["retrieval"]["text_to_image"]
 
 
+def test_rows_are_of_one_image_where_they_name_it(scripts, tmp_path):
+    """Long addresses that begin alike are of two images; the same path twice is of one."""
+    start = "data:image/png;base64," + "A" * 5000
+    rows = [("a", f"{start}B"), ("b", f"{start}C"), ("c", f"{start}B")]
+    tsv = tmp_path / "addresses.tsv"
+    tsv.write_text("".join(f"{caption}\t{address}\n" for caption, address in rows), encoding="utf-8")
+    found = captioning.read_captions(scripts.processor, str(tsv))
+    assert list(found.captions.values()) == [["a", "c"], ["b"]]
+    assert [source[-1] for source in found.sources.values()] == ["B", "C"]
+    assert all(len(image_id) < 100 for image_id in found.sources)
+    table = tmp_path / "paths.tsv"
+    table.write_text("caption\timage\na\tx.png\nb\ty.png\nc\tx.png\n", encoding="utf-8")
+    assert list(captioning.read_captions(scripts.processor, str(table)).captions.values()) == [["a", "c"], ["b"]]
+
+
+def test_written_captions_are_read_with_their_images(scripts):
+    """Loss and embeddings of each caption and its own image, equal to one pass each."""
+    model, processor = scripts.model, scripts.processor
+    features = torch.randn(3, 32)
+    rows, captions = [2, 0, 0, 1], ["a red cat", "two dogs run", "a bird", "an old tree by the sea"]
+    collator = captioning.FromageDataCollator(processor, training=False)
+    loss, count, embeds = captioning.read_through(model, collator, features, rows, captions, batch_size=3)
+    total, tokens = 0.0, 0
+    bos, ret = processor.tokenizer.bos_token_id, processor.ret_token_id
+    for row, text, embed in zip(rows, captions, embeds, strict=True):
+        ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+        k = processor.num_image_tokens
+        whole = torch.tensor([[processor.image_token_id] * k + [bos] + ids])
+        with torch.no_grad():
+            logits = model(whole, pooled_image_features=features[row][None]).logits[0].log_softmax(-1)
+            expected = model.get_text_embeds(torch.tensor([[bos] + ids + [ret]]))[0]
+        total -= sum(logits[k - 1 + i, token].item() for i, token in enumerate([bos] + ids))
+        tokens += 1 + len(ids)
+        torch.testing.assert_close(embed, expected, atol=1e-5, rtol=0)
+    assert count == tokens and loss == pytest.approx(total / tokens, abs=1e-4)
+
+
+class FakeDualEncoder:
+    """Texts to vectors that are known."""
+
+    def __init__(self, **vectors):
+        self.vectors = vectors
+
+    def text_embeds(self, texts, **kwargs):
+        return torch.stack([self.vectors[text] for text in texts])
+
+
+def test_baselines_by_hand():
+    e = torch.eye(4)
+    encoder = FakeDualEncoder(**{"one two three four five": e[0], "five": e[3]})
+    story = vist.Story("s", ["one", "two", "three", "four", "five"], list("abcab"))
+    photos = vist.EncodedImages(list("abc"), torch.zeros(3, 2), torch.stack([e[1], e[2], e[0]]), {})
+    # The joined captions and four images: a twice, b and c once.
+    mean = e[0] + 2 * e[1] + e[2] + e[0]
+    expected = (mean / mean.norm()) @ photos.dual_embeds.t()
+    torch.testing.assert_close(vist.score_dual(encoder, [story], photos, "5 captions + 4 images")[0], expected)
+    assert vist.score_dual(encoder, [story], photos, "5 captions")[0].tolist() == [0, 0, 1]
+    assert vist.score_dual(encoder, [story], photos, "1 caption")[0].tolist() == [0, 0, 0]
+
+    turns = [visdial.Turn("one", "yes"), visdial.Turn("two", "no", ["no", "yes"], 0)]
+    encoder = FakeDualEncoder(**{"Q: two? A: no": e[1], "Q: two? A: yes": -e[0]})
+    (row,) = visdial.score_answers_dual(encoder, visdial.Dialogue("1", turns), [1], e[1] * 0.6 + e[0] * 0.8)
+    assert row.tolist() == pytest.approx([0.6, -0.8])
+
+
+def test_images_are_squashed_by_the_authors_protocol_alone(scripts, tmp_path):
+    """The same features as of an image that was resized beforehand; and, corrected, as in training."""
+    image = Image.open(IMAGES / "img_000.png").convert("RGB").resize((60, 30))
+    for name in ("7.png", "VisualDialog_val2018_000000000007.png"):
+        image.save(tmp_path / name)
+
+    def features(picture):
+        pixels = scripts.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        return scripts.model.get_pooled_image_features(pixels)
+
+    expected = {"paper": features(image.resize((224, 224))), "corrected": features(image)}
+    assert not torch.allclose(*expected.values(), atol=1e-3)
+    stories = vist.Stories(photos={"7": None})
+    dialogues = visdial.Dialogues([visdial.Dialogue("7", [])])
+    for protocol, wanted in expected.items():
+        photos = vist.encode_photos(scripts.model, scripts.processor, stories, tmp_path, False, protocol)
+        images = visdial.encode_dialogue_images(scripts.model, scripts.processor, dialogues, tmp_path, protocol)
+        torch.testing.assert_close(photos.features, wanted)
+        torch.testing.assert_close(images.features, wanted)
+
+
+def test_vist_scores_are_of_the_models_own_embeddings(scripts):
+    """Corrected: `get_text_embeds` of the prompt, whatever layers the model's text projections are of."""
+    model, processor = scripts.model, scripts.processor
+    photos = vist.EncodedImages(list("abcde"), torch.randn(5, 32), None, {})
+    stories = [vist.Story("s", ["one cat", "two", "three dogs", "four", "five"], list("edcba")),
+               vist.Story("t", ["a red one", "two", "the old three", "four", "is five"], list("abcde"))]  # fmt: skip
+    scores = vist.score(model, processor, stories, photos, "5 captions + 4 images", "corrected", batch_size=1)
+    images = model.get_image_embeds(pooled_image_features=photos.features)
+    for story, row in zip(stories, scores, strict=True):
+        text = vist.prompt(processor, story, 5, 4, "corrected")
+        ids = torch.tensor([processor.tokenizer(text, add_special_tokens=False).input_ids])
+        shown = photos.features[photos.rows_of(story.photos[:4])]
+        with torch.no_grad():
+            expected = model.get_text_embeds(ids, pooled_image_features=shown)[0] @ images.t()
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+
+
 def test_caption_metrics():
     """COCO's own figures for texts whose scores are known, whatever their punctuation and lines."""
     references = {"a": ["A cat sits on the mat.", "the cat is on a mat"], "b": ["Two dogs\nrun!", "dogs are running"]}
@@ -496,6 +642,7 @@ def test_generated_captions_follow_the_training_layout(scripts):
         ("vist", {"images": [], "annotations": [{}]}, "SIS format"),
         ("vist", {"images": [], "annotations": []}, "no story"),
         ("visdial", {"data": {}}, "VisDial's format"),
+        ("visdial", {"data": {"questions": [], "answers": [], "dialogs": None}}, "VisDial's format"),
         ("visdial", {"data": {"questions": [], "answers": [], "dialogs": [{}]}}, "no dialogue that can be used"),
         ("captions", {"images": [{}]}, "COCO's caption format"),
         ("captions", {"images": [], "annotations": []}, "no caption"),
@@ -507,6 +654,12 @@ def test_files_of_another_format(task, content, message, checkpoint, tmp_path, c
     with pytest.raises(SystemExit):
         run(task, checkpoint[0], "--data", data, "--images", tmp_path, "--output", tmp_path / "out.json")
     assert message in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+def test_an_output_that_is_a_folder(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("vist", tmp_path / "no model", "--data", "x", "--images", "x", "--output", tmp_path)
+    assert "is a folder" in capsys.readouterr().err
 
 
 def test_a_tower_without_a_text_half(tmp_path):
@@ -540,14 +693,23 @@ def test_readme_table_is_rendered(tmp_path, monkeypatch):
     assert any(cells) == bool(stored)  # nothing stands there without a run
 
     metrics = {"R@1": 0.183, "R@5": 0.4, "R@10": 0.5, "N": 4990, "MRR": 0.22, "NDCG": 0.166}
-    model = {"language_model": "facebook/opt-6.7b", "vision_model": "openai/clip-vit-large-patch14"}
+    model = {"language_model": "facebook/opt-6.7b", "vision_model": "openai/clip-vit-large-patch14",
+             "num_image_tokens": 1}  # fmt: skip
+    sis, dialogues = [{"file": "val.story-in-sequence.json"}], [{"file": "visdial_1.0_val.json"}]
+    of_vist = {"table": "vist", "protocol": "paper", "model": model, "data": sis, "masking": vist.MASKS["shown"]}
+    other = {"settings": {"1 caption": {"ours": {**metrics, "N": 1}}}}
     (tmp_path / "published.json").write_text(json.dumps({"rows": published}), encoding="utf-8")
     for name, result in {
-        "a": {"table": "vist", "protocol": "paper", "model": model,
-              "settings": {"5 captions + 4 images": {"ours": metrics}}},
-        "b": {"table": "visdial", "protocol": "corrected", "model": model, "answers": {"ours": metrics}},
-        "c": {"table": "visdial", "protocol": "paper", "model": {**model, "language_model": "another"},
-              "answers": {"ours": {**metrics, "N": 1}}},
+        "a": {**of_vist, "settings": {"5 captions + 4 images": {"ours": metrics}}},
+        "b": {"table": "visdial", "protocol": "corrected", "model": model, "data": dialogues,
+              "answers": {"ours": metrics}},
+        # Not of the paper's kind:
+        "c": {**of_vist, **other, "model": {**model, "language_model": "another"}},
+        "d": {**of_vist, **other, "model": {**model, "num_image_tokens": 4}},
+        "e": {**of_vist, **other, "masking": vist.MASKS["none"]},
+        "f": {**of_vist, **other, "data": [{"file": "test.story-in-sequence.json"}]},
+        "g": {"table": "visdial", "protocol": "paper", "model": model, "data": dialogues,
+              "dialogues": {"sampled": 1}, "answers": {"ours": {**metrics, "N": 1}}},
     }.items():  # fmt: skip
         (tmp_path / f"evaluate_{name}.json").write_text(json.dumps(result), encoding="utf-8")
     monkeypatch.setattr(table, "RESULTS", tmp_path)

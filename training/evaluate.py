@@ -42,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a CLIP or SigLIP model as baseline; without NAME the one whose image half is the model's vision tower",
     )
-    shared.add_argument("--batch-size", type=int, default=32)
+    shared.add_argument(
+        "--batch-size", type=int, default=32, help="images or texts at a time; answers are ranked a dialogue at a time"
+    )
     shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     shared.add_argument("--dtype", default=None, help="of the backbones; by default what they are stored in")
     protocol = argparse.ArgumentParser(add_help=False)
@@ -93,8 +95,8 @@ def load_dual_encoder(options: argparse.Namespace, model: FromageForConditionalG
     return DualEncoder.from_pretrained(name, revision, options.device, model.vision_model.dtype)
 
 
-def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One evaluation; results with their provenance, and the manifest.
+def run(options: argparse.Namespace, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One evaluation; results with their provenance, and the manifest. What takes long is kept beside `output`.
 
     Raises:
         ValueError: Data, images or model cannot be used.
@@ -106,6 +108,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     processor.check_config(model.config)
     dual_encoder = load_dual_encoder(options, model)
     arguments = {name: value for name, value in vars(options).items() if name not in _OF_THE_COMMAND}
+    if options.task == "visdial":
+        arguments["scores"] = output.with_suffix(".scores.jsonl")
     evaluate = {"vist": vist, "visdial": visdial, "captions": captioning}[options.task].evaluate
     folder = arguments.pop("images")
     results, manifest = evaluate(model, processor, folder=folder, dual_encoder=dual_encoder, **arguments)
@@ -125,7 +129,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "dual_encoder": None
         if dual_encoder is None
         else {"name": dual_encoder.model.name_or_path, "texts_cut": dual_encoder.truncated},
-        "data": {path.name: digest_of(path) for path in _files(options)},
+        "data": [{"file": path.name, "sha256": digest_of(path)} for path in _files(options)],
         "options": {name: str(value) for name, value in arguments.items() if value is not None},
         "seconds": time.monotonic() - start,
         **provenance(torch.device(options.device).type),
@@ -154,7 +158,10 @@ def main(argv: list[str] | None = None):
     protocol = getattr(options, "protocol", None)
     output = options.output or OUTPUT / f"{options.task}{f'_{protocol}' if protocol else ''}.json"
     try:
-        results, manifest = run(options)
+        if output.is_dir():
+            raise ValueError(f"{output} is a folder; --output names a JSON file.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        results, manifest = run(options, output)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     manifest_path = output.with_suffix(".manifest.json")

@@ -1,6 +1,8 @@
 """The images of an evaluation: found, encoded once, and counted where they cannot be used."""
 
+import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from modeling_fromage import UnreadableImageError
-from modeling_fromage.fetching_fromage import is_url
-from modeling_fromage.images_fromage import load_rgb_image
+from modeling_fromage.fetching_fromage import fetch, is_url
+from modeling_fromage.images_fromage import WEB_FORMATS, load_rgb_image
 from modeling_fromage.index_sources_fromage import ImageSource, read_ahead
 from training.evaluation.dual_encoder import DualEncoder
 
@@ -57,16 +59,15 @@ class _Loader:
         image_id, where = source
         if where is None:
             raise UnreadableImageError(image_id, "missing")
-        if self.keep_in is not None and Path(image_id).name != image_id:
-            raise UnreadableImageError(image_id, "id that is no file name")
-        try:
+        if not is_url(where):
             image = load_rgb_image(where)
-        except UnreadableImageError as error:
-            if is_url(where):
+        else:
+            if self.keep_in is not None and not re.fullmatch(r"[\w-]{1,100}", image_id):
+                raise UnreadableImageError(image_id, "id that is no file name")
+            try:
+                image = load_rgb_image(where) if self.keep_in is None else _download(where, self.keep_in / image_id)
+            except UnreadableImageError as error:
                 raise UnreadableImageError(where, f"URL: {error.reason}") from error
-            raise
-        if self.keep_in is not None and is_url(where):
-            _save_image(image, self.keep_in / f"{image_id}.png")
         image = image.resize(SQUASHED_SIZE) if self.squash else image
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels, None if self.dual_encoder is None else self.dual_encoder.pixels(image)
@@ -116,7 +117,16 @@ def encode_images(
     return EncodedImages(ids, torch.cat(features), torch.cat(embeds) if embeds else None, skipped)
 
 
-def _save_image(image: Image.Image, path: Path):
+def _download(url: str, path: Path) -> Image.Image:
+    """The image behind a URL, as RGB; its file is kept at `path`, with the suffix of its format."""
+    data = fetch(url)
+    try:
+        with Image.open(io.BytesIO(data), formats=WEB_FORMATS) as opened:
+            suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(opened.format, opened.format.lower())
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(url, "no image") from error
+    image = load_rgb_image({"bytes": data, "path": url})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, "PNG")
-    os.replace(temporary, path)
+    temporary.write_bytes(data)
+    os.replace(temporary, path.with_name(f"{path.name}.{suffix}"))
+    return image

@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from modeling_fromage.backbones_fromage import context_length
+
 PROTOCOLS = ("paper", "corrected")
 
 
@@ -18,6 +20,17 @@ def tokenize(processor: Any, prompts: list[str], device: Any) -> tuple[torch.Ten
     """Ids and mask (N, L), padded on the left, of prompts whose images and BOS are written out."""
     inputs = processor.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
     return inputs["input_ids"], inputs["attention_mask"]
+
+
+def has_special_token(processor: Any, texts: list[str]) -> bool:
+    """Whether a text holds `<|image|>` or `[RET]` literally, and so cannot be told from one with an image."""
+    return any(token in text for text in texts for token in (processor.image_token, processor.ret_token))
+
+
+def is_too_long(model: Any, processor: Any, *texts: str) -> bool:
+    """Whether texts, one behind the other, are longer than the language model's context."""
+    tokens = processor.tokenizer(list(texts), add_special_tokens=False).input_ids
+    return sum(map(len, tokens)) > context_length(model.config.text_config)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ images are squashed to 224 x 224. `"corrected"` predicts an answer's tokens, wit
 one before, takes rounds from 1, as the challenge does, and the processor's own preprocessing.
 """
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,16 @@ from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.files import find_images, read_json
 from training.evaluation.images import EncodedImages, encode_images
 from training.evaluation.metrics import ndcg, rank_metrics, target_ranks
-from training.evaluation.prompts import embed_prompts, image_embeds, image_text, tokenize
+from training.evaluation.partial import PartialScores
+from training.evaluation.prompts import (
+    embed_prompts,
+    has_special_token,
+    image_embeds,
+    image_text,
+    is_too_long,
+    tokenize,
+)
+from training.provenance import digest_of
 
 ROUNDS = 10
 TASKS = ("answers", "retrieval")
@@ -63,7 +73,7 @@ def read_dialogues(path: Path, dense_path: Path | None = None) -> Dialogues:
     dense: dict[str, list[tuple[int, list[float]]]] = {}
     try:
         data = content["data"]
-        questions, answers, dialogs = data["questions"], data["answers"], data["dialogs"]
+        questions, answers, dialogs = (list(data[name]) for name in ("questions", "answers", "dialogs"))
         for entry in read_json(dense_path) if dense_path else []:
             relevance = [float(value) for value in entry["gt_relevance"]]
             dense.setdefault(str(entry["image_id"]), []).append((int(entry["round_id"]), relevance))
@@ -76,6 +86,8 @@ def read_dialogues(path: Path, dense_path: Path | None = None) -> Dialogues:
         try:
             turns = [_read_turn(turn, questions, answers) for turn in dialog["dialog"]]
             dialogue = Dialogue(str(dialog["image_id"]), turns)
+            if not turns:
+                raise IndexError("no round")
         except (KeyError, TypeError, IndexError) as error:
             found.dialogues.append(None)
             found.left_out[f"dialogue with a broken entry ({type(error).__name__})"] += 1
@@ -218,34 +230,52 @@ def rank_answers(
     images: EncodedImages,
     protocol: str,
     dual_encoder: DualEncoder | None = None,
+    partial: PartialScores | None = None,
 ) -> tuple[dict[str, Any], Counter]:
-    """[`answer_metrics`] of all dialogues with an image, of the model and of the baseline."""
-    ours: dict[tuple[int, int], torch.Tensor] = {}
-    dual: dict[tuple[int, int], torch.Tensor] = {}
+    """[`answer_metrics`] of all dialogues with an image, of the model and of the baseline; and what is left out.
+
+    Scores are kept in `partial` after each dialogue; those that it has are not computed again.
+    """
+    scores: dict[str, dict[tuple[int, int], torch.Tensor]] = {"ours": {}, "dual encoder": {}}
     left_out: Counter = Counter()
+    empty = 0
+    partial = partial or PartialScores(None, {})
     for number, dialogue in enumerate(tqdm(dialogues, desc="Ranking answers")):
         if dialogue is None or dialogue.image not in images:
             continue
         rounds = answered_rounds(dialogue)
         left_out["round without candidates or answer"] += len(dialogue.turns) - len(rounds)
-        left_out["empty candidates (ranked, not left out)"] += sum(
-            not text.strip() for i in rounds for text in dialogue.turns[i].options
-        )
+        empty += sum(not text.strip() for i in rounds for text in dialogue.turns[i].options)
         if not rounds:
             continue
-        row = images.rows[dialogue.image]
-        found = score_answers(model, processor, dialogue, rounds, images.features[row], protocol)
-        ours.update({(number, i): scores for i, scores in zip(rounds, found, strict=True)})
-        if dual_encoder is not None:
-            for i in rounds:
-                turn = dialogue.turns[i]
-                texts = [f"Q: {turn.question}? A: {text}" for text in turn.options]
-                dual[number, i] = dual_encoder.text_embeds(texts, show_progress=False) @ images.dual_embeds[row]
-    metrics, uncounted = answer_metrics(ours, dialogues, protocol)
-    results = {"ours": metrics}
-    if dual_encoder is not None:
-        results["dual encoder"], _ = answer_metrics(dual, dialogues, protocol)
-    return results, +(left_out + uncounted)
+        if number not in partial.found:
+            row = images.rows[dialogue.image]
+            found = {"ours": score_answers(model, processor, dialogue, rounds, images.features[row], protocol)}
+            if dual_encoder is not None:
+                found["dual encoder"] = score_answers_dual(dual_encoder, dialogue, rounds, images.dual_embeds[row])
+            partial.add(number, {who: [row.tolist() for row in rows] for who, rows in found.items()})
+        for who, rows in partial.found[number].items():
+            scores[who].update({(number, i): torch.tensor(row) for i, row in zip(rounds, rows, strict=True)})
+    results: dict[str, Any] = {}
+    for who in ("ours", "dual encoder"):
+        if scores[who]:
+            results[who], uncounted = answer_metrics(scores[who], dialogues, protocol)
+    if not results:
+        raise ValueError(f"No round has candidates and an answer: {dict(+left_out)}.")
+    return {**results, "empty_candidates": empty}, +(left_out + uncounted)
+
+
+def score_answers_dual(
+    dual_encoder: DualEncoder, dialogue: Dialogue, rounds: list[int], image: torch.Tensor
+) -> list[torch.Tensor]:
+    """The baseline's cosine (options,) of an image (d,) and each candidate behind its question; without the rounds
+    before, which its text half has no room for."""
+    rows = []
+    for i in rounds:
+        turn = dialogue.turns[i]
+        texts = [f"Q: {turn.question}? A: {text}" for text in turn.options]
+        rows.append(dual_encoder.text_embeds(texts, show_progress=False) @ image)
+    return rows
 
 
 # ---- retrieval ----
@@ -264,15 +294,19 @@ def retrieve(
     dual_encoder: DualEncoder | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """Recall, in both directions, between images and their dialogues' first rounds; by how many rounds.
+    """Recall, in both directions, between images and their dialogues' first rounds; by how many rounds, of those
+    dialogues that have so many.
 
     The authors' script prints image to dialogue, and calls it text to image.
     """
-    labels = torch.tensor([images.rows[dialogue.image] for dialogue in dialogues])
     embeds = image_embeds(model, images.features)
     results = {}
     for count in rounds:
-        texts = [dialogue_text(dialogue.turns[:count]) for dialogue in dialogues]
+        long = [dialogue for dialogue in dialogues if len(dialogue.turns) >= count]
+        if not long:
+            continue
+        labels = torch.tensor([images.rows[dialogue.image] for dialogue in long])
+        texts = [dialogue_text(dialogue.turns[:count]) for dialogue in long]
         prompts = [processor.bos_text + text + processor.ret_token for text in texts]
         pairs = {"ours": (embeds, embed_prompts(model, processor, prompts, batch_size=batch_size))}
         if dual_encoder is not None:
@@ -292,6 +326,31 @@ def _ranks(direction: str, image_rows: torch.Tensor, text_rows: torch.Tensor, la
     return gallery_ranks(text_rows, image_rows, labels, numbers)
 
 
+def leave_out(model: Any, processor: Any, read: Dialogues, images: EncodedImages, protocol: str):
+    """Set dialogues that cannot be used to `None`, and count why."""
+    for number, dialogue in enumerate(read.dialogues):
+        if dialogue is None:
+            continue
+        options = [text for turn in dialogue.turns for text in turn.options or []]
+        if dialogue.image not in images:
+            problem = "dialogue whose image is not usable"
+        elif has_special_token(
+            processor, [*options, *(text for turn in dialogue.turns for text in (turn.question, turn.answer))]
+        ):
+            problem = "dialogue with a special token in a text"
+        elif is_too_long(
+            model,
+            processor,
+            context(processor, dialogue.turns, protocol),
+            f"{processor.bos_text} {max([dialogue.turns[-1].answer, *options], key=len)}.{processor.ret_token}",
+        ):
+            problem = "dialogue longer than the language model's context"
+        else:
+            continue
+        read.dialogues[number] = None
+        read.left_out[problem] += 1
+
+
 def evaluate(
     model: Any,
     processor: Any,
@@ -304,11 +363,13 @@ def evaluate(
     sample: int | None = None,
     batch_size: int = 32,
     dual_encoder: DualEncoder | None = None,
+    scores: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both tasks; results, and the manifest of what was really used.
 
     Args:
         sample: Take so many dialogues at random (always the same), to try things out.
+        scores: File of the answers' scores, from which a run that broke off goes on.
     """
     read = read_dialogues(data, dense)
     total = len(read.dialogues)
@@ -318,17 +379,27 @@ def evaluate(
     images = encode_dialogue_images(
         model, processor, read, folder, protocol, batch_size=batch_size, dual_encoder=dual_encoder
     )
-    used = [dialogue for dialogue in read.dialogues if dialogue is not None and dialogue.image in images]
-    left_out = Counter(read.left_out)
-    left_out["dialogue whose image is not usable"] = sum(
-        dialogue is not None and dialogue.image not in images for dialogue in read.dialogues
-    )
+    leave_out(model, processor, read, images, protocol)
+    used = [dialogue for dialogue in read.dialogues if dialogue is not None]
+    if not used:
+        raise ValueError(f"No dialogue can be used: {dict(read.left_out)}; images: {images.report()}.")
     results: dict[str, Any] = {}
-    if "answers" in tasks:
-        results["answers"], uncounted = rank_answers(model, processor, read.dialogues, images, protocol, dual_encoder)
-        left_out += uncounted
     if "retrieval" in tasks:
         results["retrieval"] = retrieve(model, processor, used, images, rounds, dual_encoder, batch_size)
+    if "answers" in tasks:
+        facts = {
+            "data": digest_of(data),
+            "model": model.retrieval_fingerprint(),
+            "dtype": str(model.language_model.dtype),
+            "protocol": protocol,
+            "sample": sample,
+            "images": hashlib.sha256("\n".join(images.ids).encode()).hexdigest(),
+            "dual_encoder": None if dual_encoder is None else dual_encoder.model.name_or_path,
+        }
+        results["answers"], uncounted = rank_answers(
+            model, processor, read.dialogues, images, protocol, dual_encoder, PartialScores(scores, facts)
+        )
+        read.left_out += uncounted
     results |= {
         "denominator": {
             "rule": "answers: rounds with candidates, of dialogues whose image is usable; NDCG: those with a dense "
@@ -337,7 +408,7 @@ def evaluate(
             "images": len(images.ids),
         },
         "images": images.report(),
-        "dialogues": {"read": total, "sampled": sample, "left_out": dict(+left_out)},
+        "dialogues": {"read": total, "sampled": sample, "left_out": dict(+read.left_out)},
     }
     manifest = {
         "dialogues": [dialogue.image for dialogue in used],

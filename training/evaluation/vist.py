@@ -18,7 +18,7 @@ from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.files import find_images, read_json
 from training.evaluation.images import EncodedImages, encode_images
 from training.evaluation.metrics import rank_metrics, target_ranks
-from training.evaluation.prompts import embed_prompts, image_embeds, image_text
+from training.evaluation.prompts import embed_prompts, has_special_token, image_embeds, image_text, is_too_long
 
 LENGTH = 5  # sentences and photos of a story
 SETTINGS = {"1 caption": (1, 0), "5 captions": (5, 0), "5 captions + 4 images": (5, 4)}  # captions, images of a prompt
@@ -27,7 +27,7 @@ MASKS = {
     "story": "the story's first four images are no candidates",
     "none": "every image of the gallery is a candidate",
 }
-_URL_FIELDS = ("url_o", "url_m")
+_URL_FIELDS = {"paper": ("url_o",), "corrected": ("url_o", "url_m")}
 
 
 @dataclass
@@ -55,13 +55,43 @@ def read_stories(paths: Sequence[Path], protocol: str = "paper") -> Stories:
         ValueError: A file is not of that format, or has no story.
     """
     found = Stories()
+    urls, sentences = _read_files(paths, protocol)
+    named: dict[str, None] = {}
+    for story_id, rows in sentences.items():
+        try:
+            if protocol == "corrected":
+                rows = sorted(rows, key=lambda row: int(row["worker_arranged_photo_order"]))
+            story = Story(story_id, [row["text"] for row in rows], [str(row["photo_flickr_id"]) for row in rows])
+            is_whole = all(isinstance(text, str) for text in story.captions)
+        except (KeyError, TypeError, ValueError):
+            is_whole = False
+        if not is_whole:
+            found.left_out["a sentence without its text, photo or place"] += 1
+            continue
+        named.update(dict.fromkeys(story.photos))
+        if len(rows) != LENGTH:
+            found.left_out[f"not of {LENGTH} sentences"] += 1
+        elif protocol == "corrected" and not all(text.strip() for text in story.captions):
+            found.left_out["a sentence is empty"] += 1
+        else:
+            found.stories.append(story)
+    found.photos = {photo: url for photo, url in urls.items() if photo in named}  # in the order of the files
+    found.photos.update({photo: None for photo in named if photo not in urls})
+    if not found.stories:
+        raise ValueError(f"{', '.join(map(str, paths))} have no story of {LENGTH} sentences: {dict(found.left_out)}.")
+    return found
+
+
+def _read_files(paths: Sequence[Path], protocol: str) -> tuple[dict[str, str | None], dict[str, list[dict[str, Any]]]]:
+    """The URL of each photo, and the sentences of each story, in the order of the files."""
     urls: dict[str, str | None] = {}
     sentences: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in paths:
         content = read_json(path)
         try:
             for photo in content["images"]:
-                urls[str(photo["id"])] = next((photo[name] for name in _URL_FIELDS if photo.get(name)), None)
+                fields = _URL_FIELDS[protocol]
+                urls[str(photo["id"])] = next((photo[name] for name in fields if photo.get(name)), None)
             for (annotation,) in content["annotations"]:
                 sentences[str(annotation["story_id"])].append(annotation)
         except (KeyError, TypeError, ValueError) as error:
@@ -69,24 +99,7 @@ def read_stories(paths: Sequence[Path], protocol: str = "paper") -> Stories:
                 f"{path} is not of VIST's SIS format ({type(error).__name__}: {error}): expected images with an id, "
                 "and annotations, each a list of one with story_id, text and photo_flickr_id."
             ) from error
-    named: dict[str, None] = {}
-    for story_id, rows in sentences.items():
-        if protocol == "corrected":
-            rows = sorted(rows, key=lambda row: int(row["worker_arranged_photo_order"]))
-        captions = [str(row.get("text") or "").strip() for row in rows]
-        photos = [str(row.get("photo_flickr_id")) for row in rows]
-        if len(rows) != LENGTH:
-            found.left_out[f"not of {LENGTH} sentences"] += 1
-        elif not all(captions):
-            found.left_out["a sentence is empty"] += 1
-        else:
-            found.stories.append(Story(story_id, captions, photos))
-        named.update(dict.fromkeys(photos))
-    found.photos = {photo: url for photo, url in urls.items() if photo in named}  # in the order of the files
-    found.photos.update({photo: None for photo in named if photo not in urls})
-    if not found.stories:
-        raise ValueError(f"{', '.join(map(str, paths))} have no story of {LENGTH} sentences: {dict(found.left_out)}.")
-    return found
+    return urls, sentences
 
 
 def encode_photos(
@@ -108,7 +121,7 @@ def prompt(processor: Any, story: Story, captions: int, images: int, protocol: s
     if protocol == "paper":
         parts = [bos + text + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
         return "".join(parts) + processor.ret_token
-    parts = [text + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
+    parts = [text.strip() + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
     return bos + " ".join(parts) + processor.ret_token
 
 
@@ -140,15 +153,23 @@ def ranks(scores: torch.Tensor, stories: list[Story], photos: EncodedImages, set
     return target_ranks(scores, torch.tensor(photos.rows_of([story.photos[-1] for story in stories])))
 
 
-def usable(stories: Stories, photos: EncodedImages) -> tuple[list[Story], Counter]:
+def usable(
+    model: Any, processor: Any, read: Stories, photos: EncodedImages, protocol: str
+) -> tuple[list[Story], Counter]:
     """The stories all of whose photos can be used, as in the authors' script; and why others are left out."""
-    whole = [story for story in stories.stories if all(photo in photos for photo in story.photos)]
-    left_out = Counter(stories.left_out)
-    if missing := len(stories.stories) - len(whole):
-        left_out["an image is not usable"] = missing
-    if not whole:
-        raise ValueError(f"No story has all of its photos: {photos.report()}.")
-    return whole, left_out
+    stories, left_out = [], Counter(read.left_out)
+    for story in read.stories:
+        if not all(photo in photos for photo in story.photos):
+            left_out["an image is not usable"] += 1
+        elif has_special_token(processor, story.captions):
+            left_out["a special token in a text"] += 1
+        elif is_too_long(model, processor, prompt(processor, story, LENGTH, LENGTH - 1, protocol)):
+            left_out["longer than the language model's context"] += 1
+        else:
+            stories.append(story)
+    if not stories:
+        raise ValueError(f"No story can be used: {dict(left_out)}; images: {photos.report()}.")
+    return stories, left_out
 
 
 def evaluate(
@@ -167,7 +188,7 @@ def evaluate(
     photos = encode_photos(
         model, processor, read, folder, download, protocol, batch_size=batch_size, dual_encoder=dual_encoder
     )
-    stories, left_out = usable(read, photos)
+    stories, left_out = usable(model, processor, read, photos, protocol)
     settings = {}
     for name in SETTINGS:
         scores = score(model, processor, stories, photos, name, protocol, batch_size=batch_size)
@@ -179,7 +200,7 @@ def evaluate(
         "settings": settings,
         "gallery": {"rule": "every usable image that a story of the files names", "N": len(photos.ids)},
         "masking": MASKS[mask],
-        "denominator": {"rule": "stories of which all images are usable", "N": len(stories)},
+        "denominator": {"rule": "usable stories of which all images are usable", "N": len(stories)},
         "images": photos.report(),
         "stories": {"read": len(read.stories) + sum(read.left_out.values()), "left_out": dict(left_out)},
     }

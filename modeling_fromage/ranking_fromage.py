@@ -31,13 +31,18 @@ def gallery_ranks(
         (Q,), 1 where nothing but matches is as near to the query as its best match.
 
     Raises:
-        ValueError: A query has no match, or a vector has a NaN.
+        ValueError: A query has no match, a vector has a NaN, or there are not as many labels as vectors.
     """
     queries, gallery = queries.float(), gallery.float()
     if not (torch.isfinite(queries).all() and torch.isfinite(gallery).all()):
         raise ValueError("The embeddings contain NaN or infinite values; check the model's weights and dtype.")
     query_labels = torch.arange(len(queries)) if query_labels is None else query_labels.cpu()
     gallery_labels = torch.arange(len(gallery)) if gallery_labels is None else gallery_labels.cpu()
+    if (len(query_labels), len(gallery_labels)) != (len(queries), len(gallery)):
+        raise ValueError(
+            f"Got {len(query_labels)} labels for {len(queries)} queries and {len(gallery_labels)} for {len(gallery)} "
+            "entries of the gallery; expected one each."
+        )
     sorted_labels, order = gallery_labels.sort(stable=True)
     ranks = [
         _ranks_of_block(block, gallery, *_matches(labels, sorted_labels, order))

@@ -18,7 +18,7 @@ from tests.test_original import IMAGES, Inference
 from tests.test_parity import CASES
 from tests.test_readme import README
 from training import evaluate
-from training.evaluation import captioning, table, visdial, vist
+from training.evaluation import answers, captioning, dialogues, table, visdial, vist
 from training.evaluation.dual_encoder import DualEncoder
 
 LOSSES = 5e-4  # a sum of up to ten tokens' losses, each within the logits' tolerance
@@ -96,13 +96,13 @@ def test_visdial_answers_of_the_original(scripts):
     assert metrics["mean_rank"] == sum(golden["ranks"]) / 30 and metrics["NDCG_N"] == 3
     assert "retrieval" not in results
 
-    read = visdial.read_dialogues(data)
-    images = visdial.encode_dialogue_images(scripts.model, scripts.processor, read, scripts.images, "paper")
+    read = dialogues.read_dialogues(data)
+    images = dialogues.encode_dialogue_images(scripts.model, scripts.processor, read, scripts.images, "paper")
     losses, ranks = [], []
     for dialogue in read.dialogues:
         row = images.features[images.rows[dialogue.image]]
-        rounds = visdial.answered_rounds(dialogue)
-        scores = visdial.score_answers(scripts.model, scripts.processor, dialogue, rounds, row, "paper")
+        rounds = answers.answered_rounds(dialogue)
+        scores = answers.score_answers(scripts.model, scripts.processor, dialogue, rounds, row, "paper")
         losses += [-row for row in scores]
         ranks += [int((row >= row[dialogue.turns[i].target]).sum()) for i, row in zip(rounds, scores, strict=True)]
     torch.testing.assert_close(torch.stack(losses), tensors["visdial_it2t.losses"], atol=LOSSES, rtol=0)
@@ -137,10 +137,13 @@ def test_visdial_retrieval_of_the_original(scripts):
 def test_answers_are_scored_as_by_whole_passes(protocol, scripts):
     """The definition of both protocols: one pass over image, dialogue and answer, and a sum over the answer."""
     model, processor = scripts.model, scripts.processor
-    turns = [visdial.Turn("is it red", "no"), visdial.Turn("what is it", "a cat", ["a cat", "", "tree", "a cat"], 0)]
+    turns = [
+        dialogues.Turn("is it red", "no"),
+        dialogues.Turn("what is it", "a cat", ["a cat", "", "tree", "a cat"], 0),
+    ]
     features = model.get_pooled_image_features(scripts.processor.image_processor(
         Image.open(IMAGES / "img_000.png").convert("RGB"), return_tensors="pt")["pixel_values"])  # fmt: skip
-    (scores,) = visdial.score_answers(model, processor, visdial.Dialogue("1", turns), [1], features[0], protocol)
+    (scores,) = answers.score_answers(model, processor, dialogues.Dialogue("1", turns), [1], features[0], protocol)
     dialogue = "Q: is it red?\nA: no\nQ: what is it?\nA:" + (" " if protocol == "paper" else "")
     bos = processor.tokenizer.bos_token_id
     start = [processor.image_token_id] * processor.num_image_tokens + [bos]
@@ -159,32 +162,32 @@ def test_answers_are_scored_as_by_whole_passes(protocol, scripts):
         assert score == pytest.approx(expected, abs=LOSSES)
     assert scores[0] == pytest.approx(scores[3].item(), abs=1e-4)
     # Rounds with other numbers of candidates, none with a text among them.
-    turns += [visdial.Turn("how many", "two", ["", ""], 1), visdial.Turn("any dogs", "no", ["no"], 0)]
-    dialogue = visdial.Dialogue("1", turns)
-    many = visdial.score_answers(model, processor, dialogue, [1, 2, 3], features[0], protocol)
+    turns += [dialogues.Turn("how many", "two", ["", ""], 1), dialogues.Turn("any dogs", "no", ["no"], 0)]
+    dialogue = dialogues.Dialogue("1", turns)
+    many = answers.score_answers(model, processor, dialogue, [1, 2, 3], features[0], protocol)
     assert [len(row) for row in many] == [4, 2, 1]
     torch.testing.assert_close(many[0], scores, atol=LOSSES, rtol=0)
-    (alone,) = visdial.score_answers(model, processor, dialogue, [2], features[0], protocol)
+    (alone,) = answers.score_answers(model, processor, dialogue, [2], features[0], protocol)
     torch.testing.assert_close(alone, many[1], atol=LOSSES, rtol=0)
     assert bool(alone.isinf().all()) == (protocol == "corrected")
 
 
 def test_dense_annotations_are_of_the_round_they_name():
     """Rounds count from 1 in the files: the authors' script takes the round behind, or the next dialogue's first."""
-    turns = [visdial.Turn("q", "a", ["a", "b"], 0)] * 10
-    dialogues = [
-        visdial.Dialogue("7", turns, (10, [1.0, 0.0])),
+    turns = [dialogues.Turn("q", "a", ["a", "b"], 0)] * 10
+    some = [
+        dialogues.Dialogue("7", turns, (10, [1.0, 0.0])),
         None,
-        visdial.Dialogue("8", turns, (3, [0.0, 1.0])),
-        visdial.Dialogue("9", turns, (10, [1.0, 1.0])),
+        dialogues.Dialogue("8", turns, (3, [0.0, 1.0])),
+        dialogues.Dialogue("9", turns, (10, [1.0, 1.0])),
     ]
-    corrected, paper = (dict(visdial.dense_rows(dialogues, protocol)) for protocol in ("corrected", "paper"))
+    corrected, paper = (dict(answers.dense_rows(some, protocol)) for protocol in ("corrected", "paper"))
     assert corrected == {(0, 9): [1.0, 0.0], (2, 2): [0.0, 1.0], (3, 9): [1.0, 1.0]}
     assert paper == {(1, 0): [1.0, 0.0], (2, 3): [0.0, 1.0], (4, 0): [1.0, 1.0]}
     scores = {(n, i): torch.tensor([2.0, 1.0]) for n in (0, 2, 3) for i in range(10)}
-    metrics, left_out = visdial.answer_metrics(scores, dialogues, "paper")
+    metrics, left_out = answers.answer_metrics(scores, some, "paper")
     assert metrics["NDCG_N"] == 1 and left_out == {"dense annotation of a round without scores": 2}
-    metrics, left_out = visdial.answer_metrics(scores, dialogues, "corrected")
+    metrics, left_out = answers.answer_metrics(scores, some, "corrected")
     assert metrics["NDCG_N"] == 3 and not left_out
 
 
@@ -351,17 +354,17 @@ def test_vist_masks(scripts):
 def visdial_file(count, images):
     """As VisDial 1.0's: texts by number, ten rounds, candidates by number."""
     questions = ["is it day", "how many", "what is it", "any dogs"]
-    answers = ["yes", "no", "two", "a cat", "", "in the park", "i can't tell", "a small bird", "green", "3"]
+    texts = ["yes", "no", "two", "a cat", "", "in the park", "i can't tell", "a small bird", "green", "3"]
     dialogs = []
     for number in range(count):
         rounds = []
         for i in range(10):
-            options = [(number + i + j) % len(answers) for j in range(len(answers))]
-            target = (3 * i + number) % len(answers)
+            options = [(number + i + j) % len(texts) for j in range(len(texts))]
+            target = (3 * i + number) % len(texts)
             rounds.append({"question": (i + number) % 4, "answer": options[target], "answer_options": options,
                            "gt_index": target})  # fmt: skip
         dialogs.append({"image_id": images[number], "caption": "a picture", "dialog": rounds})
-    return {"version": "1.0", "split": "val2018", "data": {"questions": questions, "answers": answers,
+    return {"version": "1.0", "split": "val2018", "data": {"questions": questions, "answers": texts,
                                                           "dialogs": dialogs}}  # fmt: skip
 
 
@@ -428,7 +431,7 @@ def test_visdial_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     assert len(lines) == 4
     kept.write_bytes(b"".join(lines[:2]) + lines[2][:50])
     scored = []
-    monkeypatch.setattr(visdial, "score_answers", spy(visdial.score_answers, scored))
+    monkeypatch.setattr(answers, "score_answers", spy(answers.score_answers, scored))
     again = [*options, "--dual-encoder", checkpoint[1], "--tasks", "answers"]
     run("visdial", checkpoint[0], *again)
     assert len(scored) == 2 and read(output)["answers"] == results["answers"]
@@ -509,6 +512,25 @@ def test_rows_are_of_one_image_where_they_name_it(scripts, tmp_path):
     assert list(captioning.read_captions(scripts.processor, str(table)).captions.values()) == [["a", "c"], ["b"]]
 
 
+def test_captions_and_images_find_each_other():
+    """Both directions against brute force: several captions an image, an image without one, in any order."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(n, 4, generator=generator), dim=-1) for n in (6, 9))
+    rows = [4, 0, 2, 2, 4, 1, 0, 5, 4]  # none is of image 3
+    found = captioning.retrieve(images, texts, rows)
+    scores = texts @ images.t()
+    to_image = [1 + int((line > line[row]).sum()) for line, row in zip(scores, rows, strict=True)]
+    to_text = []
+    for image in (0, 1, 2, 4, 5):
+        own = torch.tensor([row == image for row in rows])
+        to_text.append(1 + int((scores[~own, image] > scores[own, image].max()).sum()))
+    for direction, ranks in (("text_to_image", to_image), ("image_to_text", to_text)):
+        assert found[direction]["N"] == len(ranks)
+        assert found[direction]["mean_rank"] == pytest.approx(sum(ranks) / len(ranks))
+        assert found[direction]["R@1"] == pytest.approx(ranks.count(1) / len(ranks))
+    assert found["text_to_image"] != found["image_to_text"]
+
+
 def test_written_captions_are_read_with_their_images(scripts):
     """Loss and embeddings of each caption and its own image, equal to one pass each."""
     model, processor = scripts.model, scripts.processor
@@ -553,9 +575,9 @@ def test_baselines_by_hand():
     assert vist.score_dual(encoder, [story], photos, "5 captions")[0].tolist() == [0, 0, 1]
     assert vist.score_dual(encoder, [story], photos, "1 caption")[0].tolist() == [0, 0, 0]
 
-    turns = [visdial.Turn("one", "yes"), visdial.Turn("two", "no", ["no", "yes"], 0)]
+    turns = [dialogues.Turn("one", "yes"), dialogues.Turn("two", "no", ["no", "yes"], 0)]
     encoder = FakeDualEncoder(**{"Q: two? A: no": e[1], "Q: two? A: yes": -e[0]})
-    (row,) = visdial.score_answers_dual(encoder, visdial.Dialogue("1", turns), [1], e[1] * 0.6 + e[0] * 0.8)
+    (row,) = answers.score_answers_dual(encoder, dialogues.Dialogue("1", turns), [1], e[1] * 0.6 + e[0] * 0.8)
     assert row.tolist() == pytest.approx([0.6, -0.8])
 
 
@@ -572,10 +594,10 @@ def test_images_are_squashed_by_the_authors_protocol_alone(scripts, tmp_path):
     expected = {"paper": features(image.resize((224, 224))), "corrected": features(image)}
     assert not torch.allclose(*expected.values(), atol=1e-3)
     stories = vist.Stories(photos={"7": None})
-    dialogues = visdial.Dialogues([visdial.Dialogue("7", [])])
+    some = dialogues.Dialogues([dialogues.Dialogue("7", [])])
     for protocol, wanted in expected.items():
         photos = vist.encode_photos(scripts.model, scripts.processor, stories, tmp_path, False, protocol)
-        images = visdial.encode_dialogue_images(scripts.model, scripts.processor, dialogues, tmp_path, protocol)
+        images = dialogues.encode_dialogue_images(scripts.model, scripts.processor, some, tmp_path, protocol)
         torch.testing.assert_close(photos.features, wanted)
         torch.testing.assert_close(images.features, wanted)
 
@@ -695,20 +717,20 @@ def test_readme_table_is_rendered(tmp_path, monkeypatch):
     metrics = {"R@1": 0.183, "R@5": 0.4, "R@10": 0.5, "N": 4990, "MRR": 0.22, "NDCG": 0.166}
     model = {"language_model": "facebook/opt-6.7b", "vision_model": "openai/clip-vit-large-patch14",
              "num_image_tokens": 1}  # fmt: skip
-    sis, dialogues = [{"file": "val.story-in-sequence.json"}], [{"file": "visdial_1.0_val.json"}]
+    sis, visual = [{"file": "val.story-in-sequence.json"}], [{"file": "visdial_1.0_val.json"}]
     of_vist = {"table": "vist", "protocol": "paper", "model": model, "data": sis, "masking": vist.MASKS["shown"]}
     other = {"settings": {"1 caption": {"ours": {**metrics, "N": 1}}}}
     (tmp_path / "published.json").write_text(json.dumps({"rows": published}), encoding="utf-8")
     for name, result in {
         "a": {**of_vist, "settings": {"5 captions + 4 images": {"ours": metrics}}},
-        "b": {"table": "visdial", "protocol": "corrected", "model": model, "data": dialogues,
+        "b": {"table": "visdial", "protocol": "corrected", "model": model, "data": visual,
               "answers": {"ours": metrics}},
         # Not of the paper's kind:
         "c": {**of_vist, **other, "model": {**model, "language_model": "another"}},
         "d": {**of_vist, **other, "model": {**model, "num_image_tokens": 4}},
         "e": {**of_vist, **other, "masking": vist.MASKS["none"]},
         "f": {**of_vist, **other, "data": [{"file": "test.story-in-sequence.json"}]},
-        "g": {"table": "visdial", "protocol": "paper", "model": model, "data": dialogues,
+        "g": {"table": "visdial", "protocol": "paper", "model": model, "data": visual,
               "dialogues": {"sampled": 1}, "answers": {"ours": {**metrics, "N": 1}}},
     }.items():  # fmt: skip
         (tmp_path / f"evaluate_{name}.json").write_text(json.dumps(result), encoding="utf-8")

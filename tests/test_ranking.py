@@ -57,6 +57,8 @@ def test_gallery_ranks_edges():
     assert gallery_ranks(same, same, everything, everything).tolist() == [1, 1, 1, 1]
     with pytest.raises(ValueError, match=r"labels \[3\] have no match"):
         gallery_ranks(same, same[:3])
+    with pytest.raises(ValueError, match="4 labels for 4 queries and 3 for 4"):
+        gallery_ranks(same, same, everything, everything[:3])
     with pytest.raises(ValueError, match="NaN"):
         gallery_ranks(same * float("nan"), same)
 

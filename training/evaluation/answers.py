@@ -1,0 +1,157 @@
+"""Ranking of Visual Dialog's candidate answers, by the protocols of [`training.evaluation.visdial`]."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from training.evaluation.dialogues import ROUNDS, Dialogue, Turn
+from training.evaluation.dual_encoder import DualEncoder
+from training.evaluation.images import EncodedImages
+from training.evaluation.metrics import ndcg, rank_metrics, target_ranks
+from training.evaluation.partial import PartialScores
+from training.evaluation.prompts import image_text, tokenize
+
+
+def context(processor: Any, turns: Sequence[Turn], protocol: str) -> str:
+    """An image, the rounds before the last of `turns`, and its question."""
+    texts = [f"Q: {turn.question}?\nA: {turn.answer}\n" for turn in turns[:-1]]
+    end = "A: " if protocol == "paper" else "A:"
+    return image_text(processor) + processor.bos_text + "".join(texts) + f"Q: {turns[-1].question}?\n{end}"
+
+
+@torch.no_grad()
+def score_answers(
+    model: Any, processor: Any, dialogue: Dialogue, rounds: list[int], features: torch.Tensor, protocol: str
+) -> list[torch.Tensor]:
+    """The log-likelihood (options,) of each candidate answer in some rounds of a dialogue, by an image (vision width,).
+
+    A round's dialogue is encoded once for all its candidates. A candidate without a token ranks last.
+    """
+    contexts = [context(processor, dialogue.turns[: i + 1], protocol) for i in rounds]
+    start = processor.bos_text if protocol == "paper" else " "
+    counts = [len(dialogue.turns[i].options) for i in rounds]
+    padded = []
+    for i, count in zip(rounds, counts, strict=True):
+        texts = [start + text if text or protocol == "paper" else "" for text in dialogue.turns[i].options]
+        padded += texts + [start] * (max(counts) - count)
+    ids, mask = (tensor.unflatten(0, (len(rounds), -1)) for tensor in tokenize(processor, padded, model.device))
+    empty = ~mask.any(-1)
+    if bool(empty.all()):
+        return [torch.full((count,), -torch.inf) for count in counts]
+    mask[..., -1] = 1  # candidates need a token; what the empty ones score is thrown away
+    context_ids, context_mask = tokenize(processor, contexts, model.device)
+    scores = model.score_candidates(
+        context_ids,
+        context_mask,
+        ids,
+        mask,
+        pooled_image_features=features.expand(len(rounds), -1).to(model.device),
+        shift=protocol == "corrected",
+    )
+    scores = scores.masked_fill(empty, -torch.inf).cpu()
+    return [row[:count] for row, count in zip(scores, counts, strict=True)]
+
+
+def answered_rounds(dialogue: Dialogue) -> list[int]:
+    """The rounds that have candidates and say which of them is right."""
+    return [i for i, turn in enumerate(dialogue.turns) if turn.options and turn.target is not None]
+
+
+def dense_rows(dialogues: Sequence[Dialogue | None], protocol: str) -> list[tuple[tuple[int, int], list[float]]]:
+    """Dialogue and round (from 0) of every dense annotation, and the relevance of the candidates.
+
+    The authors' script adds the file's round, from 1, to ten times the dialogue's number, so that it takes each
+    annotation for the round behind it, and round 10 for the next dialogue's first.
+    """
+    rows = []
+    for number, dialogue in enumerate(dialogues):
+        if dialogue is not None and dialogue.relevance is not None:
+            round_id, relevance = dialogue.relevance
+            place = divmod(number * ROUNDS + round_id, ROUNDS) if protocol == "paper" else (number, round_id - 1)
+            rows.append((place, relevance))
+    return rows
+
+
+def answer_metrics(
+    scores: dict[tuple[int, int], torch.Tensor], dialogues: Sequence[Dialogue | None], protocol: str
+) -> tuple[dict[str, Any], Counter]:
+    """NDCG, MRR, recall and mean rank of all rounds, and of each; and what could not be counted."""
+    left_out: Counter = Counter()
+    ranks: list[list[int]] = [[] for _ in range(ROUNDS)]
+    for (number, i), row in scores.items():
+        target = torch.tensor([dialogues[number].turns[i].target])
+        ranks[min(i, ROUNDS - 1)].append(target_ranks(row[None], target).item())
+    gains = []
+    for place, relevance in dense_rows(dialogues, protocol):
+        row = scores.get(place)
+        if row is None:
+            left_out["dense annotation of a round without scores"] += 1
+        elif len(row) != len(relevance):
+            left_out["dense annotation of another number of candidates"] += 1
+        elif not any(relevance):
+            left_out["dense annotation without a relevant candidate"] += 1
+        else:
+            gains.append(ndcg(row[None], torch.tensor([relevance])).item())
+    metrics = rank_metrics(torch.tensor(sum(ranks, [])))
+    if gains:
+        metrics |= {"NDCG": sum(gains) / len(gains), "NDCG_N": len(gains)}
+    metrics["MRR_by_round"] = [rank_metrics(torch.tensor(some)).get("MRR") for some in ranks]
+    return metrics, left_out
+
+
+def rank_answers(
+    model: Any,
+    processor: Any,
+    dialogues: Sequence[Dialogue | None],
+    images: EncodedImages,
+    protocol: str,
+    dual_encoder: DualEncoder | None = None,
+    partial: PartialScores | None = None,
+) -> tuple[dict[str, Any], Counter]:
+    """[`answer_metrics`] of all dialogues with an image, of the model and of the baseline; and what is left out.
+
+    Scores are kept in `partial` after each dialogue; those that it has are not computed again.
+    """
+    scores: dict[str, dict[tuple[int, int], torch.Tensor]] = {"ours": {}, "dual encoder": {}}
+    left_out: Counter = Counter()
+    empty = 0
+    partial = partial or PartialScores(None, {})
+    for number, dialogue in enumerate(tqdm(dialogues, desc="Ranking answers")):
+        if dialogue is None or dialogue.image not in images:
+            continue
+        rounds = answered_rounds(dialogue)
+        left_out["round without candidates or answer"] += len(dialogue.turns) - len(rounds)
+        empty += sum(not text.strip() for i in rounds for text in dialogue.turns[i].options)
+        if not rounds:
+            continue
+        if number not in partial.found:
+            row = images.rows[dialogue.image]
+            found = {"ours": score_answers(model, processor, dialogue, rounds, images.features[row], protocol)}
+            if dual_encoder is not None:
+                found["dual encoder"] = score_answers_dual(dual_encoder, dialogue, rounds, images.dual_embeds[row])
+            partial.add(number, {who: [row.tolist() for row in rows] for who, rows in found.items()})
+        for who, rows in partial.found[number].items():
+            scores[who].update({(number, i): torch.tensor(row) for i, row in zip(rounds, rows, strict=True)})
+    results: dict[str, Any] = {}
+    for who in ("ours", "dual encoder"):
+        if scores[who]:
+            results[who], uncounted = answer_metrics(scores[who], dialogues, protocol)
+    if not results:
+        raise ValueError(f"No round has candidates and an answer: {dict(+left_out)}.")
+    return {**results, "empty_candidates": empty}, +(left_out + uncounted)
+
+
+def score_answers_dual(
+    dual_encoder: DualEncoder, dialogue: Dialogue, rounds: list[int], image: torch.Tensor
+) -> list[torch.Tensor]:
+    """The baseline's cosine (options,) of an image (d,) and each candidate behind its question; without the rounds
+    before, which its text half has no room for."""
+    rows = []
+    for i in rounds:
+        turn = dialogue.turns[i]
+        texts = [f"Q: {turn.question}? A: {text}" for text in turn.options]
+        rows.append(dual_encoder.text_embeds(texts, show_progress=False) @ image)
+    return rows

@@ -41,13 +41,13 @@ def test_commands_exist():
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/differences.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/differences.md", "CONTRIBUTING.md"])
 def test_rows_have_the_cells_of_their_tables(page):
     """A bar within a cell, as in the image token, would cut it in two."""
     tables = re.findall(r"(?:^\|.*\n)+", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
-    assert len(tables) >= 4
+    assert tables
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def encode_photos(
 
     Without, a missing photo is left out, and so are the stories that need it.
     """
+    if download:
+        folder.mkdir(parents=True, exist_ok=True)
     files = find_images(folder)
     sources = {photo: files.get(photo) or (url if download else None) for photo, url in stories.photos.items()}
     return encode_images(model, processor, sources, protocol == "paper", keep_in=folder, **kwargs)

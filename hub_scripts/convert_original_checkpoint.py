@@ -24,7 +24,7 @@ from transformers.utils.hub import resolve_revision
 
 from hub_scripts.build_image_index import from_original_embeddings
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
-from modeling_fromage.assembly_fromage import saved_dtype, vision_half
+from modeling_fromage.assembly_fromage import saved_dtype, take_ids_from, vision_half
 from modeling_fromage.checkpoint_fromage import TRAINED_PREFIX
 
 RELEASES = {"fromage": "fromage_model", "fromage_vis4": "fromage_model/fromage_vis4"}  # k = 1, the paper's; k = 4
@@ -75,7 +75,6 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-        shapes = {name: tensor.shape for name, tensor in state.items()}
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is refused: {type(error).__name__}: {error}. Nothing of it was run.") from error
     odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
@@ -85,7 +84,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     if matrix is not None and row is not None:
         both = matrix.dim() == row.dim() == 2 and matrix.dtype == row.dtype
         if not (both and torch.equal(matrix[-1:], row[-1:])):
-            raise ValueError(f"{path} has two different [RET] rows, in {_MATRIX} {shapes[_MATRIX]} and in {_RET_ROW}.")
+            raise ValueError(
+                f"{path} has two different [RET] rows, in {_MATRIX} {tuple(matrix.shape)} and in {_RET_ROW}."
+            )
     return state
 
 
@@ -146,8 +147,7 @@ def without_weights(
             )
         except OSError:  # it has none beyond its configuration
             pass
-        for name in ("image_token_id", "ret_token_id", "num_image_tokens"):
-            config_kwargs[name] = getattr(processor, name)
+        take_ids_from(processor, config_kwargs)
         config = FromageConfig.from_vision_text_configs(tower.config, language.config, **config_kwargs)
         model = FromageForConditionalGeneration(config, language, tower)
     model.adapter.to_empty(device="cpu")

@@ -42,7 +42,7 @@ def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwarg
             vision, text, num_image_tokens=config_kwargs.get("num_image_tokens", 1),
             **hub_kwargs, **{key: value for key, value in options["text"].items() if key in ("gguf_file", "revision")},
         )  # fmt: skip
-    _take_ids_from(processor, config_kwargs)
+    take_ids_from(processor, config_kwargs)
 
     models = {}
     pooling = config_kwargs.get("vision_pooling", "pooler")
@@ -63,7 +63,12 @@ def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwarg
     return cls(config, language_model=models["text"], vision_model=models["vision"]).eval()
 
 
-def _take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]):
+def take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]):
+    """Add the processor's token ids and `num_image_tokens` to a configuration's fields.
+
+    Raises:
+        ValueError: The fields have others.
+    """
     for name in ("image_token_id", "ret_token_id", "num_image_tokens"):
         value = getattr(processor, name)
         if config_kwargs.setdefault(name, value) != value:

@@ -20,6 +20,7 @@ from tests.test_readme import README
 from training import evaluate
 from training.evaluation import answers, captioning, dialogues, table, visdial, vist
 from training.evaluation.dual_encoder import DualEncoder
+from training.evaluation.metrics import retrieval_metrics
 
 LOSSES = 5e-4  # a sum of up to ten tokens' losses, each within the logits' tolerance
 
@@ -517,7 +518,11 @@ def test_captions_and_images_find_each_other():
     generator = torch.Generator().manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(n, 4, generator=generator), dim=-1) for n in (6, 9))
     rows = [4, 0, 2, 2, 4, 1, 0, 5, 4]  # none is of image 3
-    found = captioning.retrieve(images, texts, rows)
+    pairs = {"ours": (images, texts)}
+    found = {
+        direction: of["ours"]
+        for direction, of in retrieval_metrics(pairs, torch.tensor(rows), captioning.DIRECTIONS).items()
+    }
     scores = texts @ images.t()
     to_image = [1 + int((line > line[row]).sum()) for line, row in zip(scores, rows, strict=True)]
     to_text = []

@@ -18,12 +18,11 @@ from tqdm.auto import tqdm
 from modeling_fromage import FromageDataCollator
 from modeling_fromage.index_sources_fromage import ImageSource, image_sources
 from modeling_fromage.original_fromage import truncate_caption
-from modeling_fromage.ranking_fromage import gallery_ranks
 from training.data import load_captioned_images
 from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.files import read_json
 from training.evaluation.images import encode_images
-from training.evaluation.metrics import rank_metrics
+from training.evaluation.metrics import retrieval_metrics
 from training.evaluation.prompts import has_special_token, image_embeds, image_text, tokenize
 
 TASKS = ("captions", "perplexity", "retrieval")
@@ -202,16 +201,6 @@ def caption_metrics(references: dict[str, list[str]], written: dict[str, str]) -
     }
 
 
-def retrieve(images: torch.Tensor, texts: torch.Tensor, rows: list[int]) -> dict[str, dict[str, float]]:
-    """Recall and median rank, in both directions, of images (N, d) and captions (M, d), each of the image in a row."""
-    labels = torch.tensor(rows)
-    numbers = labels.unique()  # images with a caption
-    return {
-        "text_to_image": rank_metrics(gallery_ranks(texts, images, labels, torch.arange(len(images)))),
-        "image_to_text": rank_metrics(gallery_ranks(images[numbers], texts, numbers, labels)),
-    }
-
-
 def evaluate(
     model: Any,
     processor: Any,
@@ -231,8 +220,8 @@ def evaluate(
         caption_metrics({"": ["a cat"]}, {"": "a cat"})  # fails now, if it does, and not when all is written
     read = read_captions(processor, data, folder, split)
     images = encode_images(model, processor, read.sources, dual_encoder=dual_encoder, batch_size=batch_size)
-    pairs = [(images.rows[image_id], text) for image_id in images.ids for text in read.captions[image_id]]
-    rows, captions = [row for row, _ in pairs], [text for _, text in pairs]
+    rows = [images.rows[image_id] for image_id in images.ids for _ in read.captions[image_id]]
+    captions = [text for image_id in images.ids for text in read.captions[image_id]]
     manifest: dict[str, Any] = {"images": images.ids, "not_usable": images.skipped}
     results: dict[str, Any] = {}
     if "captions" in tasks:
@@ -249,12 +238,10 @@ def evaluate(
     if "perplexity" in tasks:
         results["perplexity"] = {"perplexity": math.exp(loss), "loss": loss, "tokens": count}
     if "retrieval" in tasks:
-        found = {"ours": retrieve(image_embeds(model, images.features), embeds, rows)}
+        pairs = {"ours": (image_embeds(model, images.features), embeds)}
         if dual_encoder is not None:
-            found["dual encoder"] = retrieve(images.dual_embeds, dual_encoder.text_embeds(captions), rows)
-        results["retrieval"] = {
-            direction: {who: metrics[direction] for who, metrics in found.items()} for direction in DIRECTIONS
-        }
+            pairs["dual encoder"] = (images.dual_embeds, dual_encoder.text_embeds(captions))
+        results["retrieval"] = retrieval_metrics(pairs, torch.tensor(rows), DIRECTIONS)
     results |= {
         "denominator": {"rule": "usable images, and all of their captions", "images": len(images.ids),
                         "captions": len(captions), "tokens_of_a_caption": max_length},

@@ -3,9 +3,11 @@
 Axes: M questions, C candidates of each.
 """
 
+from collections.abc import Mapping
+
 import torch
 
-from modeling_fromage.ranking_fromage import recall_at_k
+from modeling_fromage.ranking_fromage import gallery_ranks, recall_at_k
 
 
 def target_ranks(scores: torch.Tensor, targets: torch.LongTensor) -> torch.LongTensor:
@@ -42,3 +44,20 @@ def ndcg(scores: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
     discount = torch.where(place < count, 1 / torch.log2(place + 2.0), 0.0)
     found, best = relevance.gather(-1, order), relevance.sort(dim=-1, descending=True).values
     return (found * discount).sum(-1) / (best * discount).sum(-1)
+
+
+def retrieval_metrics(
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], rows: torch.LongTensor, directions: tuple[str, str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """[`rank_metrics`] of texts to images and of images to texts, by the two `directions`' names and by whose they are.
+
+    Args:
+        pairs: By whose they are, unit vectors of images (N, d) and of texts (M, d).
+        rows (M,): The image of each text. Images without one are searched, and do not search.
+    """
+    of_texts, of_images = {}, {}
+    searching = rows.unique()
+    for who, (images, texts) in pairs.items():
+        of_texts[who] = rank_metrics(gallery_ranks(texts, images, rows, torch.arange(len(images))))
+        of_images[who] = rank_metrics(gallery_ranks(images[searching], texts, searching, rows))
+    return dict(zip(directions, (of_texts, of_images), strict=True))

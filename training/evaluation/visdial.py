@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 
-from modeling_fromage.ranking_fromage import gallery_ranks
 from training.evaluation.answers import context, rank_answers
 from training.evaluation.dialogues import ROUNDS, Dialogue, Dialogues, Turn, encode_dialogue_images, read_dialogues
 from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.images import EncodedImages
-from training.evaluation.metrics import rank_metrics
+from training.evaluation.metrics import retrieval_metrics
 from training.evaluation.partial import PartialScores
 from training.evaluation.prompts import embed_prompts, has_special_token, image_embeds, is_too_long
 from training.provenance import digest_of
 
 TASKS = ("answers", "retrieval")
-DIRECTIONS = ("image_to_dialogue", "dialogue_to_image")
+DIRECTIONS = ("dialogue_to_image", "image_to_dialogue")
 
 
 def dialogue_text(turns: Sequence[Turn]) -> str:
@@ -52,25 +51,15 @@ def retrieve(
         long = [dialogue for dialogue in dialogues if len(dialogue.turns) >= count]
         if not long:
             continue
-        labels = torch.tensor([images.rows[dialogue.image] for dialogue in long])
+        # Of the images, those that such a dialogue is about.
+        numbers, rows = torch.tensor([images.rows[dialogue.image] for dialogue in long]).unique(return_inverse=True)
         texts = [dialogue_text(dialogue.turns[:count]) for dialogue in long]
         prompts = [processor.bos_text + text + processor.ret_token for text in texts]
-        pairs = {"ours": (embeds, embed_prompts(model, processor, prompts, batch_size=batch_size))}
+        pairs = {"ours": (embeds[numbers], embed_prompts(model, processor, prompts, batch_size=batch_size))}
         if dual_encoder is not None:
-            pairs["dual encoder"] = (images.dual_embeds, dual_encoder.text_embeds(texts))
-        results[str(count)] = {
-            direction: {who: rank_metrics(_ranks(direction, *pair, labels)) for who, pair in pairs.items()}
-            for direction in DIRECTIONS
-        }
+            pairs["dual encoder"] = (images.dual_embeds[numbers], dual_encoder.text_embeds(texts))
+        results[str(count)] = retrieval_metrics(pairs, rows, DIRECTIONS)
     return results
-
-
-def _ranks(direction: str, image_rows: torch.Tensor, text_rows: torch.Tensor, labels: torch.LongTensor):
-    numbers = labels.unique()  # of images with a dialogue
-    image_rows = image_rows[numbers]
-    if direction == "image_to_dialogue":
-        return gallery_ranks(image_rows, text_rows, numbers, labels)
-    return gallery_ranks(text_rows, image_rows, labels, numbers)
 
 
 def leave_out(model: Any, processor: Any, read: Dialogues, images: EncodedImages, protocol: str):

@@ -143,7 +143,7 @@ def score_dual(dual_encoder: DualEncoder, stories: list[Story], photos: EncodedI
     captions, images = SETTINGS[setting]
     texts = dual_encoder.text_embeds([" ".join(story.captions[-captions:]) for story in stories])
     shown = [photos.dual_embeds[photos.rows_of(story.photos[:images])].sum(0) for story in stories]
-    return F.normalize((texts + torch.stack(shown)) / (1 + images), dim=-1) @ photos.dual_embeds.t()
+    return F.normalize(texts + torch.stack(shown), dim=-1) @ photos.dual_embeds.t()
 
 
 def ranks(scores: torch.Tensor, stories: list[Story], photos: EncodedImages, setting: str, mask: str) -> torch.Tensor:

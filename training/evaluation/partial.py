@@ -2,8 +2,12 @@
 
 import json
 import logging
+import os
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from training.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -11,7 +15,8 @@ logger = logging.getLogger(__name__)
 class PartialScores:
     """Numbers by a key, a line of JSON each, in a file whose first line says what they are scores of.
 
-    A file of something else is begun anew; a last line that was cut off is dropped.
+    Nothing that was computed is lost: a line that was cut off is dropped from a copy that then takes the file's place,
+    and a file of something else is moved aside, to the same name with `.1`, `.2`, ... behind it.
 
     Args:
         path: The file; `None` keeps nothing.
@@ -22,21 +27,38 @@ class PartialScores:
         self.path, self.found = path, {}
         if path is None:
             return
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
+        path.parent.mkdir(parents=True, exist_ok=True)
         first = json.dumps(facts).encode() + b"\n"
-        if whole[:1] != [first]:
-            whole = [first]
-        for line in whole[1:]:
-            key, scores = json.loads(line)
-            self.found[key] = scores
+        content = path.read_bytes() if path.is_file() else b""
+        header, *lines = content.splitlines(keepends=True) or [b""]
+        if header != first:
+            if lines:
+                _set_aside(path)
+            lines = []
+        kept = [first]
+        for line in lines:
+            try:
+                key, scores = json.loads(line) if line.endswith(b"\n") else (None, None)
+            except ValueError:  # a disk that lost its power leaves such lines
+                continue
+            if key is not None:
+                self.found[key] = scores
+                kept.append(line)
         if self.found:
             logger.warning("%s has scores of %d dialogues from an earlier run; it goes on.", path, len(self.found))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(whole))
+        if (whole := b"".join(kept)) != content:
+            replace_file(path, whole)
 
     def add(self, key: int, scores: Any):
         self.found[key] = scores
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([key, scores]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _set_aside(path: Path):
+    free = next(other for i in count(1) if not (other := path.with_name(f"{path.name}.{i}")).exists())
+    os.rename(path, free)
+    logger.warning("%s has scores of another model, data set or protocol; they are in %s now.", path, free)

@@ -1,13 +1,16 @@
 """Run the frozen vision encoder once over a data set: `python -m training.cache_features CONFIG.yaml DIR`.
 
 Takes the files of `training.train` and encodes their `train_data` (with `--eval`, their `eval_data`). DIR gets shards
-of fp16 pooled features, 2 KB for 1,024 of them, and a manifest of what they depend on. Where a training file says
+of pooled features, 2 KB for 1,024 of them in fp16 (where that does not hold a shard's values, they stay in the dtype of
+the encoder), each with the digests of its images, and a manifest of what they depend on. Where a training file says
 `feature_cache: DIR`, `training.train` takes the features from there, and refuses those of another encoder, of other
 preprocessing or of other images. A shard appears whole or not at all; the same command again does what is missing.
 Several processes share the work: under `torchrun`, or with `--rank` and `--world-size`.
 """
 
 import argparse
+import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -15,7 +18,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
+from PIL import Image, UnidentifiedImageError
+from safetensors.torch import save
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
@@ -23,16 +27,58 @@ from transformers.utils.hub import resolve_revision
 
 from modeling_fromage.assembly_fromage import load_backbone
 from modeling_fromage.backbones_fromage import pool_vision_output
-from modeling_fromage.images_fromage import load_rgb_image
+from modeling_fromage.fetching_fromage import UnreadableImageError, fetch, is_url
+from modeling_fromage.images_fromage import WEB_FORMATS, load_rgb_image
 from training.data import load_captioned_images
-from training.features import MANIFEST, describe, differences, is_whole, shard_name
+from training.features import (
+    MANIFEST,
+    ImageRecord,
+    check_images,
+    describe,
+    differences,
+    images_of,
+    is_whole,
+    name_of,
+    place_of,
+    read_manifest,
+    record_tensors,
+    shard_name,
+    source_digest,
+)
+from training.files import replace_file
 from training.train import ModelArguments, parse_config
 
 
-def _write(path: Path, write):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    os.replace(temporary, path)
+def read_image(image: Any) -> tuple[Image.Image, ImageRecord]:
+    """Read an image once: as RGB, and the record of just what was decoded.
+
+    Raises:
+        UnreadableImageError: It is missing, broken, or none.
+    """
+    place, mtime_ns = place_of(image), 0
+    if place is None:
+        contents = image["bytes"]
+    elif is_url(place):
+        contents = fetch(place)
+        try:
+            Image.open(io.BytesIO(contents), formats=WEB_FORMATS).close()
+        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise UnreadableImageError(name_of(image), "no image", str(error)) from error
+    else:
+        try:
+            mtime_ns = os.stat(place).st_mtime_ns  # before reading: what is written meanwhile is newer
+            contents = Path(place).read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(place, error.strerror) from error
+    rgb = load_rgb_image({"bytes": contents, "path": name_of(image)})
+    return rgb, ImageRecord(hashlib.sha256(contents).digest(), len(contents), mtime_ns, source_digest(place))
+
+
+def as_stored(features: torch.Tensor) -> torch.Tensor:
+    """`features` (n, width) in fp16, or as they are where that would overflow or lose small ones."""
+    half, exact = features.half(), features.float()
+    error = (half.float() - exact).norm(dim=-1)
+    return half if (error <= 2**-10 * exact.norm(dim=-1)).all() else features
 
 
 @torch.no_grad()
@@ -50,7 +96,8 @@ def cache_features(
     """Write the shards that this rank has to and that are not there yet; returns how many it wrote.
 
     Raises:
-        ValueError: `directory` has features of another encoder or other images, or an image cannot be read.
+        ValueError: `directory` has features of another encoder or other images, an image cannot be read, or its
+            features are not finite.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -63,26 +110,39 @@ def cache_features(
     manifest = {**describe(name, commit, model_args.vision_pooling, image_processor, dataset), "shard_size": shard_size}
     path = directory / MANIFEST
     if path.is_file():
-        present = json.loads(path.read_text(encoding="utf-8"))
-        if found := differences(manifest, present):
+        if found := differences(manifest, read_manifest(directory)):
             raise ValueError(f"{directory} already has features with {'; '.join(found)}. Give another folder.")
     else:
-        _write(path, lambda file: file.write_text(json.dumps(manifest, indent=1), encoding="utf-8"))
+        replace_file(path, json.dumps(manifest, indent=1).encode())
 
-    def collate(rows: list[dict[str, Any]]) -> torch.Tensor:
-        return image_processor([load_rgb_image(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
+    def collate(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, list[ImageRecord]]:
+        images, records = zip(*(read_image(row["image"]) for row in rows), strict=True)
+        return image_processor(list(images), return_tensors="pt")["pixel_values"], list(records)
+
+    def rows_of(number: int) -> Dataset:
+        return dataset.select(range(number * shard_size, min(len(dataset), (number + 1) * shard_size)))
 
     mine = range(rank, -(-len(dataset) // shard_size), world_size)
-    missing = [number for number in mine if not is_whole(directory / shard_name(number))]
+    missing = [number for number in mine if not is_whole(directory / shard_name(number), len(rows_of(number)))]
+    for number in sorted(set(mine) - set(missing)):
+        check_images(images_of(rows_of(number)), directory / shard_name(number), number * shard_size)
     for number in tqdm(missing, desc="Encoding shards", disable=rank > 0):
-        rows = dataset.select(range(number * shard_size, min(len(dataset), (number + 1) * shard_size)))
+        rows = rows_of(number)
         loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
-        features = []
-        for pixels in tqdm(loader, desc="Encoding images", leave=False, disable=rank > 0):
+        features, records = [], []
+        for pixels, batch_records in tqdm(loader, desc="Encoding images", leave=False, disable=rank > 0):
             output = encoder(pixels.to(device, encoder.dtype), return_dict=True)
-            features.append(pool_vision_output(output, model_args.vision_pooling, name).half().cpu())
-        tensors = {"features": torch.cat(features)}
-        _write(directory / shard_name(number), lambda file, tensors=tensors: save_file(tensors, file))
+            pooled = pool_vision_output(output, model_args.vision_pooling, name).cpu()
+            if not (finite := pooled.isfinite().all(-1)).all():
+                row = len(records) + int((~finite).nonzero()[0])
+                raise ValueError(
+                    f"The features of image {number * shard_size + row}, {name_of(rows[row]['image'])}, are not finite "
+                    f"in {model_args.dtype}. Leave the image out, or encode with dtype=float32."
+                )
+            features.append(pooled)
+            records += batch_records
+        tensors = {"features": as_stored(torch.cat(features)), **record_tensors(records)}
+        replace_file(directory / shard_name(number), save(tensors))
     return len(missing)
 
 

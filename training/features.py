@@ -1,27 +1,122 @@
-"""Cached features of a frozen vision encoder: what they depend on, and a data set that reads them."""
+"""Cached features of a frozen vision encoder: what they depend on, and a data set that reads them.
+
+A shard's file holds the features of its images, and what they are features of: of each image the SHA-256 and the size
+of its contents, the file's time of change, and a digest of its path or address.
+"""
 
 import hashlib
 import json
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 
+from modeling_fromage.fetching_fromage import is_url
 from modeling_fromage.fingerprint_fromage import fingerprint, weight_files
 
 MANIFEST = "manifest.json"
+DIGESTS = "sha256"
+REMAKE = "Encode yours into another folder: `python -m training.cache_features CONFIG.yaml DIR`."
+
+
+class ImageRecord(NamedTuple):
+    """What tells an image from another.
+
+    Attributes:
+        sha256 (32 bytes), size: of the file's contents, or of what was behind the address.
+        mtime_ns: When the file was changed; 0 of an image that is no file.
+        source (16 bytes): digest of the absolute path or the address; of an image within the data set, of nothing.
+    """
+
+    sha256: bytes
+    size: int
+    mtime_ns: int
+    source: bytes
+
+    def is_of(self, image: Any) -> bool:
+        """Whether `image` is the recorded one. A file is read only where its path or time of change is another; an
+        address is compared, and not fetched, and so is the path of a file that is gone."""
+        place = place_of(image)
+        if place is None:
+            return hashlib.sha256(image["bytes"]).digest() == self.sha256
+        same_source = source_digest(place) == self.source
+        if is_url(place):
+            return same_source
+        try:
+            found = os.stat(place)
+        except FileNotFoundError:
+            return same_source
+        if found.st_size != self.size:
+            return False
+        if same_source and found.st_mtime_ns == self.mtime_ns:
+            return True
+        with open(place, "rb") as file:
+            return hashlib.file_digest(file, DIGESTS).digest() == self.sha256
+
+
+def place_of(image: Any) -> str | None:
+    """The absolute path or the address of a data set's image; `None` where the data set itself holds its file."""
+    if isinstance(image, dict):
+        if image.get("bytes"):
+            return None
+        image = image.get("path") or ""
+    return image if is_url(image) else os.path.abspath(image)
+
+
+def name_of(image: Any) -> str:
+    """For messages."""
+    return (place_of(image) or str(image.get("path") or "in memory"))[:200]
+
+
+def source_digest(place: str | None) -> bytes:
+    return hashlib.blake2b((place or "").encode(), digest_size=16).digest()
+
+
+def record_tensors(records: list[ImageRecord]) -> dict[str, torch.Tensor]:
+    """Of n images: `sha256` (n, 32), `size` (n,), `mtime_ns` (n,) and `source` (n, 16)."""
+    sha256, sizes, times, sources = zip(*records, strict=True)
+    return {
+        "sha256": torch.frombuffer(bytearray(b"".join(sha256)), dtype=torch.uint8).view(len(records), -1),
+        "size": torch.tensor(sizes, dtype=torch.int64),
+        "mtime_ns": torch.tensor(times, dtype=torch.int64),
+        "source": torch.frombuffer(bytearray(b"".join(sources)), dtype=torch.uint8).view(len(records), -1),
+    }
+
+
+def read_records(shard: Path) -> Iterator[ImageRecord]:
+    with safe_open(shard, "pt") as file:
+        sha256, sizes, times, sources = (file.get_tensor(name) for name in ImageRecord._fields)
+    for digest, size, time, source in zip(sha256.numpy(), sizes.tolist(), times.tolist(), sources.numpy(), strict=True):
+        yield ImageRecord(digest.tobytes(), size, time, source.tobytes())
+
+
+def images_of(dataset: Dataset) -> Iterator[Any]:
+    for batch in dataset.select_columns(["image"]).iter(1024):
+        yield from batch["image"]
+
+
+def check_images(images: Iterable[Any], shard: Path, first: int):
+    """
+    Raises:
+        ValueError: An image is not the one whose features `shard`, from number `first` on, has in its place.
+    """
+    for number, (image, record) in enumerate(zip(images, read_records(shard), strict=False), start=first):
+        if not record.is_of(image):
+            raise ValueError(
+                f"The feature cache {shard.parent} is of other images: image {number}, {name_of(image)}, is not "
+                f"that of {shard.name}. {REMAKE}"
+            )
 
 
 def describe(
     vision_model: str, revision: str | None, pooling: str, image_processor, dataset: Dataset
 ) -> dict[str, Any]:
-    """What features depend on: the encoder's weights and pooling, its preprocessing, and the images' names in order."""
-    images = hashlib.sha256()
-    for image in dataset["image"]:
-        name = image if isinstance(image, str) else image["path"] or hashlib.sha256(image["bytes"]).hexdigest()
-        images.update(Path(name).name.encode() + b"\0")
+    """What all features depend on: the encoder's weights and pooling, its preprocessing, and the number of images."""
     preprocessing = {key: value for key, value in image_processor.to_dict().items() if key != "auto_map"}
     prints = fingerprint(weight_files(vision_model, revision, None, None))
     return {
@@ -31,8 +126,22 @@ def describe(
         "vision_pooling": pooling,
         "preprocessing": json.loads(json.dumps(preprocessing, default=str)),
         "num_images": len(dataset),
-        "images": images.hexdigest(),
+        "image_digests": DIGESTS,
     }
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: It does not say which images the features are of, as those of earlier versions.
+    """
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    if manifest.get("image_digests") != DIGESTS:
+        raise ValueError(
+            f"The feature cache {directory} is of an earlier version, which knew images by their names alone: another "
+            f"picture of the same name would pass for its own. {REMAKE}"
+        )
+    return manifest
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -44,13 +153,18 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 class CachedFeatures(torch.utils.data.Dataset):
     """A data set of captions whose images are their cached features, read from disk a row at a time.
 
+    Opening it compares every image with the one that was encoded: files by path, size and time of change, and by their
+    contents where one of these is another, so that moved or copied images are known again; images within the data set
+    by their contents; addresses, and files that are gone, by name.
+
     Args:
-        dataset: The data set that was encoded, with a column `caption`.
+        dataset: The data set that was encoded, with columns `image` and `caption`.
         directory: What `training.cache_features` wrote.
         expected: [`describe`] of the encoder that the features are for.
 
     Raises:
-        ValueError: The cache is of another encoder or other images, or not complete.
+        ValueError: The cache is of another encoder or other images, or not complete. When a row is read: its features
+            are not finite.
     """
 
     def __init__(self, dataset: Dataset, directory: str | Path, expected: dict[str, Any]):
@@ -59,19 +173,23 @@ class CachedFeatures(torch.utils.data.Dataset):
             raise ValueError(
                 f"{directory} is no feature cache: it has no {MANIFEST}. Run training.cache_features first."
             )
-        manifest = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest(self.directory)
         if found := differences(expected, manifest):
             raise ValueError(
                 f"The feature cache {directory} is of another encoder or other images: it has {'; '.join(found)}. "
-                "Encode yours into another folder with training.cache_features."
+                f"{REMAKE}"
             )
         self.shard_size = manifest["shard_size"]
-        shards = -(-len(dataset) // self.shard_size)
-        if missing := [i for i in range(shards) if not is_whole(self.directory / shard_name(i))]:
+        starts = range(0, len(dataset), self.shard_size)
+        counts = [min(self.shard_size, len(dataset) - start) for start in starts]
+        if missing := [i for i, count in enumerate(counts) if not is_whole(self.directory / shard_name(i), count)]:
             raise ValueError(
-                f"The feature cache {directory} lacks {len(missing)} of its {shards} shards, the first of them "
+                f"The feature cache {directory} lacks {len(missing)} of its {len(starts)} shards, the first of them "
                 f"{shard_name(missing[0])}. Run training.cache_features again to complete it."
             )
+        images = images_of(dataset)
+        for number, start in enumerate(starts):
+            check_images(islice(images, counts[number]), self.directory / shard_name(number), start)
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -81,7 +199,13 @@ class CachedFeatures(torch.utils.data.Dataset):
         shard, row = divmod(index, self.shard_size)
         if shard not in self._open:
             self._open[shard] = safe_open(self.directory / shard_name(shard), "pt").get_slice("features")
-        return {"pooled_image_features": self._open[shard][row], "caption": self.captions[index]["caption"]}
+        features = self._open[shard][row]
+        if not features.isfinite().all():
+            raise ValueError(
+                f"The features in row {row} of {self.directory / shard_name(shard)}, of image {index}, are not finite. "
+                "Remove the file and run training.cache_features again."
+            )
+        return {"pooled_image_features": features, "caption": self.captions[index]["caption"]}
 
     def __getstate__(self):
         return {**self.__dict__, "_open": {}}  # every loader's process opens files of its own
@@ -91,10 +215,12 @@ def shard_name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: Path, count: int) -> bool:
+    """Whether `path` holds the features and records of `count` images."""
     try:
         with safe_open(path, "pt") as file:
-            return "features" in file.keys()  # noqa: SIM118 (a method of safetensors)
+            names = ("features", *ImageRecord._fields)
+            return all(file.get_slice(name).get_shape()[0] == count for name in names)
     except (OSError, SafetensorError):
         return False
 

@@ -39,6 +39,17 @@ class FromageBranchesMixin:
     def _across_processes(self) -> bool:
         return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+    @property
+    def _dispatch_hint(self) -> str:
+        """What may have cut a batch's tensors apart, for errors about their lengths."""
+        if not self._across_processes:
+            return ""
+        return (
+            " Of a streamed data set, accelerate cuts batches between processes, and concatenated captions have fewer "
+            'rows than images: set `accelerator_config={"dispatch_batches": False}` in TrainingArguments, or use '
+            "FromageTrainer."
+        )
+
     # ---- passes without padding ------------------------------------------------------------------------------------
 
     def _packs_rows(self, mask: torch.Tensor) -> bool:
@@ -125,7 +136,7 @@ class FromageBranchesMixin:
         if pooled is None or len(pooled) != len(input_ids):
             raise ValueError(
                 f"Retrieval text i pairs with image i, but there are {len(input_ids)} texts and "
-                f"{0 if pooled is None else len(pooled)} images."
+                f"{0 if pooled is None else len(pooled)} images.{self._dispatch_hint}"
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         branch = self._ret_only_branch if self._only_ret_needs_gradient(input_ids, mask) else self._text_branch

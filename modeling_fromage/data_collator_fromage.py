@@ -70,11 +70,13 @@ class FromageDataCollator:
         input_ids, attention_mask = _pad([ids for ids, _ in rows], self._pad_id)
         labels, _ = _pad([targets for _, targets in rows], -100)
         return {
+            # A row an example, before the fewer ones of concatenated captions: the first tensor's length is what
+            # accelerate cuts a streamed batch to, and what the Trainer counts as its size.
+            "retrieval_input_ids": retrieval[0],
+            "retrieval_attention_mask": retrieval[1],
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "retrieval_input_ids": retrieval[0],
-            "retrieval_attention_mask": retrieval[1],
             **self._images(examples),
         }
 

@@ -381,7 +381,7 @@ class FromageForConditionalGeneration(
         if count != len(vectors):
             raise ValueError(
                 f"The text has {count} image placeholder tokens, but {len(vectors) // k} images were given, which take "
-                f"{len(vectors)} ({k} each). Let FromageProcessor build both."
+                f"{len(vectors)} ({k} each). Let FromageProcessor build both.{self._dispatch_hint}"
             )
         if count:
             embeds = embeds.masked_scatter(is_image[..., None], vectors.to(embeds))
@@ -446,8 +446,14 @@ class FromageForConditionalGeneration(
             return_logits: Whether to return logits beside a loss; defaults to True in eval mode only.
 
         Raises:
-            ValueError: Counts of images, placeholders or retrieval texts disagree, or a text has no `[RET]`.
+            ValueError: Counts of images, placeholders or retrieval texts disagree, a text has no `[RET]`, or in
+                training the labels of captioning rows beside retrieval texts are missing.
         """
+        if self.training and labels is None and input_ids is not None and retrieval_input_ids is not None:
+            raise ValueError(
+                "A training batch has captioning rows and retrieval texts, but no labels. A Trainer with "
+                "`label_smoothing_factor` or `compute_loss_func` takes them away and replaces the loss: leave it out."
+            )
         pooled = self._pooled_or_none(pixel_values, pooled_image_features)
         parts: dict[str, Any] = {}
         if input_ids is not None or inputs_embeds is not None:

@@ -21,6 +21,7 @@ from modeling_fromage import (
 )
 from modeling_fromage.trainer_fromage import last_complete_checkpoint
 from tests.test_checkpoints import TRAINED_KEYS, assemble, assert_equal, backbones, keys_of, outputs  # noqa: F401
+from training.train import main
 
 ROOT = Path(__file__).parent.parent
 RUN = """
@@ -139,10 +140,43 @@ def test_best_model_and_limit(backbones, tmp_path, trainer_class, caplog):  # no
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-4)
 
 
-def test_nothing_to_resume_from(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        last_complete_checkpoint(tmp_path)
+@pytest.mark.parametrize("resume", [True, "true", "True"])
+def test_one_command_before_and_after_the_first_checkpoint(backbones, tmp_path, resume, caplog):  # noqa: F811
+    (tmp_path / "checkpoint-3").mkdir()  # killed in its first save
+    (tmp_path / "checkpoint-best").mkdir()  # not the Trainer's
+    assert last_complete_checkpoint(tmp_path) is None
+    model, processor = assemble(backbones)
+    data = [{"pooled_image_features": torch.rand(32), "caption": f"a cat number {i}"} for i in range(8)]
+    steps = []
+    for max_steps in (2, 4):
+        args = TrainingArguments(output_dir=str(tmp_path), max_steps=max_steps, per_device_train_batch_size=4,
+                                 save_steps=2, logging_steps=1, report_to="none", use_cpu=True)  # fmt: skip
+        trainer = FromageTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+        first_steps = []
+        trainer.training_step = lambda *a, t=trainer, f=first_steps, step=trainer.training_step, **k: (
+            f.append(t.state.global_step) or step(*a, **k)
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        steps.append(first_steps)
+    assert steps == [[0, 1], [2, 3]]
+    assert caplog.text.count("has no complete checkpoint yet: training starts from the beginning") == 1
+
+
+@pytest.mark.parametrize("missing", ["checkpoint-9", "elsewhere"])
+def test_an_explicit_checkpoint_that_is_missing_is_refused(backbones, tmp_path, missing):  # noqa: F811
+    model, processor = assemble(backbones)
+    data = [{"pooled_image_features": torch.rand(32), "caption": f"a cat number {i}"} for i in range(8)]
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    trainer = FromageTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+    with pytest.raises((ValueError, OSError), match=missing):
+        trainer.train(resume_from_checkpoint=str(tmp_path / missing))
+
+
+def test_the_training_command_resumes_before_the_first_checkpoint(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in ("true", "'true'"):
+        main([str(config), f"output_dir={value}.run", "max_steps=1", f"resume_from_checkpoint={value}"])
+        assert list(losses(Path(f"{value}.run"))) == [1]
 
 
 def test_processor_of_another_model_is_refused(backbones, tmp_path):  # noqa: F811

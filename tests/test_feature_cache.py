@@ -207,6 +207,13 @@ def test_images_within_the_data_set_and_behind_addresses(config, tmp_path, monke
     monkeypatch.setattr(cache_features, "fetch", lambda url: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(ValueError, match="https://example.org/a.bmp: no image"):
         cache_features.cache_features(model_args, dataset(*addresses), tmp_path / "script")
+    for image, reason in (
+        ({"bytes": None, "path": None}, "in memory: no image"),
+        (str(tmp_path / "none.bmp"), "none.bmp: No such file"),
+        ({"bytes": b"no picture", "path": "x.bmp"}, "x.bmp: no image"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            cache_features.cache_features(model_args, dataset(image), tmp_path / "unreadable")
 
 
 def test_caches_that_know_names_alone_are_refused(config, tmp_path):

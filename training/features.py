@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 
-from modeling_fromage.fetching_fromage import is_url
+from modeling_fromage.fetching_fromage import UnreadableImageError, is_url
 from modeling_fromage.fingerprint_fromage import fingerprint, weight_files
 
 MANIFEST = "manifest.json"
@@ -60,11 +60,17 @@ class ImageRecord(NamedTuple):
 
 
 def place_of(image: Any) -> str | None:
-    """The absolute path or the address of a data set's image; `None` where the data set itself holds its file."""
+    """The absolute path or the address of a data set's image; `None` where the data set itself holds its file.
+
+    Raises:
+        UnreadableImageError: It has neither.
+    """
     if isinstance(image, dict):
         if image.get("bytes"):
             return None
-        image = image.get("path") or ""
+        if not image.get("path"):
+            raise UnreadableImageError("in memory", "no image", "neither bytes nor a path")
+        image = image["path"]
     return image if is_url(image) else os.path.abspath(image)
 
 

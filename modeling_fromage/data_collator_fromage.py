@@ -20,35 +20,39 @@ class FromageDataCollator:
 
     Args:
         processor ([`FromageProcessor`]): Tokenizer, image processor and token ids.
-        max_length (`int`): Tokens of a caption, BOS, suffix and `[RET]` included; longer ones lose their last words.
+        max_length (`int`, *optional*): Tokens of a caption, BOS, suffix and `[RET]` included; longer ones lose their
+            last words.
         concat_captions_prob (`float`): Chance, per batch, that captioning rows 2i and 2i + 1 become one sequence.
             Whether they do is a function of `seed` and the batch's tokens, so that a resumed run repeats it.
-        caption_prefix (`str`): Text between the visual tokens and BOS, not a target.
-        caption_suffix (`str`): Text that ends a caption, a target of captioning.
+        caption_prefix (`str`, *optional*): Text between the visual tokens and BOS, not a target.
+        caption_suffix (`str`, *optional*): Text that ends a caption, a target of captioning.
         seed (`int`): Seed of that draw.
         training (`bool`): With False nothing is concatenated.
+
+    `max_length`, `caption_prefix` and `caption_suffix` default to the processor's. Given here, they become the
+    processor's too, so that what is saved is what was trained.
 
     Raises:
         ValueError: An empty batch, an empty caption, a caption that holds a special token, or an unreadable image.
     """
 
     processor: FromageProcessor
-    max_length: int = 24
+    max_length: int | None = None
     concat_captions_prob: float = 0.5
-    caption_prefix: str = ""
-    caption_suffix: str = ""
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
     seed: int = 0
     training: bool = True
 
     def __post_init__(self):
-        tokenizer = self.processor.tokenizer
-        self._bos = [tokenizer.bos_token_id] if self.processor.bos_text else []
-        self._prefix = self._tokenize(self.caption_prefix)
+        processor = self.processor
+        processor.set_caption_format(self.caption_prefix, self.caption_suffix, self.max_length)
+        self.caption_prefix, self.caption_suffix = processor.caption_prefix, processor.caption_suffix
+        self.max_length = processor.max_length
+        self._bos = [processor.tokenizer.bos_token_id] if processor.bos_text else []
+        prompt = processor.caption_prompt_ids()
+        self._head = prompt[: len(prompt) - len(self._bos)]
         self._suffix = self._tokenize(self.caption_suffix)
-        if self.max_length < len(self._bos) + len(self._suffix) + 2:
-            raise ValueError(
-                f"`max_length` {self.max_length} leaves no room for a caption beside BOS, suffix and [RET]."
-            )
 
     def _tokenize(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False).input_ids
@@ -61,7 +65,7 @@ class FromageDataCollator:
         ret = [self.processor.ret_token_id]
         retrieval = _pad([self._bos + ids + ret for ids in captions], self._pad_id)
         # After a prefix that no BOS parts from it, a caption goes on with the sentence.
-        space = " " if self._prefix and not self._bos else ""
+        space = " " if self.caption_prefix and not self._bos else ""
         rows = [self._captioning_row(self._caption_ids(space + text) if space else ids)
                 for text, ids in zip(texts, captions, strict=True)]  # fmt: skip
         if self._concatenate(captions):
@@ -97,9 +101,8 @@ class FromageDataCollator:
 
     def _captioning_row(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Tokens and targets; BOS is a target, predicted from the last visual token, as in the authors' code."""
-        head = [self.processor.image_token_id] * self.processor.num_image_tokens + self._prefix
         body = self._bos + ids + self._suffix
-        return head + body, [-100] * len(head) + body
+        return self._head + body, [-100] * len(self._head) + body
 
     def _concatenate(self, captions: list[list[int]]) -> bool:
         if not self.training:

@@ -54,7 +54,8 @@ class FromagePipeline(Pipeline):
         """
         Args:
             inputs: A chat (messages with roles), an interleaved prompt (a list of texts and PIL images, or one text),
-                or a list of either. Datasets and generators of prompts give an iterator.
+                or a list of either. Datasets and generators of prompts give an iterator. Images alone ask for a
+                caption, in the format that the processor has from training.
                 A message's content is a text or a list of parts, as in transformers; an answer of this pipeline goes
                 in as `{"role": "assistant", "content": answer}`, and its images are not shown again.
             batch_size: Prompts at a time.
@@ -132,6 +133,11 @@ class FromagePipeline(Pipeline):
         else:
             parts = _parts(prompt.parts, feed_images_back)
             text = self.processor.join_parts(parts)
+            is_formatted = self.processor.caption_prefix or self.processor.caption_suffix
+            if is_formatted and len(self.processor.shown_images(parts)) == len(parts):
+                # Images alone ask for a caption, which the model learnt to write in this format.
+                text += self.processor.caption_start
+                stops = self.processor.caption_stop_strings
         images = [_read_image(part, limits, allow_local_files) for part in self.processor.shown_images(parts)]
         shown = [part["id"] for part in parts if part["type"] == "image" and "id" in part]
         return {"text": text, "images": images, "shown": [*shown, *exclude_ids], "stops": stops}

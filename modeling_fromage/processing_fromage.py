@@ -1,5 +1,6 @@
 """Text and images to model inputs: the only place where FROMAGe's tokenizer is set up."""
 
+import logging
 import os
 from typing import Any
 
@@ -10,7 +11,11 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .images_fromage import load_rgb_image
 
+logger = logging.getLogger(__name__)
 IMAGE_TOKEN, RET_TOKEN = "<|image|>", "[RET]"  # noqa: S105 (no passwords)
+
+# How captions are laid out where nothing says otherwise: as in the paper.
+_CAPTION_FORMAT = {"caption_prefix": "", "caption_suffix": "", "max_length": 24}
 
 # The paper's dialogue style, for language models without a chat template of their own.
 DEFAULT_CHAT_TEMPLATE = (
@@ -35,18 +40,37 @@ class FromageProcessor(ProcessorMixin):
         tokenizer: Any transformers tokenizer; it gains the two tokens where it lacks them.
         num_image_tokens (`int`, defaults to 1): Placeholders per image (`k`).
         chat_template (`str`, *optional*): Defaults to the tokenizer's, else to the paper's "Q: ... A: ...".
+        caption_prefix (`str`, *optional*, defaults to `""`): Text between an image and its caption, before BOS.
+        caption_suffix (`str`, *optional*, defaults to `""`): Text that ends a caption.
+        max_length (`int`, *optional*, defaults to 24): Tokens of a caption in training, with BOS, suffix and `[RET]`.
+
+    The last three are how captions were laid out in training. They are saved with the processor, and captions are
+    written, read and scored with them.
 
     Raises:
-        ValueError: The tokenizer has the two tokens in an order or with gaps that FROMAGe does not use.
+        ValueError: The tokenizer has the two tokens in an order or with gaps that FROMAGe does not use; or captions
+            cannot be laid out in this way.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, num_image_tokens: int = 1, chat_template=None, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens: int = 1,
+        chat_template=None,
+        caption_prefix: str | None = None,
+        caption_suffix: str | None = None,
+        max_length: int | None = None,
+        **kwargs,
+    ):
         self.num_image_tokens = num_image_tokens
         self.image_token, self.ret_token = IMAGE_TOKEN, RET_TOKEN
         self.image_token_id, self.ret_token_id = _add_tokens(tokenizer)
         self.bos_text = _bos_text(tokenizer)
         chat_template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.__dict__.update(_CAPTION_FORMAT)
+        self.set_caption_format(caption_prefix, caption_suffix, max_length)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -54,12 +78,30 @@ class FromageProcessor(ProcessorMixin):
     ) -> "FromageProcessor":
         """Build a processor from the image processor and the tokenizer of two backbones.
 
-        `gguf_file` and `revision` go to the tokenizer; other keyword arguments (`token`, `cache_dir`, ...) to both.
+        `gguf_file` and `revision` go to the tokenizer, `caption_prefix`, `caption_suffix` and `max_length` to the
+        processor itself; other keyword arguments (`token`, `cache_dir`, ...) to both backbones.
+
+        Raises:
+            OSError, ValueError: A backbone is not found, or has no image processor or tokenizer.
         """
+        caption_format = {key: kwargs.pop(key) for key in _CAPTION_FORMAT if key in kwargs}
         for_tokenizer = {key: kwargs.pop(key) for key in ("gguf_file", "revision") if key in kwargs}
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **for_tokenizer, **kwargs)
-        return cls(image_processor=image_processor, tokenizer=tokenizer, num_image_tokens=num_image_tokens)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **for_tokenizer, **kwargs)
+        except ValueError as error:  # which does not say of what
+            raise ValueError(f"No tokenizer can be loaded from {text_model_name_or_path}: {error}") from error
+        return cls(image_processor, tokenizer, num_image_tokens, **caption_format)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "FromageProcessor":
+        """As in transformers. `caption_prefix`, `caption_suffix` and `max_length` replace what is saved."""
+        # A tokenizer would take `max_length` for the length of every text.
+        caption_format = {key: kwargs.pop(key) for key in _CAPTION_FORMAT if key in kwargs}
+        processor = super().from_pretrained(*args, **kwargs)
+        if caption_format:
+            processor.set_caption_format(**caption_format)
+        return processor
 
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
@@ -86,13 +128,65 @@ class FromageProcessor(ProcessorMixin):
         return super().__call__(images=_read(images), text=text, add_special_tokens=False, **kwargs)
 
     def add_bos(self, text: str) -> str:
-        """Put BOS, where the tokenizer uses one, directly after the leading images; none where the text has it."""
+        """Put BOS, where the tokenizer uses one, directly after the leading images; none where the text has it there,
+        or behind `caption_prefix` as before a caption."""
         rest = text
         while rest.startswith(self.image_token):
             rest = rest[len(self.image_token) :]
-        if not rest or rest.startswith(self.bos_text):
+        if not rest or rest.startswith((self.bos_text, self.caption_start)):
             return text
         return text[: len(text) - len(rest)] + self.bos_text + rest
+
+    def set_caption_format(
+        self, caption_prefix: str | None = None, caption_suffix: str | None = None, max_length: int | None = None
+    ):
+        """Lay captions out in another way; what is None stays as it is.
+
+        Raises:
+            ValueError: A text holds a special token, or `max_length` leaves no room for a caption.
+        """
+        given = {"caption_prefix": caption_prefix, "caption_suffix": caption_suffix, "max_length": max_length}
+        given = {name: value for name, value in given.items() if value is not None}
+        new = {**{name: getattr(self, name) for name in _CAPTION_FORMAT}, **given}
+        for name in ("caption_prefix", "caption_suffix"):
+            text = new[name]
+            if not isinstance(text, str) or self.image_token in text or self.ret_token in text:
+                raise ValueError(
+                    f"`{name}` must be a text without {self.image_token} and {self.ret_token}, got {text!r}."
+                )
+        length = new["max_length"]
+        if not isinstance(length, int) or isinstance(length, bool):
+            raise ValueError(f"`max_length` must be a number of tokens, got {length!r}.")
+        suffix = self.tokenizer(new["caption_suffix"], add_special_tokens=False).input_ids
+        if length < bool(self.bos_text) + len(suffix) + 2:
+            raise ValueError(f"`max_length` {length} leaves no room for a caption beside BOS, suffix and [RET].")
+        for name, value in given.items():
+            before = getattr(self, name)
+            if before not in (value, _CAPTION_FORMAT[name]):
+                logger.warning(
+                    "The processor's `%s` was %r and is now %r, for all that uses this processor.", name, before, value
+                )
+            setattr(self, name, value)
+
+    @property
+    def caption_start(self) -> str:
+        """What stands between an image and its caption: `caption_prefix`, and BOS where the tokenizer uses one."""
+        return self.caption_prefix + self.bos_text
+
+    @property
+    def caption_prompt(self) -> str:
+        """What a caption is the continuation of, in training as afterwards: an image, and [`caption_start`]."""
+        return self.image_token + self.caption_start
+
+    def caption_prompt_ids(self) -> list[int]:
+        """Tokens of [`caption_prompt`], with `num_image_tokens` placeholders."""
+        text = self.image_token * self.num_image_tokens + self.caption_start
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @property
+    def caption_stop_strings(self) -> list[str]:
+        """What ends a caption that is written: a newline, or `caption_suffix`, unless that is blank."""
+        return list(dict.fromkeys(["\n", self.caption_suffix] if self.caption_suffix.strip() else ["\n"]))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.num_image_tokens

@@ -75,9 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--images", type=Path, help="folder of COCO's images")
     one.add_argument("--split", default="validation", help="of a dataset")
     one.add_argument("--tasks", nargs="+", choices=captioning.TASKS, default=captioning.TASKS)
-    one.add_argument("--caption-prefix", default="", help="text between image and caption, as in training")
-    one.add_argument("--caption-suffix", default="", help="text that ends a caption, as in training")
-    one.add_argument("--max-length", type=int, default=24, help="tokens of a caption that is read, as in training")
+    one.add_argument("--caption-prefix", help="text between image and caption, by default as in training")
+    one.add_argument("--caption-suffix", help="text that ends a caption, by default as in training")
+    one.add_argument("--max-length", type=int, help="tokens of a caption that is read, by default as in training")
     one.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a caption that is written")
 
     tasks.add_parser("render", help="write the README's table from the results in training/results")

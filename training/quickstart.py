@@ -97,9 +97,7 @@ def evaluate(model, processor, collator, trainer, held_out: Split) -> dict[str, 
     rows = list(range(n))
     for name, order in (("caption_loss", rows), ("caption_loss_shuffled_images", rows[n // 2 :] + rows[: n // 2])):
         results[name], _, _ = read_through(model, collator, held_out.features, order, held_out.captions)
-    results["captions"] = generate_captions(
-        model, processor, held_out.features, collator.caption_prefix, max_new_tokens=16
-    )
+    results["captions"] = generate_captions(model, processor, held_out.features, max_new_tokens=16)
     return results
 
 
@@ -109,13 +107,13 @@ def search_texts(model, processor, texts: list[str], index: FromageImageIndex, t
     return index.search(model.get_text_embeds(inputs["input_ids"], inputs["attention_mask"]), top_k)
 
 
-def converse(pipe: FromagePipeline, held_out: Split, prompts: list[str], prefix: str) -> list[dict[str, Any]]:
+def converse(pipe: FromagePipeline, held_out: Split, prompts: list[str]) -> list[dict[str, Any]]:
     """A short interleaved conversation: the model says what a picture shows, and shows what a text asks for."""
     turns: list[dict[str, Any]] = []
     shown: list[str] = []
     for i in (0, len(held_out.images) // 2):
-        turns.append({"role": "user", "image": held_out.images[i], "text": prefix + " ..."})
-        said = pipe([Path(held_out.images[i]), prefix], max_new_tokens=16, max_num_rets=0, eos_token_id=None)
+        turns.append({"role": "user", "image": held_out.images[i], "text": f"{pipe.processor.caption_prefix} ..."})
+        said = pipe(Path(held_out.images[i]), max_new_tokens=16, max_num_rets=0, eos_token_id=None)
         text = " ".join(segment["text"] for segment in said)
         turns.append({"role": "model", "text": text, "truth": held_out.captions[i]})
         shown.append(held_out.images[i])
@@ -212,7 +210,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     results["rankings"] = search_texts(model, processor, held_out.captions, gallery, top_k=min(5, len(gallery)))[0]
     prompts = options.prompts or report.DEFAULT_PROMPTS
-    results["conversation"] = converse(pipe, held_out, prompts, data_args.caption_prefix)
+    results["conversation"] = converse(pipe, held_out, prompts)
     results["seconds"] = time.monotonic() - start
     results.update(provenance("cpu"))
     report.write(output, results, held_out.images, held_out.captions)

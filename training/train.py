@@ -34,7 +34,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The captioned images and how they become sequences (see FromageDataCollator)."""
+    """The captioned images and how they become sequences (see FromageDataCollator and FromageProcessor)."""
 
     train_data: str = field(metadata={"help": "A TSV or CSV file, an image folder, or a datasets repository."})
     eval_data: str | None = None
@@ -42,10 +42,10 @@ class DataArguments:
     eval_split: str = "validation"
     image_column: str = "image"
     caption_column: str | None = None
-    max_length: int = 24
+    max_length: int | None = None
     concat_captions_prob: float = 0.5
-    caption_prefix: str = ""
-    caption_suffix: str = ""
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
     feature_cache: str | None = field(default=None, metadata={"help": "Folder of training.cache_features."})
     eval_feature_cache: str | None = None
 

@@ -23,7 +23,7 @@ from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.files import read_json
 from training.evaluation.images import encode_images
 from training.evaluation.metrics import retrieval_metrics
-from training.evaluation.prompts import has_special_token, image_embeds, image_text, tokenize
+from training.evaluation.prompts import has_special_token, image_embeds
 
 TASKS = ("captions", "perplexity", "retrieval")
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -112,35 +112,29 @@ def _identity(source: ImageSource) -> str:
 
 @torch.no_grad()
 def generate_captions(
-    model: Any,
-    processor: Any,
-    features: torch.Tensor,
-    prefix: str = "",
-    max_new_tokens: int = 32,
-    batch_size: int = 32,
+    model: Any, processor: Any, features: torch.Tensor, max_new_tokens: int = 32, batch_size: int = 32
 ) -> list[str]:
-    """Greedy captions of images by their pooled features (N, vision width), up to a newline or an end token.
+    """Greedy captions of images by their pooled features (N, vision width), up to what ends a caption or an end token.
 
-    The prompt is what [`FromageDataCollator`] puts before a caption: the image, `prefix`, and BOS.
+    Where a caption begins and ends is the processor's to say: as in training.
     """
-    tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
-    newline = tokenizer("\n", add_special_tokens=False).input_ids[-1:]
-    ends = newline + (ends if isinstance(ends, list) else [ends] if ends is not None else [])
-    prompt, texts = image_text(processor) + prefix + processor.bos_text, []
+    prompt, stops = torch.tensor([processor.caption_prompt_ids()]), processor.caption_stop_strings
+    texts = []
     for chunk in tqdm(features.split(batch_size), desc="Writing captions"):
-        ids, mask = tokenize(processor, [prompt] * len(chunk), model.device)
+        ids = prompt.expand(len(chunk), -1).to(model.device)
         sequences = model.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=torch.ones_like(ids),
             pooled_image_features=chunk.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
+            stop_strings=stops,
+            tokenizer=processor.tokenizer,
+            pad_token_id=processor.tokenizer.pad_token_id,
             max_num_rets=0,
         )
-        written = processor.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
-        texts += [text.split("\n")[0].strip() for text in written]
+        for text in processor.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True):
+            texts.append(min((text.partition(stop)[0] for stop in stops), key=len).strip())
     return texts
 
 
@@ -208,16 +202,20 @@ def evaluate(
     folder: Path | None = None,
     split: str = "validation",
     tasks: Sequence[str] = TASKS,
-    caption_prefix: str = "",
-    caption_suffix: str = "",
-    max_length: int = 24,
+    caption_prefix: str | None = None,
+    caption_suffix: str | None = None,
+    max_length: int | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
     dual_encoder: DualEncoder | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Generated captions, perplexity and retrieval; results, and the manifest of what was really used."""
+    """Generated captions, perplexity and retrieval; results, and the manifest of what was really used.
+
+    How captions are laid out is the processor's to say, unless it is given here.
+    """
     if "captions" in tasks:
         caption_metrics({"": ["a cat"]}, {"": "a cat"})  # fails now, if it does, and not when all is written
+    processor.set_caption_format(caption_prefix, caption_suffix, max_length)
     read = read_captions(processor, data, folder, split)
     images = encode_images(model, processor, read.sources, dual_encoder=dual_encoder, batch_size=batch_size)
     rows = [images.rows[image_id] for image_id in images.ids for _ in read.captions[image_id]]
@@ -225,15 +223,13 @@ def evaluate(
     manifest: dict[str, Any] = {"images": images.ids, "not_usable": images.skipped}
     results: dict[str, Any] = {}
     if "captions" in tasks:
-        texts = generate_captions(model, processor, images.features, caption_prefix, max_new_tokens, batch_size)
+        texts = generate_captions(model, processor, images.features, max_new_tokens, batch_size)
         written = {image_id: truncate_caption(text) for image_id, text in zip(images.ids, texts, strict=True)}
         references = {image_id: read.captions[image_id] for image_id in images.ids}
         results["captions"] = {"N": len(written), **caption_metrics(references, written)}
         manifest["captions"] = written
     if "perplexity" in tasks or "retrieval" in tasks:
-        collator = FromageDataCollator(
-            processor, max_length, caption_prefix=caption_prefix, caption_suffix=caption_suffix, training=False
-        )
+        collator = FromageDataCollator(processor, training=False)
         loss, count, embeds = read_through(model, collator, images.features, rows, captions, batch_size)
     if "perplexity" in tasks:
         results["perplexity"] = {"perplexity": math.exp(loss), "loss": loss, "tokens": count}
@@ -244,7 +240,9 @@ def evaluate(
         results["retrieval"] = retrieval_metrics(pairs, torch.tensor(rows), DIRECTIONS)
     results |= {
         "denominator": {"rule": "usable images, and all of their captions", "images": len(images.ids),
-                        "captions": len(captions), "tokens_of_a_caption": max_length},
+                        "captions": len(captions), "tokens_of_a_caption": processor.max_length},
+        "caption_format": {"caption_prefix": processor.caption_prefix, "caption_suffix": processor.caption_suffix,
+                           "max_length": processor.max_length},
         "images": images.report(),
         "left_out": dict(+read.left_out),
     }  # fmt: skip

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoProcessor
 
 from hub_scripts.original_embeddings import read_original_embeddings
 from modeling_fromage import FromageImageIndex, ImageLimits
+from modeling_fromage.commands_fromage import at_least, device_option, errors_in_one_line
 from modeling_fromage.fetching_fromage import is_url
 
 
@@ -31,7 +32,10 @@ def from_original_embeddings(paths: list[str], model) -> FromageImageIndex:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    first, count = (int(number) for number in text.split("/"))
+    try:
+        first, count = (int(number) for number in text.split("/"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected I/N, such as 0/4, got {text!r}") from error
     return first, count
 
 
@@ -42,28 +46,26 @@ def main(argv: list[str] | None = None):
     parser.add_argument("output", help="folder of the index")
     parser.add_argument("--merge", action="store_true", help="the images are folders of indexes")
     parser.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th image from the I-th on (from 0)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--num-workers", type=int, default=8, help="threads that read images")
+    parser.add_argument("--batch-size", type=at_least(1), default=64)
+    parser.add_argument("--num-workers", type=at_least(1), default=8, help="threads that read images")
     parser.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="of the stored embeddings")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds for an image from the web")
+    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--timeout", type=at_least(0, float), default=10.0, help="seconds for an image from the web")
     parser.add_argument("--faiss", metavar="FACTORY", help="add a FAISS index, such as IVF4096,Flat")
-    parser.add_argument("--nprobe", type=int, help="lists that a search visits")
+    parser.add_argument("--nprobe", type=at_least(1), help="lists that a search visits")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the index to this dataset repository")
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(argv)
-    try:
+    with errors_in_one_line(parser):
         index = _make(options)
         if options.faiss:
             index.use_backend("faiss", factory=options.faiss, nprobe=options.nprobe)
             index.save_pretrained(options.output)
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"{index!r} in {options.output}")
-    for row in index.skipped[:20]:
-        print(f"skipped {row['source']}: {row['reason']}")
-    if options.push_to_hub:
-        print(index.push_to_hub(options.push_to_hub))
+        print(f"{index!r} in {options.output}")
+        for row in index.skipped[:20]:
+            print(f"skipped {row['source']}: {row['reason']}")
+        if options.push_to_hub:
+            print(index.push_to_hub(options.push_to_hub))
 
 
 def _make(options: argparse.Namespace) -> FromageImageIndex:
@@ -72,6 +74,8 @@ def _make(options: argparse.Namespace) -> FromageImageIndex:
         index.save_pretrained(options.output)
         return index
     model = AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    if model.config.model_type != "fromage":
+        raise ValueError(f"{options.model} holds a model of type {model.config.model_type!r}; expected 'fromage'.")
     model = model.eval().to(options.device)
     if all(path.endswith(".pkl") for path in options.images):
         index = from_original_embeddings(options.images, model)

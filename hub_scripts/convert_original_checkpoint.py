@@ -26,6 +26,7 @@ from hub_scripts.build_image_index import from_original_embeddings
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from modeling_fromage.assembly_fromage import saved_dtype, take_ids_from, vision_half
 from modeling_fromage.checkpoint_fromage import TRAINED_PREFIX
+from modeling_fromage.commands_fromage import errors_in_one_line
 
 RELEASES = {"fromage": "fromage_model", "fromage_vis4": "fromage_model/fromage_vis4"}  # k = 1, the paper's; k = 4
 RELEASE_URL = "https://github.com/kohjingyu/fromage/raw/b36a1889e16cb9486e83e1853dce68ab653068c9"
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--embeddings", type=Path, nargs="+", help="the authors' *.pkl, where they lie elsewhere")
     parser.add_argument("--reverse", action="store_true", help="from our format to the authors'")
     options = parser.parse_args(argv)
-    try:
+    with errors_in_one_line(parser):
         if options.reverse:
             if options.release:
                 raise ValueError("--reverse takes a folder of ours: give --checkpoint-dir.")
@@ -285,8 +286,6 @@ def main(argv: list[str] | None = None):
         else:
             folder = options.checkpoint_dir or download(options.release)
             convert(folder, options.output_dir, options.language_model, options.vision_model, options.embeddings)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     print(f"Wrote {options.output_dir}: {', '.join(sorted(path.name for path in options.output_dir.iterdir()))}")
 
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage.commands_fromage import at_least, errors_in_one_line
 
 _SPECIAL_TOKENS = ["<pad>", "</s>"]
 
@@ -61,9 +62,10 @@ def make_tiny_checkpoint(directory: str | Path, num_image_tokens: int = 1) -> Pa
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
-    parser.add_argument("--num-image-tokens", type=int, default=1)
+    parser.add_argument("--num-image-tokens", type=at_least(1), default=1)
     arguments = parser.parse_args(argv)
-    print(make_tiny_checkpoint(arguments.directory, arguments.num_image_tokens))
+    with errors_in_one_line(parser):
+        print(make_tiny_checkpoint(arguments.directory, arguments.num_image_tokens))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 
 from modeling_fromage import FromageForConditionalGeneration, FromagePipeline, FromageProcessor
+from modeling_fromage.commands_fromage import errors_in_one_line
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _STRANGER = "import sys; sys.modules['modeling_fromage'] = None; exec(sys.stdin.read())"
@@ -165,12 +166,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--message", default="Upload FROMAGe", help="commit message")
     parser.add_argument("--token", help="defaults to that of `hf auth login`")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as temporary:
+    with errors_in_one_line(parser), tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.staging_dir or temporary)
-        try:
-            stage(options.checkpoint, options.repo_id, folder, options)
-        except ValueError as error:
-            parser.error(str(error))
+        stage(options.checkpoint, options.repo_id, folder, options)
         print(load_as_a_stranger(folder, options.repo_id), end="")
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"Staged {len(list(folder.iterdir()))} files, {size / 1e6:.1f} MB, and loaded them without this package.")

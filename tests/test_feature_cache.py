@@ -22,6 +22,11 @@ from training.data import load_captioned_images
 from training.features import CachedFeatures
 
 
+@pytest.fixture(autouse=True)
+def _errors_as_they_are_raised(monkeypatch):
+    monkeypatch.setenv("FROMAGE_TRACEBACK", "1")
+
+
 @pytest.fixture
 def config(tmp_path):
     for name in ("language_model", "vision_model"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from modeling_fromage import (
     FromageDataCollator,
@@ -43,6 +44,73 @@ def test_unknown_keys_are_rejected():
         parse_config(CONFIGS[0], ["max_steps"])
 
 
+@pytest.mark.parametrize(
+    ("written", "key", "value"),
+    [
+        ("1e-3", "learning_rate", 1e-3),
+        ("'1e-3'", "learning_rate", 1e-3),
+        ("3", "learning_rate", 3),
+        ("1e3", "max_steps", 1000),
+        ("010", "max_steps", 10),
+        ("no", "save_strategy", "no"),
+        ("false", "save_strategy", "no"),
+        ("No", "bf16", False),
+        ("yes", "greater_is_better", True),
+        ("null", "eval_steps", None),
+        ("[-1, -2]", "text_embed_layers", [-1, -2]),
+        ("bf16", "dtype", "bfloat16"),
+        ("fp16", "dtype", "float16"),
+        ("fp32", "dtype", "float32"),
+        ("torch.bfloat16", "dtype", "bfloat16"),
+        ("no", "caption_prefix", "no"),
+        ("''", "caption_prefix", ""),
+        ("2024", "run_name", "2024"),
+        ("1:30", "run_name", "1:30"),
+        ("{a: 1e-3}", "lr_scheduler_kwargs", {"a": 1e-3}),
+    ],
+)
+def test_values_become_what_their_fields_are(written, key, value, tmp_path):
+    """In the file and behind it alike."""
+    config = tmp_path / "config.yaml"
+    whole = f"language_model: a\nvision_model: b\ntrain_data: c\noutput_dir: {tmp_path}\n"
+    config.write_text(whole)
+    overridden = parse_config(str(config), [f"{key}={written}"])
+    config.write_text(f"{whole}{key}: {written}\n")
+    for arguments in (overridden, parse_config(str(config), [])):
+        (found,) = [getattr(part, key) for part in arguments if hasattr(part, key)]
+        assert found == value and type(found) in (type(value), SaveStrategy)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=fast", "`learning_rate` must be a number, got 'fast'"),
+        ("max_steps=3.5", "`max_steps` must be a whole number, got 3.5"),
+        ("max_steps=true", "`max_steps` must be a whole number, got True"),
+        ("bf16=maybe", "`bf16` must be true or false, got 'maybe'"),
+        ("num_image_tokens=null", "`num_image_tokens` must be a whole number, got None"),
+        ("text_embed_layers=-1", "`text_embed_layers` must be .*got -1"),
+        ("text_embed_layers=[last]", "`text_embed_layers` must be .*got .'last'"),
+        ("run_name=1.10", "`run_name` must be a text or nothing, got 1.1. .*quotes"),
+        ("dtype=int8", "no dtype 'int8'.*float32 .*bfloat16 .*float16"),
+        ("save_strategy=sometimes", "sometimes is not a valid SaveStrategy.*steps"),
+        ("language_model=null", "`language_model` must be a text, got None"),
+        ("learning_rat=1", "no key 'learning_rat'. Did you mean learning_rate"),
+        ("max_steps=[1", "'max_steps=.1' is not valid YAML"),
+    ],
+)
+def test_values_of_another_type_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(CONFIGS[0], [override])
+
+
+def test_what_a_file_must_say(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("language_model: a\ntrain_data: c\n")
+    with pytest.raises(ValueError, match="`vision_model` is missing"):
+        parse_config(str(config), [])
+
+
 def test_train_command(tsv, tmp_path):
     case, output = PARITY / "case_a_opt_tied", tmp_path / "out"
     config = tmp_path / "config.yaml"
@@ -65,6 +133,26 @@ def test_train_command(tsv, tmp_path):
     assert losses[-1] < losses[0]
     model, processor = FromageForConditionalGeneration.from_pretrained(output), FromageProcessor.from_pretrained(output)
     processor.check_config(model.config)
+    kept = json.loads((output / "all_results.json").read_text())
+    assert kept == metrics and kept["train_loss"] > 0 and kept["eval_loss"] == losses[-1]
+
+
+def test_format_of_captions_is_saved_with_every_checkpoint(tsv, tmp_path):
+    case, output = PARITY / "case_a_opt_tied", tmp_path / "out"
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"language_model: {case / 'language_model'}\nvision_model: {case / 'vision_model'}\ntrain_data: {tsv}\n"
+        f"output_dir: {output}\nmax_steps: 1\nsave_steps: 1\nreport_to: none\nuse_cpu: true\n"
+        'caption_prefix: A picture of\ncaption_suffix: "\\n"\nmax_length: 16\n'
+    )
+    (output).mkdir()
+    (output / "all_results.json").write_text('{"eval_loss": 1.0}')  # of an earlier run, with eval_data
+    main([str(config)])
+    for folder in (output, output / "checkpoint-1"):
+        processor = FromageProcessor.from_pretrained(folder)
+        found = (processor.caption_prefix, processor.caption_suffix, processor.max_length)
+        assert found == ("A picture of", "\n", 16)
+    assert "eval_loss" not in json.loads((output / "all_results.json").read_text())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -26,13 +26,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_fromage.commands_fromage import device_option, errors_in_one_line
 from modeling_fromage.packing_fromage import PackedRows
 from training import benchmark_answers, benchmark_index
 from training.baseline import PlainFromage
 from training.measuring import choose_device, memory_counter, seconds_of
 from training.provenance import ROOT, provenance
 from training.shapes import IMAGE_ID, MAX_LENGTH, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
-from training.tables import RESULTS, read_results, replace_between, write_results
+from training.tables import RESULTS, read_results, replace_between, results_file, write_results
 
 MODES = ("baseline", "live", "cached")
 
@@ -299,11 +300,20 @@ def render(readme: str) -> str:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
-    parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda for the paper's shapes alone")
-    parser.add_argument("--output", help="JSON file; by default training/results/benchmark_PRESET.json")
+    parser.add_argument(
+        "--device", type=device_option, help="cpu or cuda; by default cuda for the paper's shapes alone"
+    )
+    parser.add_argument(
+        "--output", type=results_file, help="JSON file; by default training/results/benchmark_PRESET.json"
+    )
     parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--render", action="store_true", help="only write the README's table from the results")
     options = parser.parse_args(argv)
+    with errors_in_one_line(parser):
+        _main(parser, options)
+
+
+def _main(parser: argparse.ArgumentParser, options: argparse.Namespace):
     if options.render:
         readme = ROOT / "README.md"
         readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
@@ -313,7 +323,7 @@ def main(argv: list[str] | None = None):
         print(measure_memory(options.memory_of, PRESETS[options.preset], device))
         return
     results = measure(options.preset, device)
-    write_results(Path(options.output or RESULTS / f"benchmark_{options.preset}.json"), results)
+    write_results(options.output or RESULTS / f"benchmark_{options.preset}.json", results)
     print(table(results))
     print(json.dumps(results["ratios"], indent=1))
 

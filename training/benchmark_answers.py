@@ -8,16 +8,16 @@ rounds of dialogue, and 100 answers; ranking is of the answers of all ten rounds
 import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from modeling_fromage.commands_fromage import at_least, device_option, errors_in_one_line
 from training.baseline import PlainFromage
 from training.measuring import choose_device, seconds_of
 from training.provenance import provenance
 from training.shapes import IMAGE_ID, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
-from training.tables import RESULTS, write_results
+from training.tables import RESULTS, results_file, write_results
 
 IMAGES, PROMPT_TOKENS, DIALOGUE_TOKENS, CANDIDATES, BATCH, ROUNDS = 4, 56, 120, 100, 8, 10
 RANKING = f"{ROUNDS} x {CANDIDATES} answers"
@@ -187,15 +187,20 @@ def table(results: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
-    parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda for the paper's shapes alone")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", help="JSON file; by default training/results/answers_PRESET.json")
+    parser.add_argument(
+        "--device", type=device_option, help="cpu or cuda; by default cuda for the paper's shapes alone"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument(
+        "--output", type=results_file, help="JSON file; by default training/results/answers_PRESET.json"
+    )
     options = parser.parse_args(argv)
     device = choose_device(parser, options)
     lengths = (8, 16) if options.preset == "tiny" else (32, 128)
-    results = measure(options.preset, device, lengths, options.rounds)
-    write_results(Path(options.output or RESULTS / f"answers_{options.preset}.json"), results)
-    print(table(results))
+    with errors_in_one_line(parser):
+        results = measure(options.preset, device, lengths, options.rounds)
+        write_results(options.output or RESULTS / f"answers_{options.preset}.json", results)
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -22,10 +21,11 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil
 
 from modeling_fromage import FromageImageIndex
+from modeling_fromage.commands_fromage import at_least, errors_in_one_line
 from training.measuring import memory_counter
 from training.provenance import ROOT, provenance
 from training.shapes import PRESETS, join, make_backbones
-from training.tables import RESULTS, write_results
+from training.tables import RESULTS, results_file, write_results
 
 TOP_K, DIM = 10, 256
 
@@ -182,20 +182,21 @@ def table(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1_000_000, help="images in the index")
+    parser.add_argument("--count", type=at_least(1), default=1_000_000, help="images in the index")
     parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS), help="the encoder of the build")
-    parser.add_argument("--lists", type=int, default=1024, help="of the IVF index")
-    parser.add_argument("--images", type=int, default=320, help="in the build")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", default=str(RESULTS / "index_cpu.json"), help="JSON file")
+    parser.add_argument("--lists", type=at_least(1), default=1024, help="of the IVF index")
+    parser.add_argument("--images", type=at_least(32), default=320, help="in the build")
+    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--output", type=results_file, default=RESULTS / "index_cpu.json", help="JSON file")
     parser.add_argument("--opening-of", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.opening_of:
-        print(json.dumps(measure_opening(options.opening_of)))
-        return
-    results = measure(options.count, options.preset, options.lists, options.images, options.rounds)
-    write_results(Path(options.output), results)
-    print(table(results))
+    with errors_in_one_line(parser):
+        if options.opening_of:
+            print(json.dumps(measure_opening(options.opening_of)))
+            return
+        results = measure(options.count, options.preset, options.lists, options.images, options.rounds)
+        write_results(options.output, results)
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from transformers.utils.hub import resolve_revision
 
 from modeling_fromage.assembly_fromage import load_backbone
 from modeling_fromage.backbones_fromage import pool_vision_output
+from modeling_fromage.commands_fromage import at_least, device_option, errors_in_one_line
 from modeling_fromage.fetching_fromage import UnreadableImageError, fetch, is_url
 from modeling_fromage.images_fromage import WEB_FORMATS, load_rgb_image
 from training.data import load_captioned_images
@@ -104,7 +105,7 @@ def cache_features(
     name = model_args.vision_model
     revision = resolve_revision(name)
     image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-    options = {"revision": revision, "dtype": getattr(torch, model_args.dtype)}
+    options = {"revision": revision, "dtype": model_args.dtype}
     encoder = load_backbone("vision", name, options, model_args.vision_pooling).to(device).eval()
     commit = getattr(revision, "resolved", revision)
     manifest = {**describe(name, commit, model_args.vision_pooling, image_processor, dataset), "shard_size": shard_size}
@@ -152,22 +153,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", help="folder for the features")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")
     parser.add_argument("--eval", action="store_true", help="encode eval_data instead of train_data")
-    parser.add_argument("--shard-size", type=int, default=8192, help="images in a file")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)))
-    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
-    parser.add_argument("--device", default=None, help="by default the rank's GPU where there is one")
+    parser.add_argument("--shard-size", type=at_least(1), default=8192, help="images in a file")
+    parser.add_argument("--batch-size", type=at_least(1), default=32)
+    parser.add_argument("--num-workers", type=at_least(0), default=0, help="processes that decode images")
+    parser.add_argument("--rank", type=at_least(0), default=int(os.environ.get("RANK", 0)))
+    parser.add_argument("--world-size", type=at_least(1), default=int(os.environ.get("WORLD_SIZE", 1)))
+    parser.add_argument("--device", type=device_option, help="by default the rank's GPU where there is one")
     options = parser.parse_args(argv)
-    try:
-        model_args, data_args, _ = parse_config(options.config, options.overrides)
-    except ValueError as error:
-        parser.error(str(error))
+    with errors_in_one_line(parser):
+        return _main(options)
+
+
+def _main(options: argparse.Namespace) -> int:
+    model_args, data_args, _ = parse_config(options.config, options.overrides)
     source, split = data_args.train_data, data_args.train_split
     if options.eval:
         source, split = data_args.eval_data, data_args.eval_split
         if source is None:
-            parser.error(f"--eval, but {options.config} has no eval_data.")
+            raise ValueError(f"--eval, but {options.config} has no eval_data. Name it there, or as eval_data=...")
     dataset = load_captioned_images(source, split, data_args.image_column, data_args.caption_column)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     written = cache_features(

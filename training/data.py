@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 from datasets import Dataset, Image, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from modeling_fromage.fetching_fromage import is_url
 
@@ -18,13 +19,13 @@ def load_captioned_images(
     Args:
         source: A `.tsv` or `.csv` file with a header and columns `caption` and `image` (URLs, or paths relative to the
             file); a `.tsv` file of captions and URLs without a header, as Conceptual Captions is published; a folder
-            that the `imagefolder` builder of `datasets` reads (`metadata.csv` with `file_name` and `caption`); or the
-            id of a `datasets` repository.
+            that the `imagefolder` builder of `datasets` reads (`metadata.csv` with `file_name` and `caption`), or one
+            of Parquet files; or the id of a `datasets` repository.
         split: Split of a folder or repository.
         caption_column: Found among caption, text, captions and title where absent.
 
     Raises:
-        ValueError: A column is missing, or there is no example.
+        ValueError: The table cannot be read, a column is missing, or there is no example.
     """
     path = Path(source)
     is_table = path.suffix in (".tsv", ".csv")
@@ -35,10 +36,15 @@ def load_captioned_images(
         options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
         if path.suffix == ".tsv" and _has_no_header(path):
             options["column_names"] = ["caption", image_column]
-        dataset = load_dataset("csv", data_files=str(path), split="train", keep_default_na=False, **options)
+        options |= {"path": "csv", "data_files": str(path), "keep_default_na": False}
+    elif path.is_dir() and not any(path.rglob("*.parquet")):
+        options = {"path": "imagefolder", "data_dir": source}
     else:
-        options = {"path": "imagefolder", "data_dir": source} if path.is_dir() else {"path": source}
-        dataset = load_dataset(**options, split=split)
+        options = {"path": source}
+    try:
+        dataset = load_dataset(**options, split="train" if is_table else split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
     caption_column = caption_column or next((c for c in _CAPTION_COLUMNS if c in dataset.column_names), None)
     if image_column not in dataset.column_names or caption_column not in dataset.column_names:
         raise ValueError(

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage.commands_fromage import at_least, device_option, dtype_option, errors_in_one_line
 from training.evaluation import captioning, visdial, vist
 from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.prompts import PROTOCOLS
 from training.evaluation.table import table
 from training.provenance import ROOT, digest_of, provenance
-from training.tables import replace_between, write_results
+from training.tables import replace_between, results_file, write_results
 
 OUTPUT = Path("outputs/evaluate")
 _OF_THE_COMMAND = {"task", "model", "output", "dual_encoder", "device", "dtype"}  # what no evaluation takes
@@ -34,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("model", metavar="MODEL", help="folder or Hub id of a FROMAGe model")
-    shared.add_argument("--output", type=Path, help=f"JSON file; by default {OUTPUT}/TASK[_PROTOCOL].json")
+    shared.add_argument("--output", type=results_file, help=f"JSON file; by default {OUTPUT}/TASK[_PROTOCOL].json")
     shared.add_argument(
         "--dual-encoder",
         nargs="?",
@@ -43,10 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="a CLIP or SigLIP model as baseline; without NAME the one whose image half is the model's vision tower",
     )
     shared.add_argument(
-        "--batch-size", type=int, default=32, help="images or texts at a time; answers are ranked a dialogue at a time"
+        "--batch-size",
+        type=at_least(1),
+        default=32,
+        help="images or texts at a time; answers are ranked a dialogue at a time",
     )
-    shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    shared.add_argument("--dtype", default=None, help="of the backbones; by default what they are stored in")
+    shared.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    shared.add_argument("--dtype", type=dtype_option, help="of the backbones; by default what they are stored in")
     protocol = argparse.ArgumentParser(add_help=False)
     protocol.add_argument(
         "--protocol",
@@ -68,7 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--tasks", nargs="+", choices=visdial.TASKS, default=visdial.TASKS)
     one.add_argument("--rounds", type=int, nargs="+", default=list(range(1, visdial.ROUNDS + 1)), metavar="N",
                      help="retrieval from the first N rounds, for each N; by default 1 to 10")  # fmt: skip
-    one.add_argument("--sample", type=int, metavar="N", help="take N dialogues, always the same, to try things out")
+    one.add_argument(
+        "--sample", type=at_least(1), metavar="N", help="take N dialogues, always the same, to try things out"
+    )
 
     one = tasks.add_parser("captions", parents=[shared], help=captioning.__doc__.partition("\n")[0])
     one.add_argument("--data", required=True, help="captions_val2014.json; or a table, folder or dataset of pairs")
@@ -78,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--caption-prefix", help="text between image and caption, by default as in training")
     one.add_argument("--caption-suffix", help="text that ends a caption, by default as in training")
     one.add_argument("--max-length", type=int, help="tokens of a caption that is read, by default as in training")
-    one.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a caption that is written")
+    one.add_argument("--max-new-tokens", type=at_least(1), default=32, help="tokens of a caption that is written")
 
     tasks.add_parser("render", help="write the README's table from the results in training/results")
     return parser
@@ -151,19 +157,19 @@ def render(readme: str) -> str:
 def main(argv: list[str] | None = None):
     parser = make_parser()
     options = parser.parse_args(argv)
+    with errors_in_one_line(parser):
+        _main(options)
+
+
+def _main(options: argparse.Namespace):
     if options.task == "render":
         readme = ROOT / "README.md"
         readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
         return
     protocol = getattr(options, "protocol", None)
     output = options.output or OUTPUT / f"{options.task}{f'_{protocol}' if protocol else ''}.json"
-    try:
-        if output.is_dir():
-            raise ValueError(f"{output} is a folder; --output names a JSON file.")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        results, manifest = run(options, output)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results, manifest = run(options, output)
     manifest_path = output.with_suffix(".manifest.json")
     write_results(manifest_path, manifest)
     write_results(output, {**results, "manifest": {"file": manifest_path.name, "sha256": digest_of(manifest_path)}})

@@ -1,5 +1,6 @@
 """Results files, and the README's tables that are rendered from them."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,14 @@ from typing import Any
 from training.provenance import ROOT
 
 RESULTS = ROOT / "training" / "results"
+
+
+def results_file(text: str) -> Path:
+    """The path of a results file, for argparse: told of before anything is measured, if it cannot be one."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; expected a JSON file")
+    return path
 
 
 def write_results(path: Path, results: dict[str, Any]):

@@ -3,13 +3,13 @@
 import argparse
 import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
+from modeling_fromage.commands_fromage import dtype_name, errors_in_one_line
+from training.config import read_config, to_dataclasses
 from training.data import load_captioned_images
 from training.features import with_cached_features
 
@@ -29,7 +29,10 @@ class ModelArguments:
     image_feature_dropout: float = 0.0
     gradient_cache_chunk_size: int | None = None
     compile_vision_model: bool = field(default=False, metadata={"help": "torch.compile the frozen vision encoder."})
-    dtype: str = field(default="float32", metadata={"help": "dtype of the frozen backbones: float32, bfloat16."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the frozen backbones: float32, bfloat16, ..."})
+
+    def __post_init__(self):
+        self.dtype = dtype_name(self.dtype)
 
 
 @dataclass
@@ -54,18 +57,11 @@ def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
     """Read a YAML file and `key=value` overrides.
 
     Raises:
-        ValueError: A key is unknown, or an override is not of the form key=value.
+        ValueError: The file cannot be read, a key is unknown or missing, or a value is none that it can have.
     """
-    with open(path, encoding="utf-8") as file:
-        config: dict[str, Any] = yaml.safe_load(file) or {}
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ValueError(f"Overrides have the form key=value, got {override!r}.")
-        config[key] = yaml.safe_load(value)
+    config = read_config(path, overrides)
     config.setdefault("remove_unused_columns", False)  # the collator reads the raw columns
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    return parser.parse_dict(config, allow_extra_keys=False)
+    return to_dataclasses(config, (ModelArguments, DataArguments, TrainingArguments))
 
 
 def assemble(
@@ -144,11 +140,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
-    try:
-        parsed = parse_config(arguments.config, arguments.overrides)
-    except ValueError as error:
-        parser.error(str(error))
-    return train(*parsed)
+    with errors_in_one_line(parser):
+        return train(*parse_config(arguments.config, arguments.overrides))
 
 
 if __name__ == "__main__":

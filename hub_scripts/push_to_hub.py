@@ -22,6 +22,7 @@ from modeling_fromage import FromageForConditionalGeneration, FromagePipeline, F
 from modeling_fromage.commands_fromage import errors_in_one_line
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
+_RESULTS, _SPEEDS = "all_results.json", ("_runtime", "_per_second", "total_flos")  # of training.train
 _STRANGER = "import sys; sys.modules['modeling_fromage'] = None; exec(sys.stdin.read())"
 
 
@@ -31,6 +32,7 @@ def stage(checkpoint: str, repo_id: str, folder: Path, options: argparse.Namespa
     Raises:
         ValueError: The backbones are folders of this machine and are not to be published with the trained parts.
     """
+    results = read_results(options.results, checkpoint)
     model = FromageForConditionalGeneration.from_pretrained(checkpoint)
     processor = FromageProcessor.from_pretrained(checkpoint)
     processor.check_config(model.config)
@@ -38,11 +40,32 @@ def stage(checkpoint: str, repo_id: str, folder: Path, options: argparse.Namespa
         model.refuse_local_backbones()
     pipe = FromagePipeline(model=model, processor=processor)  # its code goes along
     pipe.save_pretrained(folder, save_backbones=options.save_backbones, adapter_dtype=options.adapter_dtype)
-    card = model_card(model, processor, repo_id, options)
+    card = model_card(model, processor, repo_id, options, results)
     card.save(folder / "README.md")
 
 
-def model_card(model, processor: FromageProcessor, repo_id: str, options: argparse.Namespace) -> ModelCard:
+def read_results(path: str | None, checkpoint: str) -> dict[str, Any]:
+    """The metrics in a JSON file; by default in the one that training wrote into the checkpoint, if it did, without how
+    fast it was.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no metrics by name.
+    """
+    found = Path(path) if path else Path(checkpoint, _RESULTS)
+    if not path and not found.is_file():
+        return {}
+    try:
+        results = json.loads(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The results {found} cannot be read: {error}. --results takes a JSON file.") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"The results {found} are a {type(results).__name__}; expected metrics by their names.")
+    return results if path else {name: value for name, value in results.items() if not name.endswith(_SPEEDS)}
+
+
+def model_card(
+    model, processor: FromageProcessor, repo_id: str, options: argparse.Namespace, results: dict[str, Any]
+) -> ModelCard:
     config = model.config
     backbones = [
         _describe_backbone(config, prefix, role, licence)
@@ -62,7 +85,6 @@ def model_card(model, processor: FromageProcessor, repo_id: str, options: argpar
     )
     trained = sum(p.numel() for p in model.adapter.parameters())
     width = {"bfloat16": 2, "float16": 2, "float32": 4}[options.adapter_dtype]
-    metrics = _numbers(json.loads(Path(options.results).read_text(encoding="utf-8"))) if options.results else []
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -78,7 +100,7 @@ def model_card(model, processor: FromageProcessor, repo_id: str, options: argpar
         data=options.data or ", ".join(options.datasets) or "not stated",
         num_image_tokens=config.num_image_tokens,
         projection_dim=config.projection_dim,
-        metrics=metrics,
+        metrics=_numbers(results),
     )
 
 
@@ -155,7 +177,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--staging-dir", help="keep the staged folder here")
     parser.add_argument("--save-backbones", action="store_true", help="publish the frozen backbones as well")
     parser.add_argument("--adapter-dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--results", help="JSON file of metrics for the card, such as the quickstart's results.json")
+    parser.add_argument("--results", help=f"JSON file of metrics for the card; by default the checkpoint's {_RESULTS}")
     parser.add_argument("--data", help="what the model was trained on, in words")
     parser.add_argument("--datasets", nargs="*", default=[], help="Hub ids of the training data")
     parser.add_argument("--licence", default="apache-2.0", help="of the trained parts")

@@ -195,3 +195,20 @@ def test_card_of_a_model_with_a_format(tmp_path, capsys):
     (caption,) = generate_captions(model, processor, features, max_new_tokens=16)
     assert caption and "\n".join(printed).removeprefix(PREFIX).strip() == caption
     assert "\n".join(printed).startswith(PREFIX) and -1 <= float(similarity) <= 1
+
+
+def test_card_shows_what_training_measured(tmp_path, capsys):
+    """What `training.train` leaves in a checkpoint, without a flag; how fast it was is not of the model."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
+    metrics = {"eval_text_to_image_R@1": 0.25, "eval_loss": 5.5, "eval_runtime": 1.5, "train_samples_per_second": 7.0,
+               "total_flos": 1e9}  # fmt: skip
+    (checkpoint / "all_results.json").write_text(json.dumps(metrics))
+    push = [str(checkpoint), "org/name", "--dry-run", "--save-backbones", "--staging-dir"]
+    push_to_hub.main([*push, str(tmp_path / "default")])
+    card = (tmp_path / "default" / "README.md").read_text(encoding="utf-8")
+    assert "| eval_text_to_image_R@1 | 0.25 |" in card and "| eval_loss | 5.5 |" in card
+    assert not re.search("runtime|per_second|total_flos", card)
+    (tmp_path / "other.json").write_text('{"accuracy": 0.5}')
+    push_to_hub.main([*push, str(tmp_path / "given"), "--results", str(tmp_path / "other.json")])
+    card = (tmp_path / "given" / "README.md").read_text(encoding="utf-8")
+    assert "| accuracy | 0.5 |" in card and "eval_loss" not in card

@@ -103,7 +103,11 @@ def describe_parameters(model: FromageForConditionalGeneration) -> str:
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
-    """Assemble the model, train it, evaluate it and save it with its processor to `args.output_dir`."""
+    """Assemble the model, train it, evaluate it and save it with its processor to `args.output_dir`.
+
+    Returns:
+        The metrics, which `all_results.json` there holds too.
+    """
     set_seed(args.seed)
     processor, model = assemble(model_args, dtype=model_args.dtype)
     logger.info(describe_parameters(model))
@@ -127,10 +131,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         data_collator=make_collator(processor, data_args, args.seed),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    metrics = trainer.evaluate() if eval_dataset is not None else {}
+    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    if eval_dataset is not None:
+        metrics |= trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
+    trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an earlier run left there
     return metrics
 
 

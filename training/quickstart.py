@@ -5,14 +5,18 @@ Run it with `make quickstart`. Packages from the Python Package Index are all it
 """
 
 import argparse
+import logging
 import math
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -23,7 +27,10 @@ from modeling_fromage import (
     FromagePipeline,
     FromageProcessor,
     FromageTrainer,
+    UnreadableImageError,
 )
+from modeling_fromage.commands_fromage import at_least, errors_in_one_line
+from modeling_fromage.fetching_fromage import is_url
 from modeling_fromage.images_fromage import load_rgb_image
 from training import report
 from training.data import load_captioned_images
@@ -31,6 +38,7 @@ from training.evaluation.captioning import generate_captions, read_through
 from training.provenance import provenance
 from training.train import assemble, describe_parameters, make_collator, parse_config
 
+logger = logging.getLogger(__name__)
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
@@ -67,15 +75,59 @@ def fast_dtype() -> torch.dtype:
 
 
 @torch.no_grad()
-def encode(dataset: Dataset, model, processor, batch_size: int = 8) -> Split:
-    """Run the frozen vision encoder once over a dataset."""
-    features = []
+def encode(dataset: Dataset, model, processor, folder: Path, batch_size: int = 8) -> Split:
+    """Run the frozen vision encoder once over a dataset. Images that are not files, but from the web or within the
+    dataset, become files in `folder`: they are shown later. Those that cannot be read are left out.
+
+    Raises:
+        ValueError: No image can be read.
+    """
+    captions, files, features = [], [], []
     for start in tqdm(range(0, len(dataset), batch_size), desc="Encoding images"):
-        rows = dataset[start : start + batch_size]["image"]
-        pixels = processor.image_processor([load_rgb_image(row) for row in rows], return_tensors="pt")["pixel_values"]
-        features.append(model.get_pooled_image_features(pixels).float())
-    paths = [image if isinstance(image, str) else image["path"] for image in dataset["image"]]
-    return Split(list(dataset["caption"]), paths, torch.cat(features))
+        rows, images = dataset[start : start + batch_size], []
+        for number, (source, caption) in enumerate(zip(rows["image"], rows["caption"], strict=True), start):
+            try:
+                images.append(load_rgb_image(source))
+            except UnreadableImageError as error:
+                logger.warning("%s", error)
+                continue
+            captions.append(caption)
+            files.append(_as_file(source, images[-1], folder / f"{number:06d}.png"))
+        if images:
+            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            features.append(model.get_pooled_image_features(pixels).float())
+    if not files:
+        raise ValueError(f"None of the {len(dataset)} images can be read. Check the paths or URLs in your data.")
+    return Split(captions, files, torch.cat(features))
+
+
+def _as_file(source: Any, image: Image.Image, path: Path) -> str:
+    """The file that an image was read from; where there was none, `path`, to which it is written."""
+    where = source if not isinstance(source, dict) else None if source.get("bytes") else source.get("path")
+    if where is not None and not is_url(where):
+        return str(where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return str(path)
+
+
+def make_index(model, splits: Sequence[Split]) -> tuple[FromageImageIndex, Path]:
+    """An index of all images, with their captions and files, and the folder that they are below. An image that occurs
+    several times has the first of its captions."""
+    files = [file for split in splits for file in split.images]
+    captions = [caption for split in splits for caption in split.captions]
+    first: dict[str, int] = {}
+    for row, file in enumerate(files):
+        first.setdefault(file, row)
+    rows = list(first.values())
+    paths = [str(Path(files[row]).resolve()) for row in rows]
+    index = FromageImageIndex(
+        model.get_image_embeds(pooled_image_features=torch.cat([split.features for split in splits])[rows]),
+        list(first),
+        [{"caption": captions[row], "path": path} for row, path in zip(rows, paths, strict=True)],
+        model_fingerprint=model.retrieval_fingerprint(),
+    )
+    return index, Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
 
 
 def wilson_interval(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -162,6 +214,7 @@ def prepare(options: argparse.Namespace, output: Path) -> tuple[str, str, Datase
 def run(options: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     set_seed(0)
+    parse_config(str(CONFIG), options.overrides)  # says now, not in some minutes, what is wrong with them
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     print(f"This takes about {options.train_minutes + 3:.0f} minutes on two CPU cores; a report follows in {output}.")
@@ -170,7 +223,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model_args, data_args, args = parse_config(str(CONFIG), overrides + options.overrides)
     processor, model = assemble(model_args, text_dtype=fast_dtype(), vision_dtype=torch.float32)
     print(f"{type(model.language_model).__name__} in {model.language_model.dtype}. {describe_parameters(model)}.")
-    train_split, held_out = encode(train_set, model, processor), encode(held_out_set, model, processor)
+    train_split = encode(train_set, model, processor, output / "images" / "train")
+    held_out = encode(held_out_set, model, processor, output / "images" / "held_out")
     collator = make_collator(processor, data_args, args.seed)
     train_dataset = train_split.dataset()
     seconds = 60 * options.train_minutes
@@ -189,25 +243,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results["log_history"] = trainer.state.log_history
     results["steps"] = trainer.state.global_step
 
+    figures = ("num_pairs", "steps", "text_to_image", "image_to_text", "caption_loss", "caption_loss_shuffled_images")
+    trainer.save_metrics("all", {name: results[name] for name in figures}, combined=False)  # for the model card
     model.save_pretrained(output / "model")
     processor.save_pretrained(output / "model")
-    everything = train_split.images + held_out.images
-    facts = zip(train_split.captions + held_out.captions, everything, strict=True)
-    metadata = [{"caption": text, "path": str(Path(path).resolve())} for text, path in facts]
-    embeds = model.get_image_embeds(pooled_image_features=torch.cat([train_split.features, held_out.features]))
-    fingerprint = model.retrieval_fingerprint()
-    FromageImageIndex(embeds, everything, metadata, model_fingerprint=fingerprint).save_pretrained(output / "index")
+    index, image_root = make_index(model, [train_split, held_out])
+    index.save_pretrained(output / "index")
 
     # What follows uses what a user would load.
     model = FromageForConditionalGeneration.from_pretrained(output / "model", dtype=model.language_model.dtype)
     processor = FromageProcessor.from_pretrained(output / "model")
-    index = FromageImageIndex.from_pretrained(output / "index")
+    index = FromageImageIndex.from_pretrained(output / "index", image_root=image_root)
     pipe = FromagePipeline(model=model, processor=processor, index=index)
-    gallery = FromageImageIndex(
-        model.get_image_embeds(pooled_image_features=held_out.features),
-        held_out.images,
-        [{"caption": text} for text in held_out.captions],
-    )
+    gallery, _ = make_index(model, [held_out])
     results["rankings"] = search_texts(model, processor, held_out.captions, gallery, top_k=min(5, len(gallery)))[0]
     prompts = options.prompts or report.DEFAULT_PROMPTS
     results["conversation"] = converse(pipe, held_out, prompts)
@@ -223,11 +271,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--vision-model", help="Hub id or folder of a vision encoder")
     parser.add_argument("--data", help="TSV file or folder of captioned images")
     parser.add_argument("--output-dir", default="outputs/quickstart")
-    parser.add_argument("--train-minutes", type=float, default=5.0, help="about how long to train, 300 steps at most")
+    parser.add_argument(
+        "--train-minutes", type=at_least(0, float), default=5.0, help="about how long to train, 300 steps at most"
+    )
     parser.add_argument("--prompts", nargs="*", help="texts to be answered with an image")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"replaces a key of {CONFIG.name}")
-    results = run(parser.parse_args(argv))
-    print(report.summary(results))
+    options = parser.parse_args(argv)
+    with errors_in_one_line(parser):
+        print(report.summary(run(options)))
 
 
 if __name__ == "__main__":

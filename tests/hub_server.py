@@ -28,6 +28,18 @@ class HubServer(ThreadingHTTPServer):
         self.faults: dict[str, int] = {"upload": 0, "download": 0}
         self.served: list[str] = []  # names of files that were sent
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables with which a process of its own has this server for its Hub, whatever it inherits."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+        }
+
     def commit(self, repo: str, files: dict[str, bytes]) -> str:
         contents = [(path, hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())]
         oid = hashlib.sha1(json.dumps([self.heads.get(repo), contents]).encode()).hexdigest()  # noqa: S324

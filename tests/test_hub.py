@@ -52,10 +52,8 @@ def hub(tiny):
 def run(hub: HubServer, tmp_path: Path, *command: str, ok: bool = True) -> str:
     environment = {
         **os.environ,
-        "HF_ENDPOINT": hub.url,
+        **hub.environment,
         "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_TOKEN": "hf_test",
-        "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -70,7 +68,7 @@ def assemble(hub: HubServer, tmp_path: Path, *arguments: str) -> Path:
 
 
 def ask(hub: HubServer, tmp_path: Path, repo: str) -> list:
-    return ask_stranger(repo, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1")
+    return ask_stranger(repo, tmp_path, **hub.environment)
 
 
 def test_push_and_pull(hub, tmp_path):

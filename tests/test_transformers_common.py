@@ -10,14 +10,24 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, O
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageProcessor
 from tests.backbones import PARITY
-from tests.fetch_transformers_tests import fetch
+from tests.fetch_transformers_tests import ROOT as FETCHED
 
-sys.path.insert(0, str(fetch()))
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from transformers_tests.test_configuration_common import ConfigTester
-    from transformers_tests.test_modeling_common import ModelTesterMixin
-    from transformers_tests.test_processing_common import ProcessorTesterMixin
+if FETCHED.is_dir():
+    sys.path.insert(0, str(FETCHED))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers_tests.test_configuration_common import ConfigTester
+        from transformers_tests.test_modeling_common import ModelTesterMixin
+        from transformers_tests.test_processing_common import ProcessorTesterMixin
+else:  # nothing is fetched while tests are collected
+
+    def ConfigTester(*args, **kwargs):
+        raise AssertionError(f"There is no {FETCHED}. Run `python -m tests.fetch_transformers_tests`, as `make` does.")
+
+    class ModelTesterMixin:
+        test_fetched = ConfigTester
+
+    ProcessorTesterMixin = ModelTesterMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VOCAB, IMAGE, K = 97, 97, 2
@@ -128,6 +138,12 @@ class FromageProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(PARITY / "case_a_opt_tied" / "language_model")
+
+    @unittest.skip(
+        "The processor keeps `max_length`, of captions in training, under the name that the collator has for it."
+    )
+    def test_init_arguments_not_in_processor_kwargs(self):
+        pass
 
     @staticmethod
     def prepare_processor_dict():

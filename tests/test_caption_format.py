@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import pipeline
 
 from hub_scripts import push_to_hub
 from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
@@ -212,3 +213,17 @@ def test_card_shows_what_training_measured(tmp_path, capsys):
     push_to_hub.main([*push, str(tmp_path / "given"), "--results", str(tmp_path / "other.json")])
     card = (tmp_path / "given" / "README.md").read_text(encoding="utf-8")
     assert "| accuracy | 0.5 |" in card and "eval_loss" not in card
+
+
+def test_transformers_own_pipeline_takes_the_prompt():
+    """As the model card's snippet: the prompt is text, and BOS stays where training has it."""
+    model, processor = make_model("opt_clip"), formatted(caption_suffix="")
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    answer = pipe(
+        images=str(IMAGES[0]),
+        text=processor.caption_prompt,
+        return_full_text=False,
+        generate_kwargs={"max_new_tokens": 6, "max_num_rets": 0},
+    )
+    (caption,) = generate_captions(model, processor, features_of(model, processor, IMAGES[:1]), max_new_tokens=6)
+    assert caption and answer[0]["generated_text"].split("\n")[0].strip() == caption

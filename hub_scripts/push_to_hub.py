@@ -20,6 +20,7 @@ from huggingface_hub.errors import HTTPError
 
 from modeling_fromage import FromageForConditionalGeneration, FromagePipeline, FromageProcessor
 from modeling_fromage.commands_fromage import errors_in_one_line
+from modeling_fromage.fetching_fromage import printable
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _RESULTS, _SPEEDS = "all_results.json", ("_runtime", "_per_second", "total_flos")  # of training.train
@@ -120,13 +121,15 @@ def _describe_backbone(config, prefix: str, role: str, licence: str | None) -> d
 
 
 def _numbers(results: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """The numbers in a results file, nested names joined; lists (logs, captions) are left out."""
+    """The numbers in a results file, nested names joined, as cells of a Markdown table; lists (logs, captions) are left
+    out."""
     rows: list[tuple[str, str]] = []
     for name, value in results.items():
         if isinstance(value, dict):
             rows += _numbers(value, f"{prefix}{name} ")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            rows.append((prefix + name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"))
+            cell = re.sub(r"[\\`*\[\]<>|]", r"\\\g<0>", printable(prefix + name))
+            rows.append((cell, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Fetching image files from the web, where an address may be hostile: limits on time, bytes, pixels and hosts."""
+"""Fetching image files from the web, where an address may be hostile: limits on time, bytes, pixels, formats, hosts."""
 
 import base64
 import binascii
@@ -28,8 +28,12 @@ class ImageLimits:
     Attributes:
         timeout: Seconds for a whole download, redirects included.
         max_bytes: Size of a downloaded file.
-        max_pixels: Width times height.
+        max_pixels: Width times height. Decoding takes up to 20 bytes a pixel; all threads together decode no more than
+            50 million pixels at a time, and an image of more than that by itself.
         max_aspect_ratio: The longer side over the shorter: resizing the shorter one blows a thin image up.
+        formats: Formats that are decoded, by Pillow's names, whatever a file is called and wherever it comes from.
+            Pillow reads others too (`"JPEG2000"`, `"TGA"`, or `"HEIF"` with the pillow-heif plugin); for `"EPS"` it
+            starts Ghostscript.
         allow_private_addresses: Whether a host may be this machine or one of its network (loopback, 10.0.0.0/8, the
             cloud's metadata service, ...).
     """
@@ -38,10 +42,17 @@ class ImageLimits:
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
     max_aspect_ratio: float = 100.0
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
     allow_private_addresses: bool = False
 
 
 DEFAULT_LIMITS = ImageLimits()
+
+
+def printable(text: str) -> str:
+    """`text` with what cannot be printed (control characters, line breaks, invalid Unicode) as backslash escapes, so
+    that a name from elsewhere cannot write lines of its own into a log or a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UnreadableImageError(ValueError):
@@ -50,7 +61,7 @@ class UnreadableImageError(ValueError):
     def __init__(self, name: str, reason: str, detail: str = ""):
         self.name, self.reason = name, reason
         detail = f" ({detail})" if detail else ""
-        super().__init__(f"Cannot read the image {name}: {reason}{detail}. Replace it or leave it out.")
+        super().__init__(printable(f"Cannot read the image {name}: {reason}{detail}. Replace it or leave it out."))
 
 
 def is_url(source: object) -> bool:
@@ -205,4 +216,4 @@ def _decode_data_url(url: str, name: str, limits: ImageLimits) -> bytes:
     return raw
 
 
-__all__ = ["DEFAULT_LIMITS", "ImageLimits", "UnreadableImageError", "fetch", "is_url"]
+__all__ = ["DEFAULT_LIMITS", "ImageLimits", "UnreadableImageError", "fetch", "is_url", "printable"]

@@ -1,92 +1,192 @@
 """Reading images of every common kind, from files, memory or the web, as RGB."""
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+import stat
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, fetch, is_url
 
-# Of the web: Pillow hands PostScript to a program of its own.
-WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
-# What Pillow raises, and why; the first kind that fits counts.
+# What Pillow raises, and why, where it is not that the file is broken; the first kind that fits counts.
 _REASONS = {
     FileNotFoundError: "not found",
     UnidentifiedImageError: "no image",
     Image.DecompressionBombError: "too many pixels",
     Image.DecompressionBombWarning: "too many pixels",
-    OSError: "broken",
-    SyntaxError: "broken",
-    ValueError: "broken",
-    EOFError: "broken",
-    RuntimeError: "broken",
+    MemoryError: "out of memory",
 }
+_PIXELS_AT_ONCE = 50_000_000  # that all threads of a process decode together
+_STRIP_PIXELS = 1 << 20  # that are converted at a time: some conversions take 24 bytes a pixel
+
+
+class _PixelBudget:
+    """Lets threads in, in the order in which they come, while their images together have no more than `most` pixels.
+
+    An image of more than `most` waits for all others, and is then alone.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.reset()
+
+    def reset(self):
+        self._free, self._turn, self._changed = self.most, threading.Lock(), threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self.most)
+        with self._turn, self._changed:  # whoever waits keeps the turn, so that small images do not overtake for ever
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_budget = _PixelBudget(_PIXELS_AT_ONCE)
+if hasattr(os, "register_at_fork"):  # the threads that hold pixels or a lock are not there in a child
+    os.register_at_fork(after_in_child=_budget.reset)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to RGB.
+    """Convert a PIL image of any mode to RGB, upright.
 
-    Transparent pixels become white, 16-bit and float images are scaled to 8 bits, and of an animation the first frame
-    is taken (PIL's own conversions make transparency black and clip 16 bits).
+    Its EXIF orientation is applied, transparent pixels become white, 16-bit and float images are scaled to 8 bits, and
+    of an animation the first frame is taken (PIL's own conversions make transparency black and clip 16 bits).
     """
-    if getattr(image, "is_animated", False):
-        image.seek(0)
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image).astype(np.float64)
-        top = 1.0 if image.mode == "F" and pixels.max() <= 1.0 else 65535.0 if pixels.max() > 255 else 255.0
-        image = Image.fromarray((pixels.clip(0, top) * (255.0 / top)).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+    return _turned(*_converted(image))
 
 
 def load_rgb_image(
     source: str | os.PathLike | Image.Image | dict[str, Any], limits: ImageLimits = DEFAULT_LIMITS
 ) -> Image.Image:
     """Read a file, a URL (`http`, `https`, `data`), a PIL image or an undecoded `datasets` image (`{"bytes", "path"}`)
-    as RGB.
+    as RGB, upright.
 
     Raises:
-        UnreadableImageError: A `ValueError` that names an image that is missing, truncated, none at all, or over one of
-            `limits`.
+        UnreadableImageError: A `ValueError` that names an image that is missing, truncated, none at all, no regular
+            file, or over one of `limits`.
     """
     if isinstance(source, dict):
         name = str(source.get("path") or "in memory")
-        source = io.BytesIO(source["bytes"]) if source.get("bytes") else source.get("path")
+        source = source["bytes"] if source.get("bytes") else source.get("path")
         if not source:
             raise UnreadableImageError(name, "no image", "neither bytes nor a path")
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            source = io.BytesIO(source)
     else:
         name = str(getattr(source, "filename", "") or repr(source))[:200]
-    formats = None
     if not isinstance(source, (str, os.PathLike, io.BytesIO, Image.Image)):
         raise UnreadableImageError(name, "no image", f"it is a {type(source).__name__}")
     if is_url(source):
-        source, formats = io.BytesIO(fetch(source, limits)), WEB_FORMATS
+        source = io.BytesIO(fetch(source, limits))
     elif isinstance(source, str) and source.lower().startswith("file:"):
         raise UnreadableImageError(name, "file: URLs are refused", "give a path for a local file")
     try:
-        return _decode(source, name, limits, formats)
+        return _decode(source, name, limits)
     except UnreadableImageError:
         raise
-    except tuple(_REASONS) as error:
-        reason = next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
-        raise UnreadableImageError(name, reason, str(error)) from error
+    # Pillow's decoders raise whatever the bytes of a broken or hostile file lead them to: IndexError, struct.error,
+    # KeyError, ZeroDivisionError, ... All of it means that this image cannot be read, and none that others cannot.
+    except Exception as error:
+        reason = next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), "broken")
+        detail = str(error) or type(error).__name__
+        if reason == "no image":
+            detail = f"of {', '.join(limits.formats)}; `ImageLimits(formats=...)` allows others"
+        raise UnreadableImageError(name, reason, detail) from error
 
 
-def _decode(source: Any, name: str, limits: ImageLimits, formats: Sequence[str] | None) -> Image.Image:
-    image = source if isinstance(source, Image.Image) else Image.open(source, formats=formats)
-    with nullcontext() if image is source else image:
-        if image.width * image.height > limits.max_pixels:
-            raise UnreadableImageError(name, "too many pixels", f"{image.width} x {image.height}")
-        if max(image.size) > limits.max_aspect_ratio * min(image.size):
-            raise UnreadableImageError(name, "too thin", f"{image.width} x {image.height}")
-        return to_rgb(image)
+def _decode(source: Any, name: str, limits: ImageLimits) -> Image.Image:
+    if isinstance(source, Image.Image):
+        # What its owner has only opened is decoded here.
+        is_undecoded = isinstance(source, ImageFile.StubImageFile) or bool(getattr(source, "tile", None))
+        kind = "JPEG" if source.format == "MPO" else source.format  # a JPEG with more pictures behind the first
+        if is_undecoded and kind not in limits.formats:
+            advice = f"{kind} is none of {', '.join(limits.formats)}; `image.load()` before makes it your choice"
+            raise UnreadableImageError(name, "no image", advice)
+        opened = contextlib.nullcontext(source)
+    else:
+        if not isinstance(source, io.BytesIO) and not stat.S_ISREG(os.stat(source).st_mode):  # a FIFO blocks, say
+            raise UnreadableImageError(name, "not a regular file")
+        opened = Image.open(source, formats=limits.formats)
+    with opened as image:
+        _check_size(image, name, limits)
+        with _budget.of(image.width * image.height):
+            rgb, orientation = _converted(image)
+            _check_size(rgb, name, limits)  # where a decoder found another size than the header says
+    del opened, image, source  # the pixels of before, where nobody else has them
+    return _turned(rgb, orientation)
+
+
+def _check_size(image: Image.Image, name: str, limits: ImageLimits):
+    size = f"{image.width} x {image.height}"
+    if image.width * image.height > limits.max_pixels:
+        raise UnreadableImageError(name, "too many pixels", size)
+    if max(image.size) > limits.max_aspect_ratio * min(image.size):
+        raise UnreadableImageError(name, "too thin", size)
+
+
+def _converted(image: Image.Image) -> tuple[Image.Image, int]:
+    """`image` as RGB, as it lies in the file, and its EXIF orientation.
+
+    A strip at a time, so that what the conversion needs besides the two images does not grow with them.
+    """
+    if image.tell():  # whether there are more frames is not asked: to know it, Pillow reads them all
+        image.seek(0)
+    image.load()
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    boxes = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+    is_deep = image.mode.startswith("I") or image.mode == "F"
+    white = _white_level(image, boxes) if is_deep else None
+    if len(boxes) == 1:
+        rgb = _convert_strip(image, white)
+    else:
+        rgb = Image.new("RGB", image.size)
+        for box in boxes:
+            rgb.paste(_convert_strip(image.crop(box), white), box)
+    rgb.info = {}  # the orientation among it
+    return rgb, _orientation(image)
+
+
+def _white_level(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> float:
+    """What becomes 255 of a 16-bit or float image, which do not say it: 1, 255 or 65535, by its brightest pixel."""
+    brightest = max(np.asarray(image.crop(box)).max() for box in boxes)
+    return 1.0 if image.mode == "F" and brightest <= 1.0 else 65535.0 if brightest > 255 else 255.0
+
+
+def _convert_strip(strip: Image.Image, white: float | None) -> Image.Image:
+    if white is not None:
+        pixels = np.asarray(strip).astype(np.float64)
+        strip = Image.fromarray((pixels.clip(0, white) * (255.0 / white)).astype(np.uint8))
+    if strip.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in strip.info:
+        strip = strip.convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+    return strip.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Which side of a photo is up, by EXIF or XMP; 1 is as it lies."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as of decoders; and a photo whose EXIF block is damaged is a photo nevertheless
+        return 1
+
+
+def _turned(rgb: Image.Image, orientation: int) -> Image.Image:
+    if orientation != 1:
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
 
 
 __all__ = ["load_rgb_image", "to_rgb"]

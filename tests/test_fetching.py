@@ -646,7 +646,8 @@ def test_half_a_file_is_broken(server, tmp_path):
 def test_what_a_decoder_does_not_know_is_broken():
     # A DDS file whose pixels have no format: Pillow raises NotImplementedError, and for some AVIF files RuntimeError.
     parts = [struct.pack("<7I", 124, 0x1007, 10, 10, 0, 0, 0), bytes(44), struct.pack("<8I", 32, *[0] * 7), bytes(20)]
-    error, _ = failure(load_rgb_image, {"bytes": b"DDS " + b"".join(parts) + bytes(400), "path": "a.dds"})
+    source = {"bytes": b"DDS " + b"".join(parts) + bytes(400), "path": "a.dds"}
+    error, _ = failure(load_rgb_image, source, ImageLimits(formats=("DDS",)))
     assert error.reason == "broken" and error.name == "a.dds"
 
 

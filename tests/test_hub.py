@@ -114,6 +114,14 @@ def test_push_and_pull(hub, tmp_path):
     assert [path.name for path in snapshot.iterdir()] == [first_commit]
 
 
+def test_names_of_results_stay_in_their_cell_of_the_card():
+    hostile = "R@1 | 0.99 |\n\n# Best <img src=x> [of](http://all) `*\\\x1b[2J"
+    ((name, value),) = push_to_hub._numbers({"nested": {hostile: 0.25}, "log": [1]})
+    assert value == "0.25" and name.isprintable()
+    assert name.startswith(r"nested R@1 \| 0.99 \|\\n\\n# Best \<img src=x\> \[of\](http://all) \`\*")
+    assert not re.search(r"(?<!\\)(?:\\\\)*[|<>\[\]`*]", name)
+
+
 def test_push_from_the_model_itself(hub, tmp_path):
     assemble(hub, tmp_path, "org/mine")
     files = hub.repositories["org/mine"][hub.heads["org/mine"]]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_fromage import UnreadableImageError
-from modeling_fromage.fetching_fromage import fetch, is_url
-from modeling_fromage.images_fromage import WEB_FORMATS, load_rgb_image
+from modeling_fromage.fetching_fromage import DEFAULT_LIMITS, fetch, is_url
+from modeling_fromage.images_fromage import load_rgb_image
 from modeling_fromage.index_sources_fromage import ImageSource, read_ahead
 from training.evaluation.dual_encoder import DualEncoder
 
@@ -120,12 +120,9 @@ def encode_images(
 def _download(url: str, path: Path) -> Image.Image:
     """The image behind a URL, as RGB; its file is kept at `path`, with the suffix of its format."""
     data = fetch(url)
-    try:
-        with Image.open(io.BytesIO(data), formats=WEB_FORMATS) as opened:
-            suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(opened.format, opened.format.lower())
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(url, "no image") from error
     image = load_rgb_image({"bytes": data, "path": url})
+    with Image.open(io.BytesIO(data), formats=DEFAULT_LIMITS.formats) as opened:
+        suffix = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(opened.format, opened.format.lower())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path.with_name(f"{path.name}.{suffix}"))

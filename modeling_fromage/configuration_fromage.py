@@ -8,6 +8,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .vision_efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel  # noqa: F401 (registers the classes)
 
@@ -94,6 +95,8 @@ class FromageConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # the LM ties its own; nothing is tied across the parts
 
     def __post_init__(self, **kwargs: Any):
+        if kwargs.get("custom_pipelines"):
+            kwargs["custom_pipelines"] = _CustomPipelines(kwargs["custom_pipelines"])
         super().__post_init__(**kwargs)
         if self.text_embed_layers is None:
             self.text_embed_layers = [-1]
@@ -142,6 +145,14 @@ class FromageConfig(PreTrainedConfig):
         if view is not inner:
             object.__setattr__(view, "__dict__", inner.__dict__)  # shared: callers write to it
         return view
+
+
+class _CustomPipelines(dict):
+    """The pipelines whose code a checkpoint carries. `pipeline` takes the task's name from here, and then the code,
+    unless the task is not among them: those that are registered in this process need no code of the checkpoint."""
+
+    def __contains__(self, task: object) -> bool:
+        return super().__contains__(task) and task not in PIPELINE_REGISTRY.supported_tasks
 
 
 @functools.lru_cache

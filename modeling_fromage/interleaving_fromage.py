@@ -13,9 +13,11 @@ from PIL import Image
 
 from .backbones_fromage import context_length
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError
+from .plain_text_fromage import AnswerText
 
 logger = logging.getLogger(__name__)
 Segment = dict[str, Any]
+MAX_NEW_TOKENS = 64  # where it is not said
 _SPARE_IMAGES = 3  # more are looked up than are wanted, in case some cannot be read (as the authors' code)
 
 
@@ -44,6 +46,8 @@ class InterleavedGeneration:
         stop_strings: What ends an answer; it and what follows is dropped.
         load_images: Whether to read the images; `False` gives their ids and metadata alone.
         limits: What reading an image may cost.
+        where: Of the index's images only those whose metadata has these values, as in its `search`.
+        said: What is logged once; share it between objects that are to log it once together.
         generate_kwargs: For `model.generate`: `do_sample`, `num_beams`, `ret_bias`, `max_num_rets`, `streamer`, ...
             `eos_token_id=processor.ret_token_id` ends an answer with the image of its first `[RET]`.
     """
@@ -55,10 +59,12 @@ class InterleavedGeneration:
         index: Any = None,
         images_per_ret: int = 1,
         feed_images_back: bool = False,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         stop_strings: Sequence[str] | None = None,
         load_images: bool = True,
         limits: ImageLimits = DEFAULT_LIMITS,
+        where: dict[str, Any] | None = None,
+        said: set[Any] | None = None,
         **generate_kwargs: Any,
     ):
         if images_per_ret < 1 or max_new_tokens < 0:
@@ -79,7 +85,8 @@ class InterleavedGeneration:
         self.images_per_ret, self.feed_images_back = images_per_ret, feed_images_back
         self.max_new_tokens = max_new_tokens
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-        self.load_images, self.limits = load_images, limits
+        self.load_images, self.limits, self.where = load_images, limits, where
+        self._said = set() if said is None else said
         self.max_num_rets = generate_kwargs.pop("max_num_rets", getattr(model.generation_config, "max_num_rets", None))
         eos = generate_kwargs.pop("eos_token_id", model.generation_config.eos_token_id)
         self.eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -94,7 +101,8 @@ class InterleavedGeneration:
         """Answer prompts.
 
         Args:
-            texts: Prompts, with `<|image|>` where each image goes.
+            texts: Prompts, with `<|image|>` where each image goes. As for the processor, special tokens in them are
+                special; [`FromageProcessor.join_parts`] and `apply_chat_template` make prompts whose texts stay text.
             images: The images of each prompt.
             exclude_ids: Ids of images not to be shown, for each prompt: those that it has shown already.
 
@@ -248,30 +256,50 @@ class InterleavedGeneration:
                     segment["ret_index"] = row.rets
                 row.rets += 1
                 row.shown += [segment["id"] for segment in segments]
-                row.segments[place : place + 1] = segments or [{"type": "text", "text": self.processor.ret_token}]
+                marker = AnswerText(self.processor.ret_token, rets=(0,))
+                row.segments[place : place + 1] = segments or [{"type": "text", "text": marker}]
 
     def _look_up(self, embeds: torch.Tensor, shown: list[list[str]]) -> list[list[Segment]]:
         """The images for each of `embeds` (Q, q)."""
         if self.index is None:
-            logger.warning(
+            self._say_once(
+                "no index",
                 "The model wrote [RET], but there is no image index, so the text has a marker in its place. Give "
-                "`index=`: a FromageImageIndex, its folder, or its repository."
+                "`index=`: a FromageImageIndex, its folder, or its repository.",
             )
             return [[] for _ in shown]
         wanted = self.images_per_ret + (_SPARE_IMAGES if self.load_images else 0)
-        left = [len(self.index) - sum(image_id in self.index for image_id in set(ids)) for ids in shown]
-        if min(left) < self.images_per_ret:
-            logger.warning(
-                "The index has %d images that were not shown yet, fewer than `images_per_ret=%d`.",
-                min(left), self.images_per_ret,
-            )  # fmt: skip
         segments: list[list[Segment]] = [[] for _ in shown]
-        for count in {min(wanted, available) for available in left} - {0}:
-            rows = [i for i, available in enumerate(left) if min(wanted, available) == count]
-            ids, scores, metadata = self.index.search(embeds[rows], count, [shown[i] for i in rows])
-            for i, *hits in zip(rows, ids, scores.tolist(), metadata, strict=True):
-                segments[i] = self._images(list(zip(*hits, strict=True)))
+        for count, rows in self._counts(wanted, shown).items():
+            excluded = [shown[i] for i in rows]
+            filters = {} if self.where is None else {"where": self.where}
+            ids, scores, metadata = self.index.search(embeds[rows], count, excluded, **filters)
+            # With `where` a row may have fewer than `count` images, and scores of -inf behind them.
+            for i, own_ids, own_scores, facts in zip(rows, ids, scores.tolist(), metadata, strict=True):
+                segments[i] = self._images(list(zip(own_ids, own_scores[: len(own_ids)], facts, strict=True)))
+        if min(map(len, segments)) < self.images_per_ret:
+            self._say_once(
+                ("few", self.images_per_ret),
+                "The index has %d images to show that were not shown yet, fewer than `images_per_ret=%d`.",
+                min(map(len, segments)), self.images_per_ret,
+            )  # fmt: skip
         return segments
+
+    def _counts(self, wanted: int, shown: list[list[str]]) -> dict[int, list[int]]:
+        """How many images to look up, and for which rows: without `where` no more than are left."""
+        if self.where is not None:
+            return {wanted: list(range(len(shown)))}
+        counts: dict[int, list[int]] = {}
+        for row, ids in enumerate(shown):
+            left = len(self.index) - sum(image_id in self.index for image_id in set(ids))
+            if left:
+                counts.setdefault(min(wanted, left), []).append(row)
+        return counts
+
+    def _say_once(self, reason: Any, message: str, *values: Any):
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning(message, *values)
 
     def _images(self, hits: list[tuple[str, float, dict[str, Any]]]) -> list[Segment]:
         """Of more hits than wanted the best, readable ones before others."""
@@ -286,7 +314,7 @@ class InterleavedGeneration:
                     segment["image"] = self.index.load_image(image_id, self.limits)
                     readable.append(segment)
                 except UnreadableImageError as error:
-                    logger.warning("%s", error)
+                    self._say_once(image_id, "%s", error)
                     unreadable.append(segment)
         return [*readable, *unreadable][: self.images_per_ret]
 
@@ -308,13 +336,13 @@ def _trimmed(segments: list[Segment]) -> list[Segment]:
     joined: list[Segment] = []
     for segment in segments:
         if segment["type"] == "text" and joined and joined[-1]["type"] == "text":
-            joined[-1]["text"] += segment["text"]
+            joined[-1]["text"] = AnswerText.join([joined[-1]["text"], segment["text"]])
         else:
             joined.append(segment)
-    if joined and joined[0]["type"] == "text":
-        joined[0]["text"] = joined[0]["text"].lstrip()
-    if joined and joined[-1]["type"] == "text":
-        joined[-1]["text"] = joined[-1]["text"].rstrip()
+    for place, segment in enumerate(joined):
+        if segment["type"] == "text":
+            text = AnswerText.join([segment["text"]])
+            segment["text"] = text.stripped(left=place == 0, right=place == len(joined) - 1)
     return [segment for segment in joined if segment["type"] != "text" or segment["text"]]
 
 

@@ -1,6 +1,7 @@
 """The pipeline "interleaved-generation": chats and interleaved prompts in, texts and retrieved images out."""
 
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from PIL import Image
 from transformers import Pipeline
 from transformers.utils.chat_template_utils import Chat
 
+from .backbones_fromage import context_length
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, is_url
 from .images_fromage import load_rgb_image
-from .interleaving_fromage import InterleavedGeneration, Segment
+from .interleaving_fromage import MAX_NEW_TOKENS, InterleavedGeneration, Segment
 from .processing_fromage import FromageProcessor
 from .retrieval_fromage import FromageImageIndex
 
+logger = logging.getLogger(__name__)
 TASK = "interleaved-generation"
 _ONE_PART = (str, Image.Image, Path, dict)
 
@@ -35,6 +38,7 @@ class FromagePipeline(Pipeline):
         model, processor: As for every pipeline: objects, or found by the model's name.
         index ([`FromageImageIndex`] or `str`, *optional*): An index, its folder, or its repository. Without it a
             `[RET]` of the model stays a marker in the text.
+        image_root (`str`, *optional*): Where `index` is a folder or repository, the folder below which its images are.
         kwargs: Defaults of [`__call__`]'s.
 
     Example:
@@ -57,14 +61,18 @@ class FromagePipeline(Pipeline):
                 or a list of either. Datasets and generators of prompts give an iterator. Images alone ask for a
                 caption, in the format that the processor has from training.
                 A message's content is a text or a list of parts, as in transformers; an answer of this pipeline goes
-                in as `{"role": "assistant", "content": answer}`, and its images are not shown again.
+                in as `{"role": "assistant", "content": answer}`, and its images are not shown again. What a text says
+                is text: a `<|image|>`, `[RET]` or `</s>` in it is not the token. A part `{"type": "ret"}` is a `[RET]`;
+                with `max_new_tokens=0`, which shows the images of a prompt's own `[RET]`s, those in the texts of an
+                interleaved prompt are meant too.
             batch_size: Prompts at a time.
-            index, images_per_ret, feed_images_back, max_new_tokens, stop_strings, load_images, limits:
+            index, images_per_ret, feed_images_back, max_new_tokens, stop_strings, load_images, limits, where:
                 See [`InterleavedGeneration`]. `stop_strings` defaults to a newline, which ends captions and the
                 default template's answers; where the LM has a chat template of its own, chats end as it says.
             exclude_ids: Ids of images that are not to be shown, besides those that a prompt has shown.
-            allow_local_files: Whether a message's strings may name files of this machine. Off, because messages
-                often come from others; PIL images and `pathlib.Path` objects do not need it.
+            image_root: Where `index` is given as a folder or repository, the folder below which its images are.
+            allow_local_files: Whether a message may name files of this machine. Off, because messages often come from
+                others: then an image is a PIL image, a `pathlib.Path` object, a URL, or bytes (`{"bytes": ...}`).
             kwargs: Any option of `generate`.
 
         Returns:
@@ -81,6 +89,7 @@ class FromagePipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self._said: set[Any] = set()
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("FromagePipeline needs a processor. Give `processor=`, from the model's checkpoint.")
@@ -89,22 +98,37 @@ class FromagePipeline(Pipeline):
     def _sanitize_parameters(
         self,
         index: Any = None,
+        image_root: str | os.PathLike | None = None,
         limits: ImageLimits | None = None,
         allow_local_files: bool | None = None,
         exclude_ids: Sequence[str] | None = None,
         feed_images_back: bool | None = None,
+        max_new_tokens: int | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
+        if max_new_tokens is None:
+            max_new_tokens = (generate_kwargs or {}).get("max_new_tokens")
         preprocess_params = {
             "limits": limits,
             "allow_local_files": allow_local_files,
             "exclude_ids": exclude_ids,
             "feed_images_back": feed_images_back,
+            "rets_in_text": None if max_new_tokens is None else max_new_tokens == 0,
         }
         if isinstance(index, (str, os.PathLike)):
-            index = FromageImageIndex.from_pretrained(index)
-        forward_params = {"index": index, "limits": limits, "feed_images_back": feed_images_back}
+            index = FromageImageIndex.from_pretrained(index, image_root=image_root)
+        elif image_root is not None:
+            raise ValueError(
+                f"`image_root` goes with an index that is given as a folder or repository, got {type(index)}. Set it "
+                "on the index itself, as `FromageImageIndex.from_pretrained(..., image_root=...)` does."
+            )
+        forward_params = {
+            "index": index,
+            "limits": limits,
+            "feed_images_back": feed_images_back,
+            "max_new_tokens": max_new_tokens,
+        }
         preprocess_params, forward_params = (
             {name: value for name, value in params.items() if value is not None}
             for params in (preprocess_params, forward_params)
@@ -118,10 +142,18 @@ class FromagePipeline(Pipeline):
         allow_local_files: bool = False,
         exclude_ids: Sequence[str] = (),
         feed_images_back: bool = False,
+        rets_in_text: bool = False,
     ) -> dict[str, Any]:
         """A prompt as text with placeholders, its images, and the ids of those that it has shown."""
-        prompt = _wrap(prompt)
-        stops = ["\n"]
+        text, parts, stops = self._as_text(_wrap(prompt), feed_images_back, rets_in_text)
+        images = [_read_image(part, limits, allow_local_files) for part in self.processor.shown_images(parts)]
+        shown = _shown_ids(parts)
+        return {"text": text, "images": images, "shown": [*shown, *exclude_ids], "stops": stops}
+
+    def _as_text(
+        self, prompt: Chat | _Interleaved, feed_images_back: bool, rets_in_text: bool = False
+    ) -> tuple[str, list[dict[str, Any]], list[str]]:
+        """A prompt as text with placeholders, its parts, and what ends its answer."""
         if isinstance(prompt, Chat):
             messages = [_with_parts(message, feed_images_back) for message in prompt.messages]
             parts = [part for message in messages for part in message["content"]]
@@ -129,18 +161,26 @@ class FromagePipeline(Pipeline):
             text = self.processor.apply_chat_template(
                 messages, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False
             )
-            stops = self.processor.chat_stop_strings
-        else:
-            parts = _parts(prompt.parts, feed_images_back)
-            text = self.processor.join_parts(parts)
-            is_formatted = self.processor.caption_prefix or self.processor.caption_suffix
-            if is_formatted and len(self.processor.shown_images(parts)) == len(parts):
-                # Images alone ask for a caption, which the model learnt to write in this format.
-                text += self.processor.caption_start
-                stops = self.processor.caption_stop_strings
-        images = [_read_image(part, limits, allow_local_files) for part in self.processor.shown_images(parts)]
-        shown = [part["id"] for part in parts if part["type"] == "image" and "id" in part]
-        return {"text": text, "images": images, "shown": [*shown, *exclude_ids], "stops": stops}
+            return text, parts, self.processor.chat_stop_strings
+        parts = _parts(prompt.parts, feed_images_back)
+        text, stops = self.processor.join_parts(parts, rets_in_text), ["\n"]
+        is_formatted = self.processor.caption_prefix or self.processor.caption_suffix
+        if is_formatted and len(self.processor.shown_images(parts)) == len(parts):
+            # Images alone ask for a caption, which the model learnt to write in this format.
+            text += self.processor.caption_start
+            stops = self.processor.caption_stop_strings
+        return text, parts, stops
+
+    def tokens_left(self, prompt: Any, **kwargs: Any) -> float:
+        """How many tokens of the language model's context a prompt and `max_new_tokens` leave, with `kwargs` as for
+        [`__call__`]: negative where they do not fit, infinite where the context has no end."""
+        kwargs.pop("index", None)  # it does not matter, and opening one takes time
+        preprocess_params, forward_params, _ = self._sanitize_parameters(**{**kwargs, "image_root": None})
+        options = {**self._preprocess_params, **self._forward_params, **preprocess_params, **forward_params}
+        feed_images_back, rets_in_text = (options.get(name, False) for name in ("feed_images_back", "rets_in_text"))
+        text = self._as_text(_wrap(prompt), feed_images_back, rets_in_text)[0]
+        used = self.processor.count_tokens(text) + options.get("max_new_tokens", MAX_NEW_TOKENS)
+        return context_length(self.model.config.text_config) - used
 
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, list]:
         is_batch = isinstance(model_inputs["text"], list)
@@ -148,7 +188,8 @@ class FromagePipeline(Pipeline):
         segments: list[list[Segment]] = [[] for _ in rows["text"]]
         for stops in {tuple(stops) for stops in rows["stops"]}:
             places = [i for i, own in enumerate(rows["stops"]) if tuple(own) == stops]
-            generation = InterleavedGeneration(self.model, self.processor, **{"stop_strings": stops, **options})
+            defaults = {"stop_strings": stops, "said": self._said}
+            generation = InterleavedGeneration(self.model, self.processor, **{**defaults, **options})
             answers = generation(*([rows[name][i] for i in places] for name in ("text", "images", "shown")))
             for place, answer in zip(places, answers, strict=True):
                 segments[place] = answer
@@ -167,6 +208,9 @@ class FromagePipeline(Pipeline):
 class FromageChat:
     """A conversation with a [`FromagePipeline`]: remembers what was said and shown.
 
+    Where it grows beyond the language model's context, its oldest turns are forgotten: a message of the user and what
+    was answered. System messages stay, and images that were shown are not shown again.
+
     Args:
         pipe ([`FromagePipeline`]): The pipeline that answers.
         system (`str`, *optional*): A system message to begin with.
@@ -176,13 +220,41 @@ class FromageChat:
     def __init__(self, pipe: FromagePipeline, system: str | None = None, **kwargs: Any):
         self.pipe, self.kwargs = pipe, kwargs
         self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        self._forgotten_ids: list[str] = []  # of the images shown in turns that were forgotten
+        self._forgets = False
 
     def send(self, *content: Any, **kwargs: Any) -> list[Segment]:
-        """Say texts and show images, in order; returns the answer. A turn that fails is not remembered."""
+        """Say texts and show images, in order; returns the answer. A turn that fails is not remembered.
+
+        Raises:
+            ValueError: As [`FromagePipeline.__call__`]; this message alone is too long, say.
+        """
+        options = {**self.kwargs, **kwargs}
         messages = [*self.messages, {"role": "user", "content": [_as_part(part) for part in content]}]
-        answer = self.pipe(messages, **{**self.kwargs, **kwargs})
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        messages, forgotten = self._fitting(messages, options)
+        shown = [_shown_ids(_with_parts(message, False)["content"]) for message in forgotten]
+        forgotten_ids = sum(shown, self._forgotten_ids)
+        if forgotten_ids:
+            excluded = options.get("exclude_ids", self.pipe._preprocess_params.get("exclude_ids"))
+            options["exclude_ids"] = [*(excluded or ()), *forgotten_ids]
+        answer = self.pipe(messages, **options)
+        if forgotten and not self._forgets:
+            self._forgets = True
+            logger.warning("The chat exceeds the language model's context, so its oldest turns are forgotten.")
+        self.messages, self._forgotten_ids = [*messages, {"role": "assistant", "content": answer}], forgotten_ids
         return answer
+
+    def _fitting(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[list, list]:
+        """The messages that are left when as many of the oldest turns are forgotten as must be; and those."""
+        start = next(i for i, message in enumerate(messages) if message["role"] in ("user", "assistant"))
+        kept, forgotten = messages, []
+        while self.pipe.tokens_left(kept, **options) < 0:
+            turns = [i for i, message in enumerate(kept) if message["role"] == "user" and i > start]
+            if not turns:
+                break  # the last message is too long by itself, which the pipeline says
+            forgotten += kept[start : turns[0]]
+            kept = kept[:start] + kept[turns[0] :]
+        return kept, forgotten
 
 
 def _wrap(prompt: Any) -> Chat | _Interleaved:
@@ -231,25 +303,49 @@ def _as_part(part: Any) -> dict[str, Any]:
         part = {name: value for name, value in part.items() if value is not None}  # tables fill in what is absent
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             return part
-        if part.get("type") == "image":
+        if part.get("type") in ("image", "ret"):
             return part
         if part.get("type") == "image_url" and "image_url" in part:  # as in OpenAI's messages
             url = part["image_url"]
             return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
     raise ValueError(
-        f"Expected a text, a PIL image, a Path or a message's part of type 'text' or 'image', got {str(part)[:200]!r}."
+        "Expected a text, a PIL image, a Path or a message's part of type 'text', 'image' or 'ret', got "
+        f"{str(part)[:200]!r}."
     )
+
+
+def _shown_ids(parts: list[dict[str, Any]]) -> list[str]:
+    """Ids of the images of an index among a message's parts."""
+    return [part["id"] for part in parts if part["type"] == "image" and "id" in part]
 
 
 def _read_image(part: dict[str, Any], limits: ImageLimits, allow_local_files: bool) -> Image.Image:
     source = FromageProcessor.image_source(part)
     if source is None:
         raise ValueError(f"An image of a prompt needs one of 'image', 'url' and 'path', got {sorted(part)}.")
-    if isinstance(source, str) and not is_url(source) and not allow_local_files:
+    harmless = _harmless(source)
+    if harmless is None and not allow_local_files:
         raise UnreadableImageError(
-            source[:200], "local files are refused", "`allow_local_files=True` allows them, as does a Path or PIL image"
+            str(source)[:200],
+            "local files are refused",
+            "an image is a URL, bytes, a PIL image or a Path; `allow_local_files=True` allows files' names",
         )
-    return load_rgb_image(source, limits)
+    return load_rgb_image(source if harmless is None else harmless, limits)
+
+
+def _harmless(source: Any) -> Any:
+    """What a part names as its image, if that can be no file that a message's text chose; else `None`."""
+    if isinstance(source, (bytes, bytearray)):
+        return {"bytes": bytes(source)}
+    if isinstance(source, dict) and isinstance(source.get("bytes"), (bytes, bytearray)) and source["bytes"]:
+        return source  # it is not looked for at its path, which is a name alone
+    if isinstance(source, dict) and not source.get("bytes"):
+        source = source.get("path")
+        return _harmless(source) if isinstance(source, str) else None
+    if isinstance(source, str):
+        source = str.__str__(source)  # what a subclass of it is read as
+        return source if is_url(source) else None
+    return source if isinstance(source, (Image.Image, Path)) else None
 
 
 __all__ = ["FromageChat", "FromagePipeline"]

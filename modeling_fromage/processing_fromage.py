@@ -1,7 +1,9 @@
 """Text and images to model inputs: the only place where FROMAGe's tokenizer is set up."""
 
+import itertools
 import logging
 import os
+import re
 from typing import Any
 
 from PIL import Image
@@ -10,6 +12,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .images_fromage import load_rgb_image
+from .plain_text_fromage import AnswerText, as_text, control_tokens, is_marked
 
 logger = logging.getLogger(__name__)
 IMAGE_TOKEN, RET_TOKEN = "<|image|>", "[RET]"  # noqa: S105 (no passwords)
@@ -32,6 +35,7 @@ class FromageProcessor(ProcessorMixin):
     Image processor and tokenizer of a FROMAGe model.
 
     `<|image|>` in a text stands for one image and becomes `num_image_tokens` placeholders; `[RET]` asks for an image.
+    In a message's text they, and all special tokens, are text: see [`apply_chat_template`].
     On a fresh tokenizer of length V their ids are V and V + 1. Where the tokenizer adds a BOS token, there is exactly
     one, directly after the leading images (section 3.2 and the authors' code).
 
@@ -125,6 +129,8 @@ class FromageProcessor(ProcessorMixin):
                 raise ValueError("The batch is empty: `text` is a list without texts.")
         if kwargs.pop("add_special_tokens", True) and text and all(isinstance(row, str) for row in text):
             text = [self.add_bos(row) for row in text]
+        if text and any(isinstance(row, str) and is_marked(row) for row in text):
+            kwargs["sanitize_control_tokens"] = True
         return super().__call__(images=_read(images), text=text, add_special_tokens=False, **kwargs)
 
     def add_bos(self, text: str) -> str:
@@ -188,6 +194,13 @@ class FromageProcessor(ProcessorMixin):
         """What ends a caption that is written: a newline, or `caption_suffix`, unless that is blank."""
         return list(dict.fromkeys(["\n", self.caption_suffix] if self.caption_suffix.strip() else ["\n"]))
 
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text becomes, with those of its images."""
+        text = self.add_bos(text)
+        marked = {"sanitize_control_tokens": True} if is_marked(text) else {}
+        ids = self.tokenizer(text, add_special_tokens=False, **marked).input_ids
+        return len(ids) + ids.count(self.image_token_id) * (self.num_image_tokens - 1)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.num_image_tokens
 
@@ -198,49 +211,90 @@ class FromageProcessor(ProcessorMixin):
             num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
 
-    def apply_chat_template(self, conversation, chat_template=None, **kwargs: Any):
+    def apply_chat_template(
+        self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs: Any
+    ):
         """As in transformers; lists of content become text with `<|image|>` first, since many tokenizers' templates
-        refuse lists. A `chat_template` that is given gets the messages as they are."""
+        refuse lists. A `chat_template` that is given gets the messages as they are.
+
+        What messages say is text: special tokens that somebody types, `<|image|>` and `[RET]` included, become what
+        they are spelled with. In a text that is returned (`tokenize=False`) they have private marks in them, which the
+        processor heeds. Parts of type "image" and "ret" are the tokens; with `sanitize_control_tokens=False` texts may
+        hold them too.
+
+        Raises:
+            ValueError: A text holds a special token and `return_assistant_tokens_mask`, which counts characters, is
+                set.
+        """
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if batched else [conversation]
-        flat = conversations
-        if chat_template is None:
-            flat = [[self._flatten(message) for message in messages] for messages in conversations]
+        tokens = self._control_tokens([self._resolve_chat_template(chat_template)]) if sanitize_control_tokens else None
+        flat = [[self._flatten(message, tokens, chat_template is None) for message in row] for row in conversations]
         if kwargs.get("tokenize") and any(_images_of(messages) for messages in conversations):
             per_conversation = [_images_of(messages) for messages in conversations]
             processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
             processor_kwargs["images"] = per_conversation if batched else per_conversation[0]
             kwargs["processor_kwargs"] = processor_kwargs
+        if tokens is not None:  # tools, documents and a template's own variables come from elsewhere too
+            for_processor = {name: kwargs.pop(name) for name in ("processor_kwargs",) if name in kwargs}
+            kwargs = {**as_text(kwargs, tokens), **for_processor}
         flat = flat if batched else flat[0]
-        if kwargs.get("return_assistant_tokens_mask") and self.bos_text:
-            # The mask counts the characters of the template's own text, so BOS must be among them.
-            texts = super().apply_chat_template(flat, chat_template, **{**kwargs, "tokenize": False})
-            texts = [texts] if isinstance(texts, str) else texts
-            if any(text.startswith(self.image_token) for text in texts):
-                raise ValueError("`return_assistant_tokens_mask` needs a template that does not begin with an image.")
-            if not texts[0].startswith(self.bos_text):
-                chat_template = self.bos_text + (chat_template or self.chat_template)
+        if kwargs.get("return_assistant_tokens_mask"):
+            chat_template = self._template_for_mask(flat, chat_template, kwargs)
         return super().apply_chat_template(flat, chat_template, **kwargs)
+
+    def _template_for_mask(self, conversation, chat_template: str | None, kwargs: dict[str, Any]) -> str | None:
+        """The template with BOS in it: the mask counts the characters of the template's own text."""
+        texts = super().apply_chat_template(conversation, chat_template, **{**kwargs, "tokenize": False})
+        texts = [texts] if isinstance(texts, str) else texts
+        if any(is_marked(text) for text in texts):
+            raise ValueError(
+                "A message holds a special token as text, which `return_assistant_tokens_mask` cannot count. Leave the "
+                "message out, or let it be the token with `sanitize_control_tokens=False`."
+            )
+        if not self.bos_text:
+            return chat_template
+        if any(text.startswith(self.image_token) for text in texts):
+            raise ValueError("`return_assistant_tokens_mask` needs a template that does not begin with an image.")
+        if texts[0].startswith(self.bos_text):
+            return chat_template
+        return self.bos_text + (chat_template or self.chat_template)
 
     @property
     def chat_stop_strings(self) -> list[str]:
         """What ends an answer under the default chat template; the LM's own ends it with a token."""
         return ["\n"] if self.chat_template == DEFAULT_CHAT_TEMPLATE else []
 
-    def join_parts(self, parts: list[dict]) -> str:
-        """The text of a message's parts, with `<|image|>` for each image, and `[RET]` for those that the model
-        retrieved (parts with a "ret_index"; several of one `[RET]` have the same)."""
-        texts, last_ret = [], None
+    def join_parts(self, parts: list[dict], rets_in_text: bool = False) -> str:
+        """The text of a message's parts, with `<|image|>` for each image, and `[RET]` for parts of type "ret" and for
+        images that the model retrieved (parts with a "ret_index"; several of one `[RET]` have the same).
+
+        Args:
+            rets_in_text: Whether `[RET]` in a text is the token too. Other special tokens in a text are text in any
+                case.
+        """
+        templates = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template]
+        return self._join_parts(parts, self._control_tokens(list(templates), rets_in_text))
+
+    def _join_parts(self, parts: list[dict], tokens: re.Pattern | None) -> str:
+        pieces, last_ret = [], None  # texts, and whether each is a token
         for part in parts:
             ret = part.get("ret_index")
             if part["type"] == "text":
-                texts.append(part["text"])
+                pieces += AnswerText.join([part["text"]]).split_rets(self.ret_token)
+            elif part["type"] == "ret":
+                pieces.append((self.ret_token, True))
             elif ret is None:
-                texts.append(self.image_token)
+                pieces.append((self.image_token, True))
             elif ret != last_ret:
-                texts.append(self.ret_token)
+                pieces.append((self.ret_token, True))
             last_ret = ret
-        return "".join(texts)
+        # Texts that stand side by side are one: together they may spell a token.
+        runs = (("".join(text for text, _ in run), known) for known, run in itertools.groupby(pieces, lambda p: p[1]))
+        return "".join(text if known or tokens is None else as_text(text, tokens) for text, known in runs)
+
+    def _control_tokens(self, templates: list[str], rets_in_text: bool = False) -> re.Pattern:
+        return control_tokens(self.tokenizer, templates, () if rets_in_text else (self.ret_token,))
 
     @staticmethod
     def shown_images(parts: list[dict]) -> list[dict]:
@@ -252,9 +306,19 @@ class FromageProcessor(ProcessorMixin):
         """What a message's part of type "image" names: the first of its "image", "url" and "path" that is there."""
         return next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
 
-    def _flatten(self, message: dict) -> dict:
+    def _flatten(self, message: dict, tokens: re.Pattern | None, join: bool) -> dict:
+        """A message whose texts are text; with `join` its content is one text."""
         content = message.get("content")
-        return {**message, "content": self.join_parts(content)} if isinstance(content, list) else message
+        rest = {name: value for name, value in message.items() if name != "content"}
+        rest = rest if tokens is None else as_text(rest, tokens)
+        if isinstance(content, list):
+            if join:
+                content = self._join_parts(content, tokens)
+            elif tokens is not None:
+                content = [as_text(part, tokens) if part.get("type") == "text" else part for part in _joined(content)]
+        elif isinstance(content, str):
+            content = self._join_parts([{"type": "text", "text": content}], tokens)
+        return {**rest, "content": content} if "content" in message else rest
 
     def check_config(self, config: Any):
         """Raise a `ValueError` where a model's token ids or `num_image_tokens` differ from this processor's."""
@@ -298,6 +362,17 @@ def _images_of(messages: list[dict]) -> list:
     parts = [part for content in contents for part in FromageProcessor.shown_images(content)]
     sources = [FromageProcessor.image_source(part) for part in parts]
     return [source for source in sources if source is not None]
+
+
+def _joined(parts: list[dict]) -> list[dict]:
+    """Parts of a message, texts that stand side by side as one: together they may spell a token."""
+    joined: list[dict] = []
+    for part in parts:
+        if joined and part.get("type") == joined[-1].get("type") == "text":
+            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return joined
 
 
 def _read(images):

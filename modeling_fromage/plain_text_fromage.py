@@ -1,0 +1,88 @@
+"""Text that stays text: what somebody types, or a model spells, is never read as a special token.
+
+By private marks in a text, at which the tokenizer takes it apart and which it leaves out: those of transformers' own
+`sanitize_control_tokens`. That wraps whole tokens, which cannot be told from placeholders once the wrapped ones between
+two halves are taken out; here a mark behind a token's first character parts it.
+"""
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
+
+_MARKS = re.compile(f"[{_CONTROL_TOKEN_START}{_CONTROL_TOKEN_END}]")
+_CHANGES_CASE = re.compile(r"[|.]\s*(lower|upper|capitalize|title|swapcase|casefold)\b")  # of a template's text
+
+
+class AnswerText(str):
+    """A text of an answer, with the places `rets` of the `[RET]`s in it that the model wrote as its token, and that
+    found no image. What is not at these places is text, whatever it spells."""
+
+    def __new__(cls, text: str, rets: tuple[int, ...] = ()):
+        self = super().__new__(cls, text)
+        self.rets = tuple(rets)
+        return self
+
+    @classmethod
+    def join(cls, texts: list[str]) -> "AnswerText":
+        rets, length = [], 0
+        for text in texts:
+            rets += [length + place for place in getattr(text, "rets", ())]
+            length += len(text)
+        return cls("".join(texts), rets)
+
+    def stripped(self, left: bool, right: bool) -> "AnswerText":
+        """Without the blanks at its left or right end."""
+        text = self.lstrip() if left else str(self)
+        rets = [place - (len(self) - len(text)) for place in self.rets]
+        return AnswerText(text.rstrip() if right else text, rets)
+
+    def split_rets(self, token: str) -> list[tuple[str, bool]]:
+        """The text in pieces, and for each whether it is a `[RET]`, which `token` is the text of."""
+        pieces, start = [], 0
+        for place in self.rets:
+            pieces += [(self[start:place], False), (token, True)]
+            start = place + len(token)
+        return [*pieces, (self[start:], False)]
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, templates: list[str], own: tuple[str, ...]) -> re.Pattern:
+    """What [`as_text`] takes apart: the tokenizer's special tokens, what else `templates` write as a token, and `own`.
+
+    Matches the first character of each, so that those that overlap or hold others are found too; as a group where it
+    is all of the token.
+    """
+    tokens = {*own}.union(*map(tokenizer._get_control_tokens, templates))
+    single, longer = (
+        "|".join(map(re.escape, sorted(token for token in tokens if (len(token) == 1) == is_single))) or "(?!)"
+        for is_single in (True, False)
+    )
+    # A template that changes the case of its messages would make tokens of what is none before.
+    flags = re.IGNORECASE if any(map(_CHANGES_CASE.search, templates)) else re.NOFLAG
+    return re.compile(f"({single})|(?={longer}).", flags | re.DOTALL)
+
+
+def as_text(value: Any, tokens: re.Pattern) -> Any:
+    """`value`, a text or messages, with marks that take `tokens` in it apart; a text without any stays as it is."""
+    if isinstance(value, str):
+        return tokens.sub(_mark, _MARKS.sub("", value))
+    if isinstance(value, dict):
+        return {name: as_text(item, tokens) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_text(item, tokens) for item in value]
+    return value
+
+
+def _mark(match: re.Match) -> str:
+    # What transformers takes out to count placeholders ends with the first end; the second parts what is around it.
+    whole = f"{_CONTROL_TOKEN_START}{match[1]}{_CONTROL_TOKEN_END}" if match[1] else match[0]
+    return whole + _CONTROL_TOKEN_END
+
+
+def is_marked(text: str) -> bool:
+    """Whether a text has marks of [`as_text`], which the tokenizer is to heed and to leave out."""
+    return _MARKS.search(text) is not None
+
+
+__all__ = ["AnswerText", "as_text", "control_tokens", "is_marked"]

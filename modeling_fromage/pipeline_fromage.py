@@ -307,7 +307,7 @@ def _as_part(part: Any) -> dict[str, Any]:
             return part
         if part.get("type") == "image_url" and "image_url" in part:  # as in OpenAI's messages
             url = part["image_url"]
-            return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+            return {"type": "image", "url": url.get("url") if isinstance(url, dict) else url}
     raise ValueError(
         "Expected a text, a PIL image, a Path or a message's part of type 'text', 'image' or 'ret', got "
         f"{str(part)[:200]!r}."

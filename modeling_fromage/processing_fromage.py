@@ -73,7 +73,7 @@ class FromageProcessor(ProcessorMixin):
         self.bos_text = _bos_text(tokenizer)
         chat_template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.__dict__.update(_CAPTION_FORMAT)
+        self.caption_prefix, self.caption_suffix, self.max_length = _CAPTION_FORMAT.values()
         self.set_caption_format(caption_prefix, caption_suffix, max_length)
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
+from PIL import Image
 from torch.nn import functional as F
 
 from .fetching_fromage import ImageLimits
@@ -50,8 +51,10 @@ def build_folder(
     batch_size: int,
     num_workers: int,
     show_progress: bool,
+    keep_images: bool,
 ):
-    """Write an index of `sources` into `directory`, or go on with one that was interrupted.
+    """Write an index of `sources` into `directory`, or go on with one that was interrupted; `keep_images`: with those
+    that are in memory.
 
     Raises:
         ValueError: There is no image, or none can be read, or the interrupted index was of other images.
@@ -63,7 +66,7 @@ def build_folder(
     stream = read_ahead(sources, embed.load, num_workers, ahead=2 * batch_size)
     with tqdm(total=total, initial=consumed, desc="Indexing images", disable=not show_progress) as bar:
         while batch := list(islice(stream, batch_size)):
-            _add_batch(writer, digest, embed, batch)
+            _add_batch(writer, digest, embed, batch, keep_images)
             consumed += len(batch)
             bar.update(len(batch))
             if consumed - checkpointed >= CHECKPOINT_EVERY:
@@ -89,7 +92,7 @@ def is_built(directory: Path, sources: Iterator[ImageSource], facts: dict[str, A
     """
     if not (directory / INDEX_FILE).is_file() or (directory / UNFINISHED_FILE).is_file():
         return False
-    state, _, _ = read_index_file(directory)
+    state, *_ = read_index_file(directory)
     digest = SourceDigest()
     for source in sources:
         digest.update(source)
@@ -100,7 +103,7 @@ def is_built(directory: Path, sources: Iterator[ImageSource], facts: dict[str, A
     return True
 
 
-def _add_batch(writer: IndexWriter, digest: SourceDigest, embed: ImageEmbedder, batch: list[tuple]):
+def _add_batch(writer: IndexWriter, digest: SourceDigest, embed: ImageEmbedder, batch: list[tuple], keep_images: bool):
     taken = set(writer.entries.positions([source.id for source, _, _ in batch]))
     good, skipped = [], []
     for source, pixels, error in batch:
@@ -112,6 +115,9 @@ def _add_batch(writer: IndexWriter, digest: SourceDigest, embed: ImageEmbedder, 
             skipped.append((source.id, source.name, error.reason if error else "id occurs twice"))
     if good:
         rows = embed([pixels for _, pixels in good]).to(getattr(torch, writer.state["dtype"]))
+        for position, (source, _) in enumerate(good, writer.count):
+            if keep_images and isinstance(source.image, Image.Image):
+                writer.keep_image(position, source.image)
         writer.add(rows, [source.id for source, _ in good], [source.metadata for source, _ in good])
     writer.entries.skip(skipped)
 

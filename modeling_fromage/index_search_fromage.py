@@ -23,7 +23,7 @@ def search_flat(
     allowed: torch.BoolTensor | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """Cosines and positions (Q, k) of the best for unit-norm `queries` (Q, q), exactly, one shard at a time, on the
-    shards' device.
+    shards' device; -inf where a query may not find as many.
 
     Args:
         banned: Positions that are not to be found, for each query.
@@ -60,13 +60,13 @@ def search_faiss(
     allowed: torch.BoolTensor | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """[`search_flat`] among what FAISS proposes: the stored embeddings give the cosines."""
-    total = sum(shard.count for shard in shards)
+    count, total = sum(shard.count for shard in shards), faiss.size  # which may know of more by now
     wanted = top_k + max((len(excluded) for excluded in banned), default=0)
     while True:
         proposed = faiss.search(queries, min(wanted, total))
-        usable = proposed >= 0
+        usable = (proposed >= 0) & (proposed < count)
         if allowed is not None:
-            usable &= allowed[proposed.clamp(min=0)]
+            usable &= allowed[proposed.clamp(0, count - 1)]
         for row, excluded in enumerate(banned):
             usable[row] &= ~torch.isin(proposed[row], excluded)
         enough = bool((usable.sum(-1) >= top_k).all())
@@ -75,7 +75,7 @@ def search_faiss(
         wanted *= 4
     if not enough:  # the lists that FAISS visits do not hold as many
         return search_flat(shards, queries, top_k, banned, allowed)
-    rows = rows_at(shards, proposed.clamp(min=0).flatten()).view(*proposed.shape, -1)
+    rows = rows_at(shards, proposed.clamp(0, count - 1).flatten()).view(*proposed.shape, -1)
     scores = cosines(queries, rows).masked_fill(~usable, -torch.inf)
     proposed, order = proposed.sort(dim=-1)  # ties rank by position
     scores, order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers.utils import is_datasets_available
 
 from .fetching_fromage import UnreadableImageError, is_url
+from .index_values_fromage import as_ids, storable
 
 if is_datasets_available():
     import datasets
@@ -54,12 +56,12 @@ def image_sources(
     Raises:
         ValueError: `images` is none of these, or there are not as many `ids` or `metadata` as images.
     """
-    root = None
+    root, ids = None, None if ids is None else as_ids(ids)
     if isinstance(images, (str, os.PathLike)):
         path = Path(images).absolute()
         root = path if path.is_dir() else path.parent
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+            found = sorted(file for file in path.rglob("*") if _may_be_image(file))
             rows = [{"image": str(file), "id": file.relative_to(path).as_posix()} for file in found]
         elif path.suffix.lower() in (".tsv", ".csv"):
             rows = _read_table(path)
@@ -72,9 +74,17 @@ def image_sources(
         if given is not None and len(given) != count:
             got = "a stream of images; let its rows carry them" if count is None else f"{count} images"
             raise ValueError(f"Got {len(given)} {name} for {got}.")
-    columns = zip(rows, ids or itertools.repeat(None), metadata or itertools.repeat({}), strict=False)
+    ids, metadata = (
+        itertools.repeat(default) if given is None else given for given, default in ((ids, None), (metadata, {}))
+    )
+    columns = zip(rows, ids, metadata, strict=False)
     sources = (_source(number, *row, root) for number, row in enumerate(columns))
     return sources, count, None if root is None else str(root)
+
+
+def _may_be_image(file: Path) -> bool:
+    """By its name, and no folder, device or pipe, which could be read for ever; a broken link is a missing image."""
+    return file.suffix.lower() in Image.registered_extensions() and (file.is_file() or not file.exists())
 
 
 def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], root: Path | None) -> ImageSource:
@@ -85,7 +95,10 @@ def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], 
     if column is None:
         raise ValueError(f"Row {number} has none of the columns {_IMAGE_COLUMNS}; it has {sorted(row)}.")
     image = row[column]
-    metadata = {name: value for name, value in row.items() if name not in (column, "id") and _is_fact(value)}
+    if root is not None and isinstance(image, str) and image and not is_url(image):
+        image = str(Path(root) / image)  # a table's are relative to it
+    metadata = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+    metadata = {name: value for name, value in metadata.items() if name not in (column, "id") and _is_fact(value)}
     where = image if not isinstance(image, dict) else None if image.get("bytes") else image.get("path")
     if is_url(where):
         metadata["url"] = where
@@ -93,7 +106,8 @@ def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], 
         path = Path(where).absolute()
         metadata["path"] = (path.relative_to(root) if root and path.is_relative_to(root) else path).as_posix()
     image_id = given_id if given_id is not None else row.get("id")
-    return ImageSource(image, str(number if image_id is None else image_id), {**metadata, **facts})
+    image_id = storable(str(number if image_id is None else image_id))
+    return ImageSource(image, image_id, {**metadata, **facts})
 
 
 def _is_fact(value: Any) -> bool:
@@ -111,15 +125,25 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
             rows = list(reader)
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path) from error
     if rows and not any(name in rows[0] for name in _IMAGE_COLUMNS):
         raise ValueError(f"{path} needs a header with one of the columns {_IMAGE_COLUMNS}; it has {list(rows[0])}.")
     for row in rows:
         for name in _IMAGE_COLUMNS:
-            if row.get(name) and not is_url(row[name]):
-                row[name] = str(path.parent / row[name])
-            elif name in row:
+            if name in row:
                 row[name] = row[name] or ""  # of a short row: left out like a missing file, not for all to fail
     return rows
+
+
+def _not_utf8(path: Path) -> ValueError:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return ValueError(f"{path}, line {number} is not UTF-8 ({error}). Save the table as UTF-8.")
+    return ValueError(f"{path} is not UTF-8. Save the table as UTF-8.")  # it has just changed
 
 
 def _undecoded(images: Any) -> Any:
@@ -182,7 +206,7 @@ class SourceDigest:
         self._hash = hashlib.sha256()
 
     def update(self, source: ImageSource):
-        self._hash.update(f"{source.id}\0{source.name}\0{_content(source.image)}\n".encode(errors="surrogateescape"))
+        self._hash.update(f"{source.id}\0{source.name}\0{_content(source.image)}\n".encode(errors="surrogatepass"))
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

@@ -4,12 +4,13 @@ Axes: N images, Q queries, k results a query, q the width of the shared image-te
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,27 @@ from .faiss_fromage import FaissBackend
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, is_url
 from .images_fromage import load_rgb_image
 from .index_builder_fromage import ImageEmbedder, build_folder, is_built
-from .index_files_fromage import INDEX_FILE, IndexWriter, listed_file, read_index_file
+from .index_files_fromage import INDEX_FILE, IndexWriter, listed_file, one_at_a_time, read_index_file
+from .index_images_fromage import IMAGE_FOLDERS, Scrubber, kept_images, own_image, readable_file
 from .index_search_fromage import search_faiss, search_flat
-from .index_sources_fromage import image_sources
-from .index_storage_fromage import SHARD_ROWS, Entries, Shard, check_file, crc32_of_file
+from .index_snapshot_fromage import Snapshot, appended
+from .index_sources_fromage import ImageSource, image_sources
+from .index_storage_fromage import SHARD_ROWS, Entries, IndexFolder, Shard, crc32_of_file
+from .index_values_fromage import as_embeds, as_entries, as_excluded, as_ids
 
 logger = logging.getLogger(__name__)
 _QUERIES_AT_A_TIME = 256
-_HUB_FILES = [INDEX_FILE, "embeds-*.safetensors", "entries-*.sqlite", "backend-*.faiss"]
+_HUB_FILES = [INDEX_FILE, "embeds-*.safetensors", "entries-*.sqlite", "backend-*.faiss", f"{IMAGE_FOLDERS}/*.png"]
 
 
 class FromageImageIndex:
     """Images by their unit-norm embeddings, with a string id and a metadata dict each.
 
+    Threads may search, change and save one at once: each change is seen as a whole or not at all, and a search or a
+    save that has begun is of the images that there were then.
+
     Args:
-        embeds (`torch.Tensor`): (N, q); normalised here.
+        embeds (`torch.Tensor` or `numpy.ndarray`): (N, q); normalised here.
         ids (`list[str]`): One unique id an image.
         metadata (`list[dict]`, *optional*): JSON-serialisable facts. A "path" or "url" lets [`load_image`] find the
             image.
@@ -45,12 +52,13 @@ class FromageImageIndex:
         model_fingerprint (`str`, *optional*): `model.retrieval_fingerprint()` of the model that made `embeds`.
 
     Raises:
-        ValueError: Counts differ, an id occurs twice, or an embedding is not finite.
+        ValueError: Counts differ, an id occurs twice or is no string, JSON cannot hold the metadata, or an embedding is
+            not finite.
     """
 
     def __init__(
         self,
-        embeds: torch.Tensor,
+        embeds: Any,
         ids: Sequence[str],
         metadata: Sequence[dict[str, Any]] | None = None,
         backend: str = "flat",
@@ -58,6 +66,7 @@ class FromageImageIndex:
         model_fingerprint: str | None = None,
         **backend_options: Any,
     ):
+        embeds = as_embeds(embeds)
         self._start(embeds.shape[-1], dtype, model_fingerprint)
         self.add(embeds, ids, metadata)
         self.use_backend(backend, **backend_options)
@@ -68,33 +77,56 @@ class FromageImageIndex:
         self.device = torch.device("cpu")
         self.image_root: Path | None = None
         self.image_loader: Callable[[str, dict[str, Any]], Any] | None = None
-        self._may_read_files = True
-        self._count = 0  # positions, deleted ones included
-        self._shards: list[Shard] = []
-        self._added: list[torch.Tensor] = []  # not in a shard yet
-        self._deleted: torch.BoolTensor | None = None
+        self._folder: IndexFolder | None = None  # that it was opened from
+        self._stored_root: str | None = None  # where that says that its images are
+        self._may_read_files = True  # those that its metadata names: of an index made here, not of one that was opened
+        self._now = Snapshot()
         self._entries = Entries()
-        self._images: dict[str, Image.Image] = {}  # those that have neither path nor URL
-        self._faiss: FaissBackend | None = None
-        self._faiss_file: dict[str, Any] | None = None
-        self._lock = threading.RLock()  # a server's threads search at once
+        self._images: dict[int, Image.Image | Path] = {}  # by position: those that have neither path nor URL
+        # Held while anything changes. What only reads takes `_now`, which is replaced and never changed, and needs the
+        # lock where that must go together with the entries or images of the same moment.
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        with self._lock:
+            faiss = None if self._faiss is None else self._faiss.copy()
+            now = dataclasses.replace(self._now, faiss=faiss)
+            state = {
+                **self.__dict__,
+                "_now": now,
+                "_entries": self._entries.__getstate__(),
+                "_images": {**self._images},
+            }
+        del state["_lock"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]):
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state, _entries=Entries(), _lock=threading.RLock())
+        self._entries.__setstate__(state["_entries"])
 
     # ---- what is in it --------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return self._count - (0 if self._deleted is None else int(self._deleted.sum()))
+        now = self._now
+        return now.count - now.removed
 
     def __contains__(self, image_id: str) -> bool:
-        return bool(self._entries.positions([image_id]))
+        try:
+            return bool(self._positions([image_id]))
+        except ValueError:  # it is no id
+            return False
+
+    def _positions(self, ids: Any) -> dict[str, int]:
+        """Of those of `ids` that there are; what is just being added is not there yet."""
+        count = self._now.count
+        return {name: place for name, place in self._entries.positions(as_ids(ids)).items() if place < count}
 
     def __repr__(self) -> str:
         return f"FromageImageIndex({len(self):,} images, {self.dim} dimensions, {self.dtype}, {self.backend})"
+
+    @property
+    def _faiss(self) -> FaissBackend | None:
+        return self._now.faiss
 
     @property
     def backend(self) -> str:
@@ -103,22 +135,34 @@ class FromageImageIndex:
     @property
     def ids(self) -> list[str]:
         """All ids, in order."""
-        return [image_id for _, image_id, _ in self._entries]
+        return [image_id for entries in self._kept_entries(self._now) for _, image_id, _ in entries]
 
     @property
     def metadata(self) -> list[dict[str, Any]]:
         """All metadata, in order."""
-        return [facts for _, _, facts in self._entries]
+        return [facts for entries in self._kept_entries(self._now) for _, _, facts in entries]
 
     @property
     def embeds(self) -> torch.Tensor:
         """All embeddings (N, q), in order, as they are stored."""
-        return torch.cat([torch.empty(0, self.dim, dtype=self.dtype), *self._kept_rows()])
+        return torch.cat([torch.empty(0, self.dim, dtype=self.dtype), *self._now.kept_rows()])
 
     @property
     def skipped(self) -> list[dict[str, str]]:
         """Images that a build left out: "id", "source" and "reason" each."""
         return self._entries.skipped
+
+    def _kept_entries(self, now: Snapshot) -> Iterator[list[tuple[int, str, dict[str, Any]]]]:
+        """Position, id and metadata of the images that are kept, a shard at a time."""
+        for shard, start, kept in now.pieces():
+            entries = self._entries.between(start, start + shard.count)
+            if kept is not None:
+                is_kept = kept.tolist()
+                entries = [entry for entry in entries if is_kept[entry[0] - start]]
+            count = shard.count if kept is None else int(kept.sum())
+            if len(entries) != count:
+                raise self._entries.error(f"{count} embeddings from position {start} on have {len(entries)} entries")
+            yield entries
 
     def get(self, image_id: str) -> dict[str, Any]:
         """The metadata of one image.
@@ -126,26 +170,31 @@ class FromageImageIndex:
         Raises:
             KeyError: There is no such image.
         """
-        positions = self._entries.positions([image_id])
-        if image_id not in positions:
+        return self._find(image_id)[1]
+
+    def _find(self, image_id: str) -> tuple[int, dict[str, Any]]:
+        """Position and metadata of one image."""
+        position = next(iter(self._positions([image_id]).values()), None)
+        if position is None:
             raise KeyError(f"The index has no image {image_id!r}.")
-        return self._entries.at([positions[image_id]])[positions[image_id]][1]
+        return position, self._entries.at([position])[position][1]
 
     def load_image(self, image_id: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         """The image itself, as RGB, from memory, or from its metadata's "url" or "path".
 
         Where the images are elsewhere (in a `datasets` dataset, a database), set `image_loader`, a function of an id
         and its metadata that returns a PIL image, a path, a URL or `{"bytes": ...}`. Relative paths are relative to
-        `image_root`. An index from the Hub reads files below an `image_root` alone, so that it cannot name any file of
-        this machine.
+        `image_root`. An index that was opened, from a folder or from the Hub, reads files below its own folder and
+        below the `image_root` that [`from_pretrained`] was given, so that it cannot name any file of this machine.
 
         Raises:
             UnreadableImageError: It cannot be read, or may not.
             KeyError: There is no such image.
         """
-        if image_id in self._images:
-            return load_rgb_image(self._images[image_id], limits)
-        facts = self.get(image_id)
+        position, facts = self._find(image_id)
+        image = self._images.get(position)
+        if image is not None:
+            return load_rgb_image(own_image(image) if isinstance(image, Path) else image, limits)
         if self.image_loader is not None:
             return load_rgb_image(self.image_loader(image_id, facts), limits)
         path = facts.get("path")
@@ -155,14 +204,11 @@ class FromageImageIndex:
             raise UnreadableImageError(
                 image_id, "no path or url in the index's metadata", "set the index's `image_loader` to say where it is"
             )
-        found = Path(path) if self.image_root is None else self.image_root / path
-        if not self._may_read_files:
-            root = None if self.image_root is None else self.image_root.resolve()
-            if root is None or not found.resolve().is_relative_to(root):
-                raise UnreadableImageError(
-                    image_id, "local files are refused", "the index is from the Hub; set `image_root` to allow a folder"
-                )
-        return load_rgb_image(found, limits)
+        if self._may_read_files:
+            return load_rgb_image(Path(path) if self.image_root is None else self.image_root / path, limits)
+        own = None if self._folder is None else self._folder.path
+        root = None if self.image_root is None else Path(self.image_root)
+        return load_rgb_image(readable_file(path, image_id, own, root, self._stored_root), limits)
 
     # ---- making it ------------------------------------------------------------------------------------------------
 
@@ -218,44 +264,66 @@ class FromageImageIndex:
         }
         with contextlib.ExitStack() as stack:
             directory = Path(save_directory or stack.enter_context(tempfile.TemporaryDirectory()))
+            in_memory = isinstance(images, (list, tuple))  # which the caller holds in any case
             if not is_built(directory, sources, facts):
                 embed = ImageEmbedder(model, processor, limits)
-                build_folder(directory, facts, sources, total, embed, batch_size, num_workers, show_progress)
+                keep = in_memory and save_directory is not None
+                build_folder(directory, facts, sources, total, embed, batch_size, num_workers, show_progress, keep)
             index = cls.from_pretrained(directory)
+            index.image_root, index._may_read_files = None if root is None else Path(root), True  # as the caller says
             if save_directory is None:
-                index._into_memory()
-        if save_directory is None and isinstance(images, (list, tuple)):  # which the caller holds in any case
-            for source in image_sources(images, ids, metadata)[0]:
-                if isinstance(source.image, Image.Image) and source.id in index:
-                    index._images.setdefault(source.id, source.image)  # of those with one id the first is indexed
+                index._into_memory(image_sources(images, ids, metadata)[0] if in_memory else ())
         if backend != index.backend or backend_options:
             index.use_backend(backend, **backend_options)
             if save_directory is not None:
                 progress = read_index_file(directory)[0]["progress"]
-                index._save(save_directory, root, progress)  # still the index of these images to the next call
+                index._save(save_directory, progress)  # still the index of these images to the next call
         return index
 
-    def _into_memory(self):
-        """Let go of the files, which are temporary."""
-        self._shards = [Shard(shard.count, shard.rows().clone()) for shard in self._shards]
+    def _into_memory(self, sources: Iterable[ImageSource]):
+        """Let go of the files, which are temporary, and keep those images of `sources` that are in memory."""
+        shards = tuple(Shard(shard.count, shard.rows().clone()) for shard in self._now.shards)
+        self._now = dataclasses.replace(self._now, shards=shards)
         self._entries.detach()
+        self._folder = None
+        for source in sources:
+            if isinstance(source.image, Image.Image):
+                for position in self._positions([source.id]).values():
+                    self._images.setdefault(position, source.image)  # of those with one id the first is indexed
 
-    def add(self, embeds: torch.Tensor, ids: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None):
-        """Append images by their embeddings (N, q); arguments and errors as for the class."""
-        metadata = [{} for _ in ids] if metadata is None else list(metadata)
-        if not len(embeds) == len(ids) == len(metadata):
-            raise ValueError(f"Got {len(embeds)} embeddings, {len(ids)} ids and {len(metadata)} metadata entries.")
-        self._add_rows(self._normalized(embeds).to(self.dtype), ids, metadata)
+    def add(self, embeds: Any, ids: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None):
+        """Append images by their embeddings (N, q): all or, after an error, none; arguments and errors as for the
+        class."""
+        rows = self._normalized(embeds).to(self.dtype)
+        entries = as_entries(ids, metadata)
+        if len(rows) != len(entries):
+            raise ValueError(f"Got {len(rows)} embeddings, {len(entries)} ids and {len(entries)} metadata entries.")
+        self._insert([(rows, entries)])
 
-    def _add_rows(self, rows: torch.Tensor, ids: Sequence[str], metadata: Sequence[dict[str, Any]]):
-        faiss = None if self._faiss is None else self._loaded_faiss()
-        self._entries.add(self._count, ids, metadata)
-        self._added.append(rows)
-        self._count += len(rows)
-        if self._deleted is not None:
-            self._deleted = F.pad(self._deleted, (0, len(rows)))
-        if faiss is not None:
-            faiss.add(rows)
+    def _insert(
+        self,
+        pieces: Iterable[tuple[torch.Tensor, list[tuple[str, str]]]],
+        images: dict[int, Image.Image | Path] | None = None,
+        skipped: Iterable[tuple[str, str, str]] = (),
+    ):
+        """Append embeddings with their ids and metadata, and `images` by their numbers among them: all or none."""
+        with self._lock:
+            before = now = self._now
+            try:
+                with self._entries.transaction():
+                    for rows, entries in pieces:
+                        self._entries.add(now.count, entries)
+                        now = now.grown(appended(now.shards, rows, self.device, SHARD_ROWS))
+                    self._entries.skip(skipped)
+                    if now.faiss is not None:
+                        for rows in now.rows_from(before.count):
+                            now.faiss.add(rows)
+            except BaseException:
+                if before.faiss is not None:
+                    before.faiss.restore(before.shards)
+                raise
+            self._images.update({before.count + number: image for number, image in (images or {}).items()})
+            self._now = now
 
     def add_images(self, model: Any, processor: Any, images: Any, **kwargs: Any):
         """Embed and append `images`; arguments as for [`build`].
@@ -265,24 +333,28 @@ class FromageImageIndex:
         """
         self.check_model(model)
         more = type(self).build(model, processor, images, dtype=self.dtype, **kwargs)
-        self._append(more, absolute=more.image_root != self.image_root)
+        self._append(more)
 
-    def delete(self, ids: Sequence[str]):
-        """Remove images.
+    def delete(self, ids: Sequence[str] | str):
+        """Remove images: of one id, or of several.
 
         Raises:
             KeyError: One of `ids` is not in the index; then nothing is removed.
         """
-        positions = self._entries.positions(ids)
-        missing = [image_id for image_id in ids if image_id not in positions]
-        if missing:
-            raise KeyError(f"The index has no images {missing[:10]}; nothing was removed.")
-        if self._deleted is None:
-            self._deleted = torch.zeros(self._count, dtype=torch.bool)
-        self._deleted[list(positions.values())] = True
-        self._entries.delete(list(positions.values()))
-        for image_id in positions:
-            self._images.pop(image_id, None)
+        ids = as_ids(ids)
+        with self._lock:
+            found = self._positions(ids)
+            missing = [image_id for image_id in ids if image_id not in found]
+            if missing:
+                raise KeyError(f"The index has no images {missing[:10]}; nothing was removed.")
+            if not found:
+                return
+            positions = list(found.values())
+            now = self._now.without(positions)
+            self._entries.delete(positions)
+            self._now = now
+            for position in positions:
+                self._images.pop(position, None)
 
     @classmethod
     def merge(cls, indexes: Sequence["FromageImageIndex | str | os.PathLike"]) -> "FromageImageIndex":
@@ -299,28 +371,40 @@ class FromageImageIndex:
             raise ValueError(f"Only indexes of one model and kind can be merged; got (width, dtype, model): {kinds}.")
         merged = cls.__new__(cls)
         merged._start(*kinds.pop())
-        roots = {part.image_root for part in parts}
+        roots, stored = {part.image_root for part in parts}, {part._root() for part in parts}
         merged.image_root = roots.pop() if len(roots) == 1 else None
+        merged._stored_root = stored.pop() if len(stored) == 1 else None
         for part in parts:
-            merged._append(part, absolute=part.image_root != merged.image_root)
+            merged._append(part)
         return merged
 
-    def _append(self, other: "FromageImageIndex", absolute: bool):
-        """Add all of another index, with `absolute` paths where its `image_root` is not this one's."""
+    def _root(self) -> str | None:
+        """The folder that relative paths in the metadata start from, which is not to say that it may be read."""
+        return self._stored_root if self.image_root is None else str(Path(self.image_root).absolute())
+
+    def _append(self, other: "FromageImageIndex"):
+        """Add all of another index, with absolute paths where its images are elsewhere than this one's."""
         if other.dim != self.dim:
             raise ValueError(f"Embeddings of width {other.dim} cannot be added to those of width {self.dim}.")
-        if self._entries.positions(other.ids):  # before any of its pieces is added
-            raise ValueError("Image ids must be unique; at least one is in both indexes.")
-        for rows, ids, metadata in other._pieces():
-            if absolute and other.image_root is not None:
-                metadata = [
-                    {**facts, "path": str(other.image_root / facts["path"])} if facts.get("path") else facts
-                    for facts in metadata
-                ]
-            self._add_rows(rows, ids, metadata)  # as they are: normalised again, they would be rounded again
-        self._may_read_files &= other._may_read_files
-        self._entries.skip((row["id"], row["source"], row["reason"]) for row in other.skipped)
-        self._images.update(other._images)
+        with other._lock:
+            now, kept, skipped = other._now, {**other._images}, other.skipped
+        root = other._root()
+        root = None if root == self._root() else root
+        images: dict[int, Image.Image | Path] = {}
+
+        def pieces() -> Iterator[tuple[torch.Tensor, list[tuple[str, str]]]]:
+            number = itertools.count()
+            for rows, entries in zip(now.kept_rows(), other._kept_entries(now), strict=True):
+                images.update({n: kept[p] for (p, _, _), n in zip(entries, number, strict=False) if p in kept})
+                metadata = [facts for _, _, facts in entries]
+                if root is not None:
+                    metadata = [_with_root(facts, root) for facts in metadata]
+                # As they are: normalised again, they would be rounded again.
+                yield rows, as_entries([image_id for _, image_id, _ in entries], metadata)
+
+        with self._lock:
+            self._insert(pieces(), images, ((row["id"], row["source"], row["reason"]) for row in skipped))
+            self._may_read_files &= other._may_read_files
 
     # ---- searching ------------------------------------------------------------------------------------------------
 
@@ -340,17 +424,22 @@ class FromageImageIndex:
             raise ValueError(f"Unknown backend {backend!r}; this version has 'flat' and 'faiss'.")
         if backend == "flat" and options:
             raise ValueError(f"The flat backend takes no options, got {sorted(options)}.")
-        faiss = None
+        faiss, now = None, self._now
         if backend == "faiss":
             faiss = FaissBackend(**options)
-            faiss.build(self._all_shards(), self.dim)
-        self._faiss, self._faiss_file = faiss, None
+            faiss.build(now.shards, self.dim)
+        with self._lock:
+            for rows in self._now.rows_from(now.count) if faiss else ():  # added while it was trained
+                faiss.add(rows)
+            self._now = dataclasses.replace(self._now, faiss=faiss)
         return self
 
     def to(self, device: torch.device | str) -> "FromageImageIndex":
         """Keep the embeddings on `device`, where the flat search then runs."""
-        self.device = torch.device(device)
-        self._shards = [shard.to(device) for shard in self._all_shards()]
+        with self._lock:
+            self.device = torch.device(device)
+            shards = tuple(shard.to(device) for shard in self._now.shards)
+            self._now = dataclasses.replace(self._now, shards=shards)
         return self
 
     def check_model(self, model: Any):
@@ -364,153 +453,123 @@ class FromageImageIndex:
 
     def search(
         self,
-        embeds: torch.Tensor,
+        embeds: Any,
         top_k: int = 1,
-        exclude_ids: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        exclude_ids: Sequence[str] | Sequence[Sequence[str]] | str | None = None,
         where: dict[str, Any] | None = None,
         model: Any = None,
     ) -> tuple[list[list[str]], torch.Tensor, list[list[dict[str, Any]]]]:
-        """Nearest images of `embeds` (Q, q) by cosine.
+        """Nearest images of `embeds` (Q, q), a tensor or an array, by cosine.
 
         Args:
-            exclude_ids: Ids never returned: one list for all queries, or one list a query.
-            where: Only images whose metadata has these values; a list means any of its values. Searched exactly,
-                whatever the backend.
+            exclude_ids: Ids never returned: one list for all queries, or one list a query; or a single id.
+            where: Only images whose metadata has these values; a list means any of its values, and metadata that is a
+                list has each of its items. Searched exactly, whatever the backend.
             model: The model that made `embeds`, to make sure that it is the index's.
 
         Returns:
-            Ids, one list of k a query; cosines (Q, k); metadata likewise. Ties rank by position in the index.
+            Ids, one list of k a query; cosines (Q, k); metadata likewise. Ties rank by position in the index. Where
+            `where` leaves a query fewer than `top_k` images, its lists are of those that there are; then k is the
+            length of the longest list, and shorter ones have cosines of -inf at their end.
 
         Raises:
-            ValueError: `top_k` is not between 1 and the number of images left, a query is not finite or of another
-                width, or `model` is not the index's.
+            ValueError: `top_k` is less than 1 or, without `where`, more than the number of images left; a query is not
+                finite or of another width; or `model` is not the index's.
             CorruptIndexError: A file of the index is damaged.
+            ReplacedIndexError: Another index was saved into its folder before this one's files were all opened.
         """
         if model is not None:
             self.check_model(model)
         queries = self._normalized(embeds)
-        banned = self._banned(exclude_ids, len(queries))
-        allowed = self._allowed(where)
+        now, banned = self._with_excluded(exclude_ids, len(queries))
+        allowed = now.kept
+        if where:
+            allowed = torch.zeros(now.count, dtype=torch.bool)
+            allowed[self._entries.matching(where, now.count)] = True
+            allowed = allowed if now.kept is None else allowed & now.kept
         counts = [len(rows) if allowed is None else int(allowed[rows].sum()) for rows in banned]
-        available = (self._count if allowed is None else int(allowed.sum())) - max(counts, default=0)
-        if not 1 <= top_k <= available:
+        available = int(allowed.sum()) if where else now.count - now.removed
+        if not 1 <= top_k <= (top_k if where else available - max(counts, default=0)):
             raise ValueError(
-                f"`top_k` is {top_k}, but the index has {max(available, 0)} images to choose from (of {len(self)})."
+                f"`top_k` is {top_k}, but the index has {max(available - max(counts, default=0), 0)} images to choose "
+                f"from (of {now.count - now.removed})."
             )
-        pieces = []
-        for start in range(0, len(queries), _QUERIES_AT_A_TIME):
+        top_k = min(top_k, available - min(counts, default=0))
+        scores, positions = [torch.empty(0, top_k)], []
+        for start in range(0, len(queries) if top_k else 0, _QUERIES_AT_A_TIME):
             piece = slice(start, start + _QUERIES_AT_A_TIME)
-            some, excluded = queries[piece], banned[piece]
-            if self._faiss is None or where:
-                pieces.append(search_flat(self._all_shards(), some, top_k, excluded, allowed))
-            else:
-                found = search_faiss(self._loaded_faiss(), self._all_shards(), some, top_k, excluded, allowed)
-                pieces.append(found)
-        scores = torch.cat([scores for scores, _ in pieces]) if pieces else torch.empty(0, top_k)
-        positions = [row for _, found in pieces for row in found.tolist()]
+            several = (now.shards, queries[piece], top_k, banned[piece], allowed)
+            found = search_flat(*several) if now.faiss is None or where else search_faiss(now.faiss, *several)
+            scores.append(found[0])
+            positions += found[1].tolist()
+        scores = torch.cat(scores) if top_k else torch.empty(len(queries), 0)
+        if where:
+            lengths = (available - count for count in counts)
+            positions = [row[:length] for row, length in zip(positions or [[]] * len(queries), lengths, strict=True)]
         entries = self._entries.at(sorted({position for row in positions for position in row}))
         ids = [[entries[position][0] for position in row] for row in positions]
         return ids, scores, [[entries[position][1] for position in row] for row in positions]
 
-    def _normalized(self, embeds: torch.Tensor) -> torch.Tensor:
-        if embeds.dim() != 2 or embeds.shape[-1] != self.dim:
-            raise ValueError(f"Expected embeddings (N, {self.dim}), got {tuple(embeds.shape)}.")
-        embeds = embeds.detach().float().cpu()
-        if not torch.isfinite(embeds).all():
-            raise ValueError("The embeddings contain NaN or infinite values.")
-        return F.normalize(embeds, dim=-1)
+    def _normalized(self, embeds: Any) -> torch.Tensor:
+        return F.normalize(as_embeds(embeds, self.dim), dim=-1)
 
-    def _banned(self, exclude_ids, count: int) -> list[torch.LongTensor]:
-        """The positions of excluded images, for each query."""
-        lists = list(exclude_ids or [])
-        if not lists or isinstance(lists[0], str):
-            lists = [lists] * count
-        if len(lists) != count:
-            raise ValueError(f"Got {len(lists)} lists of excluded ids for {count} queries.")
-        known = self._entries.positions(sorted({image_id for ids in lists for image_id in ids}))
-        return [torch.tensor(sorted({known[i] for i in ids if i in known}), dtype=torch.long) for ids in lists]
-
-    def _allowed(self, where: dict[str, Any] | None) -> torch.BoolTensor | None:
-        """(N,), True for the images that `where` and deletions leave; `None` for all."""
-        if not where:
-            return None if self._deleted is None else ~self._deleted
-        allowed = torch.zeros(self._count, dtype=torch.bool)
-        allowed[self._entries.matching(where)] = True
-        return allowed
-
-    def _loaded_faiss(self) -> FaissBackend:
-        with self._lock:
-            if self._faiss.index is None:
-                check_file(self._faiss_file["path"], self._faiss_file["crc32"])
-                self._faiss.load(self._faiss_file["path"])
-            return self._faiss
-
-    def _all_shards(self) -> list[Shard]:
-        """The shards, with what was added since in them."""
-        with self._lock:
-            if self._added:
-                shards, rows = list(self._shards), torch.cat(self._added)
-                if shards and shards[-1].path is None and shards[-1].count < SHARD_ROWS:
-                    rows = torch.cat([shards.pop().rows().cpu(), rows])
-                shards += [Shard(len(piece), piece.to(self.device)) for piece in rows.split(SHARD_ROWS) if len(piece)]
-                self._shards, self._added = shards, []
-            return self._shards
+    def _with_excluded(self, exclude_ids: Any, count: int) -> tuple[Snapshot, list[torch.LongTensor]]:
+        """What there is, and the positions of excluded images in it, for each of `count` queries."""
+        lists = as_excluded(exclude_ids, count)
+        if not any(lists):
+            return self._now, [torch.empty(0, dtype=torch.long)] * count
+        with self._lock:  # an id that is deleted and added again between the two would be excluded in vain
+            now, known = self._now, self._positions(sorted({image_id for ids in lists for image_id in ids}))
+        return now, [torch.tensor(sorted({known[i] for i in ids if i in known}), dtype=torch.long) for ids in lists]
 
     # ---- keeping it -----------------------------------------------------------------------------------------------
 
-    def _kept_rows(self) -> Iterator[torch.Tensor]:
-        start = 0
-        for shard in self._all_shards():
-            rows = shard.rows().cpu()
-            yield rows if self._deleted is None else rows[~self._deleted[start : start + shard.count]]
-            start += shard.count
-
-    def _pieces(self) -> Iterator[tuple[torch.Tensor, list[str], list[dict[str, Any]]]]:
-        """Embeddings, ids and metadata of what is not deleted, a shard at a time."""
-        entries = iter(self._entries)
-        for rows in self._kept_rows():
-            some = list(itertools.islice(entries, len(rows)))
-            yield rows, [image_id for _, image_id, _ in some], [facts for _, _, facts in some]
-
     def save_pretrained(self, save_directory: str | os.PathLike):
-        """Write the index into a folder. An index that is there stays whole until the new one is."""
-        self._save(save_directory, None if self.image_root is None else str(self.image_root.resolve()))
+        """Write the index into a folder, images in memory included. An index that is there stays whole until the new
+        one is."""
+        self._save(save_directory)
 
     def _save(
-        self,
-        directory: str | os.PathLike,
-        image_root: str | None,
-        progress: dict[str, Any] | None = None,
-        public: bool = False,
+        self, directory: str | os.PathLike, progress: dict[str, Any] | None = None, scrub: Scrubber | None = None
     ):
+        """Write it as it is now, whatever is changed meanwhile; `scrub` is for what is published."""
+        with self._lock:
+            now, images, skipped = self._now, {**self._images}, self.skipped
+        image_root = self._stored_root if self.image_root is None else str(Path(self.image_root).resolve())
         facts = {
             "dim": self.dim,
             "dtype": str(self.dtype).removeprefix("torch."),
             "model": self.model_fingerprint,
-            "image_root": image_root,
+            "image_root": None if scrub else image_root,
             "may_read_files": self._may_read_files,
         }
-        writer = IndexWriter(directory, facts, progress=progress)
-        for rows, ids, metadata in self._pieces():
-            writer.add(rows, ids, [_without_folders(facts) for facts in metadata] if public else metadata)
-        skipped = [(row["id"], row["source"], row["reason"]) for row in self.skipped]
-        if public:
-            skipped = [(name, where if is_url(where) else Path(where).name, why) for name, where, why in skipped]
-        writer.entries.skip(skipped)
-        if self._faiss is None:
+        with one_at_a_time(directory):
+            writer = IndexWriter(directory, facts, progress=progress)
+            for rows, entries in zip(now.kept_rows(), self._kept_entries(now), strict=True):
+                for number, (position, _, _) in enumerate(entries, writer.count):
+                    if position in images:
+                        writer.keep_image(number, images[position])
+                metadata = [facts if scrub is None else scrub(facts) for _, _, facts in entries]
+                writer.add(rows, [image_id for _, image_id, _ in entries], metadata)
+            rows = [(row["id"], row["source"], row["reason"]) for row in skipped]
+            writer.entries.skip(rows if scrub is None else [tuple(scrub(row, is_path=True)) for row in map(list, rows)])
+            self._finish(writer, now)
+
+    def _finish(self, writer: IndexWriter, now: Snapshot):
+        """Add the FAISS index to what was written."""
+        if now.faiss is None:
             writer.finish()
             return
-        faiss = self._loaded_faiss()
-        if self._deleted is not None and self._deleted.any():  # positions move up
+        temporary, faiss = writer.directory / "backend.tmp", now.faiss
+        if now.removed or not faiss.save(temporary, now.count):  # positions move up, or images were added meanwhile
             faiss = FaissBackend(**faiss.options)
             try:
-                faiss.build([Shard(len(rows), rows) for rows in self._kept_rows()], self.dim)
+                faiss.build([Shard(len(rows), rows) for rows in now.kept_rows()], self.dim)
             except ValueError as error:  # the images are not to be lost for it
                 logger.warning("Saved without its FAISS index: %s", error)
                 writer.finish()
                 return
-        temporary = writer.directory / "backend.tmp"
-        faiss.save(temporary)
+            faiss.save(temporary, now.count - now.removed)
         crc32 = crc32_of_file(temporary)
         path = writer.directory / f"backend-{crc32:08x}.faiss"
         os.replace(temporary, path)
@@ -529,36 +588,39 @@ class FromageImageIndex:
     ) -> "FromageImageIndex":
         """Open what [`save_pretrained`], [`build`] or [`push_to_hub`] wrote: a folder, or a repository of the Hub.
 
-        Embeddings, ids and metadata stay in their files; each file's checksum is compared when it is first used.
+        Embeddings, ids and metadata stay in their files; each file is checked when it is first used. Whoever wrote an
+        index could write anything: it is not taken at its word about where its images are.
 
         Args:
-            image_root: The folder that metadata's relative "path"s are in.
+            image_root: The folder that metadata's relative "path"s are in. Images below it may be read, and those in
+                the index's own folder; see [`load_image`].
 
         Raises:
             FileNotFoundError: The folder holds no finished index.
             CorruptIndexError: A file is missing or of another size.
         """
-        directory, local = Path(index_name_or_path), True
+        directory = Path(index_name_or_path)
         if not directory.is_dir() and (directory.is_absolute() or len(directory.parts) > 2):
             raise FileNotFoundError(f"There is no folder {directory}, and it is no repository's name (org/name).")
         if not directory.is_dir():
-            local = False
             directory = Path(
                 snapshot_download(
                     str(index_name_or_path), repo_type=repo_type, revision=revision, token=token, cache_dir=cache_dir,
                     allow_patterns=_HUB_FILES,
                 )
             )  # fmt: skip
-        state, shards, entries = read_index_file(directory)
+        state, shards, entries, folder = read_index_file(directory)
         index = cls.__new__(cls)
         index._start(state["dim"], getattr(torch, state["dtype"]), state["model"])
-        index._shards, index._entries, index._count = shards, entries, state["count"]
-        index._may_read_files = local and state["may_read_files"]  # a copy of a Hub's is no more trusted
-        image_root = image_root or (state["image_root"] if local else None)
-        index.image_root = None if image_root is None else Path(image_root)
+        faiss = None
         if state.get("faiss"):
-            index._faiss = FaissBackend(**state["faiss"]["options"])
-            index._faiss_file = {**state["faiss"], "path": listed_file(directory, state["faiss"])}
+            file = listed_file(folder, state["faiss"])
+            faiss = FaissBackend.from_file(file, state["count"], state["dim"], state["faiss"]["options"])
+        index._now = Snapshot(tuple(shards), state["count"], faiss=faiss)
+        index._entries, index._folder, index._stored_root = entries, folder, state["image_root"]
+        index._images = kept_images(directory / Path(state["images"]).name if "images" in state else None)
+        index._may_read_files = False
+        index.image_root = None if image_root is None else Path(image_root)
         return index
 
     def push_to_hub(
@@ -572,11 +634,21 @@ class FromageImageIndex:
     ) -> str:
         """Upload the index in one commit, in the place of the one that is there; returns the commit's address.
 
-        Of absolute paths in the metadata the file's name alone is published.
+        Of absolute paths in the metadata the file's name alone is published, and this machine's folders are cut out of
+        all its texts.
+
+        Raises:
+            ValueError: An id is a path of this machine.
         """
         api = HfApi(token=token)
+        scrub = Scrubber([self._root(), self.image_root and Path(self.image_root).resolve()])
+        paths = [image_id for image_id in self.ids if scrub(image_id) != image_id]
+        if paths:
+            raise ValueError(
+                f"Ids that are paths of this machine would be published: {paths[:5]}. Give the images other ids."
+            )
         with tempfile.TemporaryDirectory() as folder:
-            self._save(folder, image_root=None, public=True)  # folders of this machine are of no one else's concern
+            self._save(folder, scrub=scrub)  # folders of this machine are of no one else's concern
             api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, repo_type=repo_type, revision=revision,
@@ -585,10 +657,9 @@ class FromageImageIndex:
         return commit.commit_url
 
 
-def _without_folders(facts: dict[str, Any]) -> dict[str, Any]:
-    """Metadata with the name alone of a path that leads through this machine's folders."""
+def _with_root(facts: dict[str, Any], root: str) -> dict[str, Any]:
     path = facts.get("path")
-    return {**facts, "path": Path(path).name} if isinstance(path, str) and Path(path).is_absolute() else facts
+    return {**facts, "path": str(Path(root) / path)} if isinstance(path, str) and path else facts
 
 
 def _check_dtype(dtype: torch.dtype):

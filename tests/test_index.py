@@ -79,19 +79,19 @@ def assert_searches(index: FromageImageIndex, entries: list[Entry], queries: tor
     banned = exclude if exclude and isinstance(exclude[0], list) else [exclude] * len(queries)
     fitting = [i for i, entry in enumerate(entries) if fits(entry.facts, kwargs.get("where"))]
     left = [[i for i in fitting if entries[i].id not in names] for names in banned]
-    top_k = min(top_k, *map(len, left), len(entries))
-    if top_k == 0:
-        with pytest.raises(ValueError, match="has 0 images to choose from"):
-            index.search(queries, 1, **kwargs)
-        return
+    if not kwargs.get("where"):
+        top_k = min(top_k, *map(len, left), len(entries))
     ids, scores, metadata = index.search(queries, top_k, **kwargs)
+    longest = min(top_k, max(map(len, left)))
+    assert scores.shape == (len(queries), longest)
     rows = F.normalize(columns(entries)[0], dim=-1).to(index.dtype).float()
     for q, query in enumerate(F.normalize(queries, dim=-1)):
         cosines = (rows * query).sum(-1, dtype=torch.float64).float().tolist()  # row by row: alike for like rows
         best = sorted((-cosines[i], i) for i in left[q])[:top_k]
         assert ids[q] == [entries[i].id for _, i in best]
         assert metadata[q] == [entries[i].facts for _, i in best]
-        assert scores[q].tolist() == pytest.approx([-negative for negative, _ in best], abs=1e-6)
+        padding = [-torch.inf] * (longest - len(best))
+        assert scores[q].tolist() == pytest.approx([*(-negative for negative, _ in best), *padding], abs=1e-6)
 
 
 def contents(index: FromageImageIndex) -> tuple:
@@ -146,7 +146,10 @@ def test_identical_images_tie_wherever_they_are():
         ({"top_k": 6}, "`top_k` is 6, but the index has 5 images"),
         ({"top_k": 5, "exclude_ids": ["image 1", "image 3"]}, r"has 4 images to choose from \(of 5\)"),
         ({"top_k": 5, "exclude_ids": [[], ["image 1"]], "embeds": torch.ones(2, DIM)}, "has 4 images"),
-        ({"where": {"kind": []}}, "has 0 images"),
+        ({"top_k": 0, "where": {"kind": "3"}}, "`top_k` is 0"),
+        ({"where": "kind"}, "`where` is a dict"),
+        ({"where": {"kind": float("nan")}}, "JSON cannot hold"),
+        ({"exclude_ids": [None]}, "are strings"),
         ({"embeds": torch.full((1, DIM), float("nan"))}, "NaN"),
         ({"embeds": torch.full((1, DIM), 1e300, dtype=torch.float64)}, "infinite"),
         ({"embeds": torch.ones(1, DIM + 1)}, r"Expected embeddings \(N, 16\), got \(1, 17\)"),
@@ -407,7 +410,7 @@ def test_build(tmp_path, model, processor, caplog, kind, saved):
     with torch.no_grad():
         assert torch.allclose(index.embeds, model.get_image_embeds(pixels), atol=1e-5)
     for image_id, seed in zip(index.ids, (0, 2), strict=True):
-        if metadata[image_id].keys() & {"path", "url"} or (kind in ("images", "rows") and not saved):
+        if metadata[image_id].keys() & {"path", "url"} or kind in ("images", "rows"):
             assert np.array_equal(index.load_image(image_id), picture(seed))
         else:
             with pytest.raises(UnreadableImageError, match="no path or url"):

@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None):
             index.use_backend("faiss", factory=options.faiss, nprobe=options.nprobe)
             index.save_pretrained(options.output)
         print(f"{index!r} in {options.output}")
+        if index.image_root is not None:  # which an index from a folder does not decide by itself
+            opening = f"FromageImageIndex.from_pretrained({options.output!r}, image_root={str(index.image_root)!r})"
+            print(f"Its images: {opening}")
         for row in index.skipped[:20]:
             print(f"skipped {row['source']}: {row['reason']}")
         if options.push_to_hub:

@@ -33,13 +33,14 @@ def search_flat(
     positions = torch.empty(len(queries), 0, dtype=torch.long)
     # For one query CPU libraries take a matrix-vector product, which reads memory at half a matrix product's speed.
     columns = (queries.repeat(2, 1) if len(queries) == 1 else queries).t()
+    excluding = [(row, excluded) for row, excluded in enumerate(banned) if len(excluded)]
     start = 0
     for shard in shards:
         rows, stop = shard.rows(), start + shard.count
         scores = (rows.float() @ columns.to(rows.device))[:, : len(queries)].t().contiguous()  # (Q, n), nearly
         if allowed is not None:
             scores.masked_fill_(~allowed[start:stop].to(rows.device), -torch.inf)
-        for row, excluded in enumerate(banned):
+        for row, excluded in excluding:
             here = excluded[(excluded >= start) & (excluded < stop)]
             if len(here):
                 scores[row, (here - start).to(rows.device)] = -torch.inf

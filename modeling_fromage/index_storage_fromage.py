@@ -23,6 +23,7 @@ INDEX_FILE = "index.json"
 SHARD_ROWS = 65_536  # one file, one matrix product of a search: 32 MB in fp16 at q = 256
 _AT_A_TIME = 1000  # ids in one SQL statement
 _LONGEST_ROW = 1.01  # the norm of a unit-norm embedding after rounding to fp16, and some
+_DAMAGE = (sqlite3.Error, UnicodeDecodeError)
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS entries (position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, metadata TEXT);"
     "CREATE TABLE IF NOT EXISTS skipped (id TEXT, source TEXT, reason TEXT);"
@@ -188,7 +189,7 @@ class Entries:
         try:
             entries._connection = connect(path)
             detail = _schema_difference(entries._connection)
-        except sqlite3.Error as error:
+        except _DAMAGE as error:
             raise CorruptIndexError(path, str(error)) from error
         if detail:
             raise CorruptIndexError(path, detail)
@@ -221,7 +222,7 @@ class Entries:
             if not detail:
                 connection.execute(_DELETED)
                 return connection
-        except sqlite3.Error as error:
+        except _DAMAGE as error:
             detail = str(error)
         connection.close()
         raise self.file.error(detail)
@@ -256,6 +257,10 @@ class Entries:
             try:
                 with connection if self._transactions == 1 else contextlib.nullcontext():
                     yield connection
+            except sqlite3.DatabaseError as error:
+                if type(error) is sqlite3.DatabaseError:  # and none of the kinds that say what else it is
+                    raise self.error(str(error)) from error
+                raise
             finally:
                 self._transactions -= 1
 
@@ -290,7 +295,7 @@ class Entries:
         with self._lock:
             try:
                 return self.connection.execute(query, values).fetchall()
-            except sqlite3.Error as error:
+            except _DAMAGE as error:
                 raise self.error(str(error)) from error
 
     def positions(self, ids: Sequence[str]) -> dict[str, int]:
@@ -348,13 +353,11 @@ class Entries:
         conditions, values = [], []
         for name, wanted in where.items():
             wanted = as_list(wanted)
+            if any(isinstance(value, (dict, list, tuple)) for value in wanted):
+                raise ValueError(f"`where` compares texts, numbers, True, False and None, got {name!r}: {wanted}.")
             # A JSON path's quotes cannot be escaped in SQLite, so keys are compared as values; and wanted values are
-            # one parameter, as SQLite limits how many there are. Lists and objects are texts to SQLite: their type
-            # tells them from texts.
-            one_of = (
-                "(({0}.type IN ('array', 'object'), {0}.value) IN "
-                "(SELECT type IN ('array', 'object'), value FROM json_each(?)) OR ({0}.value IS NULL AND ?))"
-            )
+            # one parameter, as SQLite limits how many there are. Lists and objects have no `atom`.
+            one_of = "({0}.atom IN (SELECT atom FROM json_each(?)) OR ({0}.type = 'null' AND ?))"
             conditions.append(
                 f"EXISTS (SELECT 1 FROM json_each(metadata) AS fact WHERE fact.key = ? AND ({one_of.format('fact')} OR "
                 f"(fact.type = 'array' AND EXISTS (SELECT 1 FROM json_each(fact.value) AS item WHERE "

@@ -90,9 +90,9 @@ def as_json(value: Any, name: str) -> str:
         ValueError: It has no JSON; JSON has no NaN.
     """
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+        text = _READABLE_JSON.encode(value)
         # What is not UTF-8 in a file's name is a lone surrogate in Python, which JSON can only escape.
-        return text if _is_utf8(text) else json.dumps(value, allow_nan=False, default=_plain)
+        return text if text.isascii() or _is_utf8(text) else _ASCII_JSON.encode(value)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"JSON cannot hold the {name}: {error}. Give texts, numbers, lists and dicts.") from error
 
@@ -101,6 +101,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind in "biufUO":
         return value.tolist()
     raise TypeError(f"it has a {type(value).__name__}")
+
+
+_READABLE_JSON, _ASCII_JSON = (
+    json.JSONEncoder(ensure_ascii=ascii_only, allow_nan=False, default=_plain) for ascii_only in (False, True)
+)
 
 
 def _is_utf8(text: str) -> bool:
@@ -113,4 +118,4 @@ def _is_utf8(text: str) -> bool:
 
 def storable(text: str) -> str:
     """`text`, with what is not UTF-8 in it (of a file's name, say) written as `\\udc..`."""
-    return text.encode(errors="backslashreplace").decode()
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()

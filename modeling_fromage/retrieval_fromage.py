@@ -205,7 +205,7 @@ class FromageImageIndex:
                 image_id, "no path or url in the index's metadata", "set the index's `image_loader` to say where it is"
             )
         if self._may_read_files:
-            return load_rgb_image(Path(path) if self.image_root is None else self.image_root / path, limits)
+            return load_rgb_image(Path(self.image_root or "") / path, limits)
         own = None if self._folder is None else self._folder.path
         root = None if self.image_root is None else Path(self.image_root)
         return load_rgb_image(readable_file(path, image_id, own, root, self._stored_root), limits)

@@ -33,8 +33,12 @@ def test_build_in_shards_and_merge(checkpoint, tmp_path, capsys):
     parts = [str(tmp_path / f"part-{i}") for i in range(3)]
     build_image_index.main([checkpoint, *parts, str(tmp_path / "merged"), "--merge", "--faiss", "IVF4,Flat",
                             "--nprobe", "4"])  # fmt: skip
-    assert "FromageImageIndex(50 images, 16 dimensions, torch.float32, faiss)" in capsys.readouterr().out
-    whole, merged = (FromageImageIndex.from_pretrained(tmp_path / name) for name in ("whole", "merged"))
+    printed = capsys.readouterr().out
+    assert "FromageImageIndex(50 images, 16 dimensions, torch.float32, faiss)" in printed
+    assert f"from_pretrained({str(tmp_path / 'whole')!r}, image_root={str(IMAGES)!r})" in printed
+    whole, merged = (
+        FromageImageIndex.from_pretrained(tmp_path / name, image_root=IMAGES) for name in ("whole", "merged")
+    )
     assert sorted(merged.ids) == whole.ids and merged.backend == "faiss"
     queries = torch.randn(5, 16)
     for ours, theirs in zip(whole.search(queries, 7)[:1], merged.search(queries, 7)[:1], strict=True):

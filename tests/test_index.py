@@ -10,20 +10,24 @@ import pickle
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import faiss
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, index_builder_fromage
@@ -32,6 +36,7 @@ from modeling_fromage import index_storage_fromage as storage_module
 from modeling_fromage import retrieval_fromage as index_module
 from modeling_fromage.fetching_fromage import UnreadableImageError
 from modeling_fromage.index_search_fromage import top_k_in_order
+from modeling_fromage.index_sources_fromage import image_sources
 from modeling_fromage.index_storage_fromage import CorruptIndexError
 from tests.backbones import make_model, make_processor
 from tests.hub_server import hub_server
@@ -802,6 +807,473 @@ def test_images_from_elsewhere():
         index.load_image("image 1")
     index.image_loader = lambda image_id, facts: Image.new("RGB", (len(image_id), 2))
     assert index.load_image("image 1").size == (7, 2)
+
+
+@pytest.mark.parametrize("where", ["cwd", "home"])
+def test_images_of_a_folder_are_not_read_on_its_word(tmp_path, monkeypatch, model, processor, where):
+    """Of an index that was opened: neither by its `image_root`, nor by absolute paths, links or ways up."""
+    write_pictures(tmp_path / "photos", "a.png", "sub/b.png")
+    write_pictures(tmp_path, "secret.png")
+    built = FromageImageIndex.build(model, processor, tmp_path / "photos", save_directory=tmp_path / "index")
+    assert np.array_equal(built.load_image("a.png"), picture(0))  # of this process's own images
+    again = FromageImageIndex.build(model, processor, tmp_path / "photos", save_directory=tmp_path / "index")
+    assert np.array_equal(again.load_image("sub/b.png"), picture(1))  # as it is of the same call, which opens it
+    names = {
+        "up": "../secret.png",
+        "absolute": str(tmp_path / "secret.png"),
+        "link": "link.png",
+        "nul": "\0",
+    }
+    built.add(torch.randn(4, DIM), list(names), [{"path": path} for path in names.values()])
+    built.save_pretrained(tmp_path / "index")
+    (tmp_path / "photos" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "index" / "link.png").symlink_to(tmp_path / "secret.png")
+    write_pictures(tmp_path / "index", "own.png")
+
+    monkeypatch.chdir(tmp_path / ("photos" if where == "cwd" else "."))
+    alone, rooted = (FromageImageIndex.from_pretrained(tmp_path / "index", image_root=root)
+                     for root in (None, tmp_path / "photos"))  # fmt: skip
+    for index, refused in ((alone, ["a.png", "sub/b.png", *names]), (rooted, names)):
+        index.add(torch.randn(2, DIM), ["own", "own absolute"],
+                  [{"path": "own.png"}, {"path": str(tmp_path / "index" / "own.png")}])  # fmt: skip
+        for name in refused:
+            with pytest.raises(UnreadableImageError, match="local files are refused") as error:
+                index.load_image(name)
+            assert repr(str(tmp_path / "photos")) in str(error.value)  # what to pass
+        assert np.array_equal(index.load_image("own absolute"), picture(0))
+    assert np.array_equal(alone.load_image("own"), picture(0)) and alone.image_root is None
+    assert np.array_equal(rooted.load_image("a.png"), picture(0))
+    merged = FromageImageIndex.merge([tmp_path / "index"])
+    merged.save_pretrained(tmp_path / "merged")
+    for index in (merged, FromageImageIndex.from_pretrained(tmp_path / "merged")):
+        with pytest.raises(UnreadableImageError, match=re.escape(repr(str(tmp_path / "photos")))):
+            index.load_image("a.png")
+        index.image_root = tmp_path / "photos"
+        assert np.array_equal(index.load_image("a.png"), picture(0))
+
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"]
+
+
+def pil_images() -> list[Image.Image]:
+    """One of every mode, and some whose metadata says how they look."""
+    images = [picture(seed).convert("L" if mode == "I;16" else mode if mode != "PA" else "RGB")
+              for seed, mode in enumerate(MODES)]  # fmt: skip
+    images = [
+        image.convert(mode) if mode in ("PA", "I;16") else image for image, mode in zip(images, MODES, strict=True)
+    ]
+    transparent = picture(20).convert("P")
+    transparent.info["transparency"] = 3
+    opaque = picture(21)
+    opaque.info["transparency"] = opaque.getpixel((0, 0))
+    return [*images, transparent, opaque]
+
+
+def test_images_in_memory_are_saved(tmp_path, monkeypatch, model, processor):
+    small_shards(monkeypatch, 4)
+    images = pil_images()
+    index = FromageImageIndex.build(model, processor, images, show_progress=False)
+    index.delete(["2"])
+    index.add(torch.randn(1, DIM), ["2"])  # has no image
+    pixels = {name: np.asarray(index.load_image(name)) for name in index.ids if name != "2"}
+    metadata = index.metadata
+    for folder in ("first", "first", "second"):  # over itself, too
+        index.save_pretrained(tmp_path / folder)
+        index = FromageImageIndex.from_pretrained(tmp_path / folder)
+        for one in (index, FromageImageIndex.merge([index]), copy.deepcopy(index)):
+            assert {name: np.asarray(one.load_image(name)).tolist() for name in pixels} == {
+                name: pixels[name].tolist() for name in pixels
+            }
+            with pytest.raises(UnreadableImageError, match="no path or url"):
+                one.load_image("2")
+        assert index.metadata == metadata
+        assert len(list((tmp_path / folder).glob("index-images-*"))) == 1  # the older ones are gone
+        assert len(list((tmp_path / folder).glob("index-images-*/*"))) == len(images) - 1
+    index.delete(index.ids)
+    other = tmp_path / "second" / "index-images-mine"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    FromageImageIndex(torch.randn(1, DIM), ["a"]).save_pretrained(tmp_path / "second")
+    assert [path.name for path in (tmp_path / "second").rglob("index-images-*")] == [other.name]  # not ours
+
+
+def test_a_linked_image_is_refused(tmp_path, model, processor):
+    write_pictures(tmp_path, "secret.png")
+    FromageImageIndex.build(model, processor, [picture(1)], save_directory=tmp_path / "index")
+    [image] = (tmp_path / "index").glob("index-images-*/0.png")
+    image.unlink()
+    image.symlink_to(tmp_path / "secret.png")
+    index = FromageImageIndex.from_pretrained(tmp_path / "index")
+    with pytest.raises(UnreadableImageError, match="leads out"):
+        index.load_image("0")
+    index.save_pretrained(tmp_path / "copy")
+    assert not list((tmp_path / "copy").rglob("*.png"))
+
+
+def test_an_interrupted_save_keeps_the_images(tmp_path, monkeypatch, model, processor):
+    old, new = (FromageImageIndex.build(model, processor, [picture(seed)]) for seed in (0, 1))
+    for call in itertools.count(1):
+        old.save_pretrained(tmp_path)
+        with monkeypatch.context() as patch:
+            calls: list[str] = []
+            for place, name in ((files_module, "save_file"), (Image.Image, "save"), (os, "replace"), (Path, "unlink")):
+                patch.setattr(place, name, dies_at(call, getattr(place, name), calls))
+            try:
+                new.save_pretrained(tmp_path)
+                break
+            except Killed:
+                found = FromageImageIndex.from_pretrained(tmp_path)
+                assert np.array_equal(found.load_image("0"), picture(0 if torch.equal(found.embeds, old.embeds) else 1))
+    assert call > 6
+
+
+def test_published_values_have_no_folders(tmp_path, hub, model, processor):
+    write_pictures(tmp_path / "data", "a.png", "b.png", "other.png")
+    table = tmp_path / "data" / "table.csv"
+    table.write_text("image,file_name,source,label\na.png,other.png,{0}/x,/m/01g317\nb.png,{0}/b.png,see {0}/x.,c\n"
+                     .format(tmp_path / "data"))  # fmt: skip
+    index = FromageImageIndex.build(model, processor, table)
+    assert index.metadata[0]["file_name"] == "other.png"  # as the table has it
+    deep = {
+        "list": [str(tmp_path / "y"), {str(tmp_path / "k.txt"): r"C:\Users\me\z.png"}],
+        "file": f"file://{tmp_path}/f.png",
+    }
+    index.add(torch.randn(1, DIM), ["deep"], [{**deep, "path": str(tmp_path / "secret.png"), "n": 1, "no": None}])
+    index.save_pretrained(tmp_path / "index")
+    opened = FromageImageIndex.from_pretrained(tmp_path / "index")
+    expected = [
+        {"file_name": "other.png", "source": "x", "label": "/m/01g317", "path": "a.png"},
+        {"file_name": "b.png", "source": "see x.", "label": "c", "path": "b.png"},
+        {"list": ["y", {"k.txt": "z.png"}], "file": "f.png", "path": "secret.png", "n": 1, "no": None},
+    ]
+    for one in (index, opened):
+        one.push_to_hub("org/scrubbed", token="hf_test")
+        files = hub.repositories["datasets/org/scrubbed"][hub.heads["datasets/org/scrubbed"]]
+        assert not any(str(tmp_path).encode() in data or b"Users" in data for data in files.values())
+        pulled = FromageImageIndex.from_pretrained("org/scrubbed", token="hf_test", cache_dir=tmp_path / "cache")
+        assert pulled.metadata == expected
+    index.add(torch.randn(1, DIM), [str(tmp_path / "id.png")])
+    with pytest.raises(ValueError, match="Ids that are paths of this machine"):
+        index.push_to_hub("org/scrubbed", token="hf_test")
+
+
+def test_images_in_memory_are_published(tmp_path, hub, model, processor):
+    images = [picture(0), picture(1)]
+    for several in (images, images[1:]):
+        index = FromageImageIndex.build(model, processor, several, ids=[str(i) for i in range(len(several))])
+        index.push_to_hub("org/pil", token="hf_test")
+        pulled = FromageImageIndex.from_pretrained("org/pil", token="hf_test", cache_dir=tmp_path / "cache")
+        assert all(np.array_equal(pulled.load_image(str(i)), image) for i, image in enumerate(several))
+    files = hub.repositories["datasets/org/pil"][hub.heads["datasets/org/pil"]]
+    assert sum(name.endswith(".png") for name in files) == 1  # those of the first are gone
+
+
+# ---- hostile and damaged indexes -----------------------------------------------------------------------------------
+
+
+def with_entries(folder: Path, *statements: str):
+    """Change the entries of a saved index, and sign them."""
+    [path] = folder.glob("entries-*.sqlite")
+    connection = sqlite3.connect(path)
+    for statement in statements:
+        connection.executescript(statement)
+    connection.close()
+    state = json.loads((folder / "index.json").read_text())
+    state["entries"].update(bytes=path.stat().st_size, crc32=storage_module.crc32_of_file(path))
+    (folder / "index.json").write_text(json.dumps(state))
+
+
+ENDLESS = "WITH RECURSIVE more(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM more) SELECT n"
+VIEW = (
+    "ALTER TABLE entries RENAME TO hidden; CREATE VIEW entries AS "
+    f"{ENDLESS} AS position, 'image 0' AS id, '{{}}' AS metadata FROM more"
+)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        VIEW,
+        f"DROP TABLE skipped; CREATE VIEW skipped AS {ENDLESS} AS id, '' AS source, '' AS reason FROM more",
+        "CREATE TRIGGER t AFTER DELETE ON entries BEGIN DELETE FROM skipped; END",
+        f"CREATE VIEW more AS {ENDLESS} FROM more",
+        "CREATE TABLE more (x)",
+        "CREATE INDEX i ON entries (json_extract(metadata, '$.x'))",
+        "DROP TABLE entries; CREATE TABLE entries (position INTEGER PRIMARY KEY, id TEXT, metadata TEXT, more TEXT)",
+        "DELETE FROM entries WHERE position = 1",
+        "UPDATE entries SET position = 9 WHERE position = 1",
+        "INSERT INTO entries VALUES (5, 'more', '{}')",
+        "UPDATE entries SET metadata = '[1]'",
+        "UPDATE entries SET metadata = NULL",
+        "UPDATE entries SET metadata = 'no JSON'",
+        "UPDATE entries SET metadata = replace(hex(zeroblob(50000)), '0', '[')",
+        "UPDATE entries SET id = x'ff' || position",
+        "UPDATE entries SET id = CAST(x'ff' AS TEXT) || position",
+    ],
+)
+def test_hostile_entries(tmp_path, statement):
+    index_of(make_entries(5)).save_pretrained(tmp_path)
+    with_entries(tmp_path, statement)
+    index, errors = FromageImageIndex.from_pretrained(tmp_path), []
+
+    def search():
+        with pytest.raises(CorruptIndexError, match="entries-"):
+            index.search(torch.ones(1, DIM), 5)
+        errors.append("as they should be")
+
+    thread = threading.Thread(target=search, daemon=True)  # which a query that never ends does not hold up
+    thread.start()
+    thread.join(30)
+    assert errors and not thread.is_alive()
+
+
+def test_random_damage_of_entries_is_told(tmp_path):
+    """Damage that is signed: where it is not seen, it is none that stops or hangs a search."""
+    index_of(make_entries(40)).save_pretrained(tmp_path)
+    [path] = tmp_path.glob("entries-*.sqlite")
+    data, listing, rng, found = path.read_bytes(), (tmp_path / "index.json").read_text(), random.Random(0), 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(rng.randrange(1, 20)):
+            damaged[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        state = json.loads(listing)
+        state["entries"]["crc32"] = storage_module.crc32_of_file(path)
+        (tmp_path / "index.json").write_text(json.dumps(state))
+        index = FromageImageIndex.from_pretrained(tmp_path)
+        try:
+            index.search(torch.ones(1, DIM), 5, where={"kind": VALUES}, exclude_ids=["image 3"])
+            assert len(index.ids) == len(index.metadata) == 40
+            index.skipped  # noqa: B018
+            index.delete(index.ids[:2])
+            index.search(torch.ones(1, DIM), 38)
+        except CorruptIndexError:
+            found += 1
+    assert found > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (lambda rows: rows[1].fill_(float("nan")), None),
+        (lambda rows: rows[1].fill_(float("inf")), None),
+        (lambda rows: rows[1].mul_(2), None),
+        (lambda rows: rows.resize_(5, DIM + 1), None),
+        (lambda rows: rows.resize_(4, DIM), None),
+        (lambda rows: rows.resize_(5 * DIM), None),
+        (lambda rows: None, torch.float64),
+    ],
+)
+def test_hostile_embeddings(tmp_path, change, dtype):
+    index_of(make_entries(5)).save_pretrained(tmp_path)
+    [path] = tmp_path.glob("embeds-*")
+    rows = load_file(path)["embeds"].clone()
+    change(rows)
+    save_file({"embeds": rows if dtype is None else rows.to(dtype)}, path)
+    state = json.loads((tmp_path / "index.json").read_text())
+    crc32 = storage_module.crc32_of(rows if dtype is None else rows.to(dtype))
+    state["shards"][0].update(bytes=path.stat().st_size, crc32=crc32)
+    (tmp_path / "index.json").write_text(json.dumps(state))
+    with pytest.raises(CorruptIndexError, match=r"embeds-|index\.json"):
+        FromageImageIndex.from_pretrained(tmp_path).search(torch.ones(1, DIM), 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"dim": value} for value in (0, -1, 10**30, True, 16.0, "16", None)),
+        *({"count": value} for value in (-5, 10**15, 5.0, True)),
+        *({"progress": value} for value in (None, [], {"digest": 1}, {"consumed": "x"})),
+        *({"image_root": value} for value in (1, ["/"])),
+        *({"shards": value} for value in (None, {}, [None], [{"count": 5}])),
+        {"images": 3},
+        {"model": 3},
+        {"entries": []},
+        {"faiss": {"file": "x", "bytes": 1, "crc32": 1, "options": {"factory": "Flat"}}},
+        {"faiss": {"file": "x", "bytes": 1, "crc32": 1, "options": {"factory": 1, "nprobe": 1, "training_size": 1}}},
+        {"faiss": [1]},
+        {"shard": {"count": 10**15}},
+        {"shard": {"bytes": "many"}},
+        {"shard": {"file": 3}},
+        {"shard": {"file": "\0"}},
+        {"shard": {"crc32": None}},
+    ],
+)
+def test_hostile_lists(tmp_path, changes):
+    index_of(make_entries(5)).save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "index.json").read_text())
+    if "shard" in changes:
+        state["shards"][0].update(changes["shard"])
+        state["count"] = state["shards"][0]["count"]
+    else:
+        state.update(changes)
+    for name in ("index.json", "building.json"):
+        (tmp_path / name).write_text(json.dumps(state))
+    with pytest.raises(CorruptIndexError):
+        FromageImageIndex.from_pretrained(tmp_path)
+    if changes.keys() & {"dim", "count", "progress", "shards", "entries"}:
+        with pytest.raises(CorruptIndexError):
+            files_module.IndexWriter(tmp_path, {}, resume=True)
+
+
+def test_nested_lists_and_links(tmp_path):
+    folder = tmp_path / "index"
+    index_of(make_entries(5), backend="faiss").save_pretrained(folder)
+    text = (folder / "index.json").read_text()
+    for content in (b"[" * 100_000, b"\xff", b'{"format": 1e999}'):
+        (folder / "index.json").write_bytes(content)
+        with pytest.raises((CorruptIndexError, ValueError), match=r"index\.json"):
+            FromageImageIndex.from_pretrained(folder)
+    (folder / "index.json").write_text(text)
+    for path in folder.glob("*-*"):
+        data = path.read_bytes()
+        (tmp_path / path.name).write_bytes(data)
+        path.unlink()
+        path.symlink_to(tmp_path / path.name)
+        with pytest.raises(CorruptIndexError, match="leads out"):
+            FromageImageIndex.from_pretrained(folder)
+        path.unlink()
+        path.write_bytes(data)
+    assert len(FromageImageIndex.from_pretrained(folder)) == 5
+
+
+def test_hostile_faiss_files(tmp_path):
+    index_of(make_entries(5), backend="faiss").save_pretrained(tmp_path)
+    [path] = tmp_path.glob("*.faiss")
+    text = (tmp_path / "index.json").read_text()
+    wider, more = faiss.IndexFlatIP(DIM + 1), faiss.IndexFlatIP(DIM)
+    wider.add(np.ones((5, DIM + 1), dtype=np.float32))
+    more.add(np.ones((6, DIM), dtype=np.float32))
+    for data in (b"no index", bytes(faiss.serialize_index(wider)), bytes(faiss.serialize_index(more))):
+        path.write_bytes(data)
+        state = json.loads(text)
+        state["faiss"].update(bytes=len(data), crc32=storage_module.crc32_of_file(path))
+        (tmp_path / "index.json").write_text(json.dumps(state))
+        with pytest.raises(CorruptIndexError, match=r"\.faiss"):
+            FromageImageIndex.from_pretrained(tmp_path).search(torch.ones(1, DIM), 2)
+
+
+# ---- what is given -------------------------------------------------------------------------------------------------
+
+
+def test_one_id_is_no_list_of_letters():
+    index = FromageImageIndex(torch.eye(4), ["r", "e", "red", "12"])
+    query = torch.ones(1, 4)
+    assert sorted(index.search(query, 3, exclude_ids="red")[0][0]) == ["12", "e", "r"]
+    assert sorted(index.search(query.repeat(2, 1), 3, exclude_ids=["red", ["e"]])[0][1]) == ["12", "r", "red"]
+    assert sorted(index.search(query, 3, exclude_ids=np.array(["red"]))[0][0]) == ["12", "e", "r"]
+    index.delete("red")
+    index.delete(12)
+    assert index.ids == ["r", "e"]
+    assert FromageImageIndex(torch.eye(2)[:1], "red").ids == ["red"]
+    for wrong in (None, b"r", 1.5, ["r"]):
+        with pytest.raises(ValueError, match="Image ids are strings"):
+            index.delete([wrong])
+
+
+def test_filters_find_what_there_is():
+    facts = [
+        {"tags": ["cat", 3, True, None]},
+        {"tags": "cat"},
+        {"tags": ["dog", "[]"]},
+        {"tags": []},
+        {"tags": {"cat": 1}},
+    ]
+    index = FromageImageIndex(torch.eye(5, DIM), list("abcde"), facts)
+    for wanted, expected in [
+        ("cat", "ab"), (["cat", "dog"], "abc"), ("dog", "c"), (3, "a"), (True, "a"), (None, "a"), ("[]", "c"),
+        ("3", ""),
+        (np.array(["dog", "cat"]), "abc"), (np.int64(3), "a"), ('["dog"]', ""), ([], ""), (1, "a"), ('{"cat":1}', ""),
+    ]:  # fmt: skip
+        ids, scores, metadata = index.search(torch.ones(2, DIM), 4, where={"tags": wanted})
+        assert ids == [list(expected)] * 2 and scores.shape == (2, len(expected))
+        assert metadata == [[facts["abcde".index(name)] for name in expected]] * 2
+    ids, scores, _ = index.search(torch.ones(3, DIM), 4, [["a"], [], ["b", "c", "a"]], where={"tags": ["cat", "dog"]})
+    assert ids == [["b", "c"], ["a", "b", "c"], []] and scores.shape == (3, 3)
+    assert torch.isfinite(scores).sum(-1).tolist() == [2, 3, 0] and (scores[0, 2], scores[2, 0]) == (-torch.inf,) * 2
+    index.delete("b")
+    assert index.search(torch.ones(1, DIM), 4, where={"tags": ["cat", "dog"]})[0] == [["a", "c"]]
+    for wrong in ({"tags": {"cat": 1}}, {"tags": [["cat"]]}, {3: "x"}):
+        with pytest.raises(ValueError, match="`where`"):
+            index.search(torch.ones(1, DIM), 1, where=wrong)
+
+
+def test_numpy_is_taken():
+    rows = np.random.default_rng(0).normal(size=(3, DIM))
+    rows.flags.writeable = False
+    facts = {"n": np.int64(3), "x": np.float32(0.5), "yes": np.bool_(True), "list": np.arange(3), "text": np.str_("a")}
+    plain = {"n": 3, "x": 0.5, "yes": True, "list": [0, 1, 2], "text": "a"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index = FromageImageIndex(rows, np.array(["a", "b", "c"]), [facts] * 3)
+        index.add(rows[:1].astype(np.float16), np.arange(7, 8), np.array([facts]))
+        assert index.search(rows[1:2].astype(np.float32), np.int64(1))[0] == [["b"]]
+    assert index.ids == ["a", "b", "c", "7"] and index.metadata == [plain] * 4
+    assert np.str_("a") in index and 7 in index and None not in index and index.get(np.int64(7)) == plain
+    assert index.search(rows, 4, where={"n": np.int64(3)})[0][0][0] == "a"
+    for wrong in (rows[0], rows.astype(complex), np.array([["a"] * DIM]), [[None] * DIM], "rows", rows[:, :3]):
+        with pytest.raises(ValueError, match="Expected embeddings"):
+            index.search(wrong)
+    with pytest.raises(ValueError, match="JSON cannot hold"):
+        index.add(rows[:1], ["new"], [{"n": np.float32("nan")}])
+    assert len(index) == 4
+
+
+def test_numpy_in_builds(model, processor):
+    rows = [{"image": picture(0), "n": np.float32(0.5)}, {"image": picture(1), "n": np.int64(2)}]
+    index = FromageImageIndex.build(model, processor, rows, ids=np.array([5, 6]), metadata=np.array([{"a": 1}, {}]))
+    assert index.ids == ["5", "6"] and index.metadata == [{"n": 0.5, "a": 1}, {"n": 2}]
+
+
+def test_names_that_are_not_utf8(tmp_path, model, processor):
+    images, name = tmp_path / "images", os.fsdecode(b"caf\xe9.png")
+    write_pictures(images, "a.png", name, os.fsdecode(b"broken \xff.png"))
+    for options in ({}, {"save_directory": tmp_path / "index"}, {"save_directory": tmp_path / "index"}):
+        index = FromageImageIndex.build(model, processor, images, show_progress=False, **options)
+        assert index.ids == ["a.png", "caf\\udce9.png"] and name in index
+        assert index.metadata == [{"path": "a.png"}, {"path": name}]
+        assert [row["id"] for row in index.skipped] == ["broken \\udcff.png"]
+        assert np.array_equal(index.load_image(name), picture(1))
+        assert index.search(torch.ones(1, DIM), 1, exclude_ids=[name], where={"path": ["a.png", name]})[0] == [
+            ["a.png"]
+        ]
+    index.add(torch.ones(1, DIM), ["\ud800"], [{"caption": "\udce9", "\udce9": 1}])
+    index.save_pretrained(tmp_path / "again")
+    again = FromageImageIndex.from_pretrained(tmp_path / "again", image_root=images)
+    assert again.get("\ud800") == {"caption": "\udce9", "\udce9": 1}
+    assert again.search(torch.ones(1, DIM), 3, where={"caption": "\udce9"})[0] == [["\\ud800"]]
+    assert np.array_equal(again.load_image(name), picture(1))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_tables_that_are_not_utf8(tmp_path, model, processor, suffix):
+    (tmp_path / f"t.{suffix}").write_bytes(b"image\n" + b"a.png\n" * 5000 + b"caf\xe9.png\n")
+    with pytest.raises(ValueError, match=rf"t\.{suffix}, line 5002 is not UTF-8"):
+        FromageImageIndex.build(model, processor, tmp_path / f"t.{suffix}")
+
+
+def test_a_pipe_in_a_folder(tmp_path):
+    write_pictures(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    found = [source.id for source in image_sources(tmp_path)[0]]
+    assert found == ["a.png", "gone.png"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_files_have_the_modes_of_the_umask(tmp_path, model, processor, umask):
+    before = os.umask(umask)
+    try:
+        index = FromageImageIndex.build(model, processor, [picture(0)], save_directory=tmp_path / "index")
+        index.use_backend("faiss")
+        index.save_pretrained(tmp_path / "index")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "index").rglob("*") if path.is_file()]
+    assert {path.suffix: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
+        (".json", ".sqlite", ".safetensors", ".faiss", ".png"), 0o666 & ~umask
+    )
 
 
 def test_quotes_in_a_tsv_are_quotes(tmp_path):

@@ -1,5 +1,6 @@
 """What FROMAGe asks of its backbones: widths, pooling, and what an LM does after its head. The only place for it."""
 
+import functools
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -131,14 +132,13 @@ def logit_transform(text_config: PreTrainedConfig) -> Callable[[torch.Tensor], t
     """The elementwise function that the LM applies after its head: Cohere's and Granite's scale, Gemma's soft cap."""
     config = text_config.to_dict()
     scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
-    cap = config.get("final_logit_softcapping")
+    return functools.partial(_scale_and_cap, scale=scale, cap=config.get("final_logit_softcapping"))
 
-    def transform(logits: torch.Tensor) -> torch.Tensor:
-        if scale != 1.0:
-            logits = logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
 
-    return transform
+def _scale_and_cap(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+    if scale != 1.0:
+        logits = logits * scale
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 @torch.no_grad()

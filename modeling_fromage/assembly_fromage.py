@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ SHARED_LOADER_KWARGS = (*HUB_KWARGS, "dtype", "trust_remote_code", "device_map",
                         "low_cpu_mem_usage", "use_safetensors", "max_memory", "offload_folder",
                         "offload_buffers")  # fmt: skip
 ROLES = {"text": "language model", "vision": "vision model"}
+PARTS = {"text": "language_model", "vision": "vision_model"}
 
 
 def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwargs: dict[str, Any]):
@@ -44,10 +46,10 @@ def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwarg
         )  # fmt: skip
     take_ids_from(processor, config_kwargs)
 
-    models = {}
+    models, loaded_with = {}, {}
     pooling = config_kwargs.get("vision_pooling", "pooler")
     for prefix, name in (("text", os.fspath(text)), ("vision", os.fspath(vision))):
-        loader_kwargs = {**shared, **options[prefix]}
+        loader_kwargs = loaded_with[prefix] = {**shared, **options[prefix]}
         # Pinned once: weights, and what a checkpoint of the trained parts will name, are of the same commit.
         revision_kwargs = {key: loader_kwargs.get(key) for key in ("token", "cache_dir")}
         revision = resolve_revision(
@@ -60,7 +62,9 @@ def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwarg
             config_kwargs.setdefault(f"{prefix}_model_revision", getattr(revision, "resolved", revision))
     check_logit_transform(models["text"])
     config = FromageConfig.from_vision_text_configs(models["vision"].config, models["text"].config, **config_kwargs)
-    return cls(config, language_model=models["text"], vision_model=models["vision"]).eval()
+    model = cls(config, language_model=models["text"], vision_model=models["vision"])
+    model.remember_loading(loaded_with)
+    return model.eval()
 
 
 def take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]):
@@ -106,7 +110,12 @@ def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) 
         ValueError: Its sizes or its weight files differ from those that the checkpoint knows.
     """
     name, role = getattr(config, f"{prefix}_model_id"), ROLES[prefix]
-    kwargs = {**kwargs, "revision": getattr(config, f"{prefix}_model_revision")}
+    revision = resolve_revision(
+        name, getattr(config, f"{prefix}_model_revision"), local_files_only=kwargs.get("local_files_only", False),
+        token=kwargs.get("token"), cache_dir=kwargs.get("cache_dir"),
+    )  # fmt: skip
+    setattr(config, f"{prefix}_model_revision", getattr(revision, "resolved", revision))
+    kwargs = {**kwargs, "revision": revision}
     saved = getattr(config, f"{prefix}_config")
     if prefix == "text" and config.text_gguf_file:
         kwargs["gguf_file"] = config.text_gguf_file
@@ -126,6 +135,79 @@ def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) 
     if known := getattr(config, f"{prefix}_model_fingerprint"):
         check_fingerprint(backbone_files(prefix, config, kwargs.get("cache_dir")), known, role, name)
     return model
+
+
+def join_backbones(cls, config: FromageConfig, kwargs: dict[str, Any], load: Callable[..., PreTrainedModel]):
+    """Load both backbones, with what of `kwargs` concerns each, and put new trained parts between them."""
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+    models, device_map = {}, {}
+    for prefix, part in PARTS.items():
+        options = {key: value for key, value in kwargs.items() if prefix == "text" or key != "quantization_config"}
+        sub_config = getattr(config, f"{prefix}_config")
+        options["dtype"] = saved_dtype(sub_config, config.dtype) if dtype in (None, "auto") else dtype
+        attention = options.get("attn_implementation")
+        if isinstance(attention, dict):
+            options["attn_implementation"] = attention.get(f"{prefix}_config", attention.get(""))
+        if isinstance(options.get("device_map"), dict):
+            options["device_map"] = _device_map_of(part, options["device_map"])
+        options = {key: value for key, value in options.items() if value is not None}
+        models[part] = load(prefix, config, options)
+        placed = models[part].__dict__.get("hf_device_map", {})
+        device_map.update({f"{part}.{module}".rstrip("."): device for module, device in placed.items()})
+    model = cls(config, **models)
+    model.remember_loading(dict.fromkeys(PARTS, kwargs))
+    if device_map:  # of a backbone that is spread over devices
+        device = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+        model.hf_device_map = {**device_map, "adapter": device}
+    else:
+        device = models["language_model"].device
+    model.adapter.to(device)
+    return model
+
+
+def _device_map_of(part: str, device_map: dict[str, Any]) -> dict[str, Any] | None:
+    """What a device map by module names says of one backbone."""
+    own = {
+        key.removeprefix(part).removeprefix("."): value
+        for key, value in device_map.items()
+        if key == part or key.startswith(f"{part}.")
+    }
+    return own or ({"": device_map[""]} if "" in device_map else None)
+
+
+def backbone_within(name, hub_kwargs: dict[str, Any], prefix: str, config: FromageConfig, kwargs: dict[str, Any]):
+    """A backbone out of a self-contained checkpoint, by itself: the way to quantise the language model alone."""
+    kwargs = {**kwargs, **hub_kwargs, "config": getattr(config, f"{prefix}_config")}
+    return load_backbone(prefix, name, {**kwargs, "key_mapping": {rf"^{PARTS[prefix]}\.": ""}}, config.vision_pooling)
+
+
+def find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike):
+    """Make the paths of backbones that lie beside a checkpoint absolute.
+
+    Raises:
+        ValueError: A backbone is not there, or unknown.
+    """
+    for prefix, role in ROLES.items():
+        field = f"{prefix}_model_id"
+        name = getattr(config, field)
+        if name is None:
+            raise ValueError(
+                f"The checkpoint {checkpoint} holds the trained parts alone and does not name its {role}. Pass "
+                f"`{field}=` (a Hub id or a folder)."
+            )
+        if name.startswith((os.curdir + "/", os.pardir + "/")):
+            path = os.path.normpath(os.path.join(checkpoint, name))
+            if not os.path.isdir(path):
+                raise ValueError(
+                    f"The checkpoint {checkpoint} needs the {role} in the folder {name} relative to it, and there is "
+                    f"none. Put it there, or pass `{field}=` (a Hub id or a folder)."
+                )
+            setattr(config, field, path)
+        elif os.path.isabs(name) and not os.path.isdir(name):
+            raise ValueError(
+                f"The checkpoint {checkpoint} was written by a run whose {role} was in {name}, and there is no such "
+                f"folder here. Pass `{field}=` (a Hub id or a folder)."
+            )
 
 
 def backbone_files(prefix: str, config: FromageConfig, cache_dir: str | None = None) -> list:

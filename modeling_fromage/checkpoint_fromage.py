@@ -1,44 +1,54 @@
 """Checkpoints: the trained parts alone, with references to the frozen backbones, or everything in one folder."""
 
 import copy
-import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
-from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.peft import maybe_load_adapters
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .assembly_fromage import (
     HUB_KWARGS,
+    PARTS,
     ROLES,
     SHARED_LOADER_KWARGS,
-    backbone_files,
-    load_backbone,
+    backbone_within,
+    find_local_backbones,
+    join_backbones,
     reload_backbone,
     saved_dtype,
 )
+from .checkpoint_files_fromage import (
+    TRAINED_PREFIX,
+    check_finite,
+    load_trained_parts,
+    tensor_names,
+    weight_files_of,
+)
 from .configuration_fromage import FromageConfig
-from .fingerprint_fromage import fingerprint
+from .fingerprint_fromage import trained_fingerprint
+from .peft_layers_fromage import has_peft_parameters, load_peft_tensors, names_without_peft, own_parameters
+from .verification_fromage import backbone_references, difference_from_origin
 
 logger = logging.getLogger(__name__)
 
-TRAINED_PREFIX = "adapter."
 _STAGING = ".saving-"
 _AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-_BESIDE = 2  # folders up from a checkpoint to where backbones still count as lying beside it: RUN/checkpoint-10
 
 
 class FromageCheckpointMixin:
     """`save_pretrained` and `from_pretrained` of [`FromageForConditionalGeneration`]."""
+
+    _names_absolute_paths = False
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 
@@ -60,68 +70,78 @@ class FromageCheckpointMixin:
             save_backbones (`bool`, *optional*):
                 `False` writes the trained parts alone and names the backbones by Hub id and commit, or by a path
                 relative to the folder; `True` writes everything. By default the trained parts alone where the backbones
-                came from the Hub or lie beside the checkpoint (at most two folders up), else everything.
+                came from the Hub or lie beside the checkpoint (at most two folders up), and still have the weights of
+                their files; else everything.
             adapter_dtype (`str` or `torch.dtype`): Of the trained parts in the file; bfloat16 makes it half as large.
 
+        With a PEFT adapter in the model that adapter is written, and the rest of the model beside it unless the adapter
+        holds a copy of all trained parts and names the checkpoint that it was made from.
+
         Raises:
-            ValueError: `save_backbones=False`, and it is not known where a backbone came from.
+            ValueError: `save_backbones=False`, and a backbone cannot be named: it is not known where it came from, or
+                its weights are no longer those of its files. Or `peft.get_peft_model` has wrapped the model.
         """
         directory = Path(save_directory)
         if directory.is_file():
             raise ValueError(f"{directory} is a file; give a folder to save into.")
-        has_peft_adapter = getattr(self, "_hf_peft_config_loaded", False)  # transformers then saves that alone
-        if kwargs.get("distributed_checkpoint") or has_peft_adapter or not is_main_process:
+        if kwargs.get("distributed_checkpoint") or not is_main_process:
             return super().save_pretrained(directory, is_main_process, state_dict, **kwargs)
-        references = {} if save_backbones else self._references(directory, required=save_backbones is False)
-        state_dict = self.state_dict() if state_dict is None else dict(state_dict)
-        if references:
-            state_dict = {key: value for key, value in state_dict.items() if key.startswith(TRAINED_PREFIX)}
+        if kwargs.get("push_to_hub") and not save_backbones:
+            self.refuse_local_backbones()
+        self.refuse_unsaved_peft()
+        with_peft = self._hf_peft_config_loaded
+        whole_state = self.state_dict() if state_dict is None else dict(state_dict)
+        state_dict = names_without_peft(self, whole_state)
+        required = save_backbones is False
+        references = {} if save_backbones else backbone_references(self, directory, state_dict, required)
         adapter_dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype
-        for key in state_dict:
-            if key.startswith(TRAINED_PREFIX):
-                state_dict[key] = state_dict[key].to(adapter_dtype)
+        trained = {key: value for key, value in state_dict.items() if key.startswith(TRAINED_PREFIX)}
+        rounded = {key: value.to(adapter_dtype) for key, value in trained.items()}
+        config = self._config_to_save(references, self._fingerprint_to_save(trained, rounded))
+        state_dict = rounded if references else {**state_dict, **rounded}
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", directory.name)  # not the name of the folder that files are staged in
         directory.mkdir(parents=True, exist_ok=True)
-        config, ignored = self.config, self._keys_to_ignore_on_save
-        self.config, self._keys_to_ignore_on_save = self._config_to_save(references), None
+        for abandoned in directory.glob(f"{_STAGING}*"):  # by a process that was killed
+            shutil.rmtree(abandoned)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=_STAGING) as staging:
+            if not with_peft or self._peft_needs_base(references):
+                only_local = {**kwargs, "push_to_hub": False} if with_peft else kwargs
+                with self._as_saved(config):
+                    super().save_pretrained(staging, state_dict=state_dict, **only_local)
+            if with_peft:
+                super().save_pretrained(staging, state_dict=whole_state, **kwargs)
+            _move_into_place(Path(staging), directory)
+
+    @contextmanager
+    def _as_saved(self, config: FromageConfig):
+        """The model as transformers is to save it: with the checkpoint's configuration, and without PEFT."""
+        changed = {"config": config, "_keys_to_ignore_on_save": None, "_hf_peft_config_loaded": False}
+        kept = {name: getattr(self, name) for name in changed}
         try:
-            for abandoned in directory.glob(f"{_STAGING}*"):  # by a process that was killed
-                shutil.rmtree(abandoned)
-            with tempfile.TemporaryDirectory(dir=directory, prefix=_STAGING) as staging:
-                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-                _move_into_place(Path(staging), directory)
+            for name, value in changed.items():
+                setattr(self, name, value)
+            yield
         finally:
-            self.config, self._keys_to_ignore_on_save = config, ignored
+            for name, value in kept.items():
+                setattr(self, name, value)
 
-    def _references(self, directory: Path, required: bool) -> dict[str, Any]:
-        """The configuration's fields that name the backbones in a checkpoint in `directory`; empty: save them too."""
-        fields: dict[str, Any] = {}
-        for prefix, role in ROLES.items():
-            name = getattr(self.config, f"{prefix}_model_id")
-            if name is None:
-                if required:
-                    raise ValueError(
-                        f"Cannot save the trained parts alone: it is not known where the {role} came from. Use "
-                        "save_backbones=True, or assemble the model with from_vision_text_pretrained."
-                    )
-                return {}
-            if os.path.isdir(name):
-                name = os.path.relpath(os.path.realpath(name), os.path.realpath(directory))
-                if Path(name).parts[: _BESIDE + 1] == (os.pardir,) * (_BESIDE + 1) and not required:
-                    logger.warning(
-                        "The %s in %s is on no Hub and does not lie beside %s: the checkpoint will hold it whole. "
-                        "save_backbones=False would save a reference to it.",
-                        role, getattr(self.config, f"{prefix}_model_id"), directory,
-                    )  # fmt: skip
-                    return {}
-                name = name if name.startswith(os.curdir) else os.path.join(os.curdir, name)
-            fields[f"{prefix}_model_id"] = name
-            if getattr(self.config, f"{prefix}_model_fingerprint") is None:  # taken once; the digest reads whole files
-                setattr(self.config, f"{prefix}_model_fingerprint", fingerprint(backbone_files(prefix, self.config)))
-        return fields
+    def _peft_needs_base(self, references: dict[str, Any]) -> bool:
+        """Whether a PEFT adapter's files alone would lack trained parts, or weights, that its base model has not."""
+        all_wrapped = all(is_wrapped for is_wrapped, _ in own_parameters(self.adapter))
+        named = all(getattr(self.config, f"{prefix}_model_id") is not None for prefix in ROLES)
+        return not (all_wrapped and self.name_or_path and (references or not named))
 
-    def _config_to_save(self, references: dict[str, Any]) -> FromageConfig:
+    def _fingerprint_to_save(self, trained: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor]) -> str | None:
+        """The `retrieval_fingerprint()` of trained parts where their rounded values would give another."""
+        own, saved = (
+            {key.removeprefix(TRAINED_PREFIX): value for key, value in tensors.items()}
+            for tensors in (trained, rounded)
+        )
+        fingerprint = self.fingerprint_of(own)
+        return None if fingerprint == trained_fingerprint(saved) else fingerprint
+
+    def _config_to_save(self, references: dict[str, Any], retrieval_fingerprint: str | None) -> FromageConfig:
         config = copy.deepcopy(self.config)
         config.text_config.dtype, config.vision_config.dtype = self.language_model.dtype, self.vision_model.dtype
         for prefix in ROLES:
@@ -135,11 +155,19 @@ class FromageCheckpointMixin:
                     setattr(config, f"{prefix}_{field}", None)
         if not references:
             config.text_gguf_file = None
+        config.retrieval_fingerprint = retrieval_fingerprint
         if self.is_remote_code():  # one class stands under three names; the library writes only one of them
             module = type(self).__module__.rsplit(".", 1)[-1]
             names = dict.fromkeys(_AUTO_CLASSES, f"{module}.{type(self).__name__}")
             config.auto_map = {**(getattr(config, "auto_map", None) or {}), **names}
         return config
+
+    def remember_loading(self, kwargs: dict[str, dict[str, Any]]):
+        """Keep what it takes to find a backbone's files again, of the arguments by prefix that it was loaded with."""
+        names = ("cache_dir", "trust_remote_code")
+        self._reload_kwargs = {
+            prefix: {name: own[name] for name in names if own.get(name) is not None} for prefix, own in kwargs.items()
+        }
 
     def remember_frozen_keys(self):
         """Let the Trainer know that a checkpoint without the backbones, if this model can have one, is complete."""
@@ -147,8 +175,29 @@ class FromageCheckpointMixin:
         frozen = {key for key in self.state_dict() if not key.startswith(TRAINED_PREFIX)}
         self._keys_to_ignore_on_save = frozen if known else None
 
-    def refuse_local_backbones(self):
-        """Raise a `ValueError` where the backbones are folders of this machine, which no one else can load."""
+    def refuse_unsaved_peft(self):
+        """Raise a `ValueError` where `save_pretrained` would leave out what PEFT trains in this model."""
+        if not self._hf_peft_config_loaded and has_peft_parameters(self):
+            raise ValueError(
+                "peft.get_peft_model has put an adapter into this model that save_pretrained cannot write: it would be "
+                "lost. Save the PEFT model, or merge the adapter first (merge_and_unload) and put what that returns in "
+                "its place; or use add_adapter, whose adapter is saved."
+            )
+
+    @contextmanager
+    def absolute_paths(self):
+        """Within, `save_pretrained` names backbones that are on no Hub by their absolute paths, wherever it saves:
+        for the checkpoints of a run, which are not to be published."""
+        self._names_absolute_paths = True
+        try:
+            yield
+        finally:
+            self._names_absolute_paths = False
+
+    def refuse_local_backbones(self, compare_weights: bool = True):
+        """Raise a `ValueError` where no one else could load the backbones: they are folders of this machine, or (with
+        `compare_weights`) are no longer what the Hub has."""
+        state_dict = names_without_peft(self, self.state_dict()) if compare_weights else {}
         for prefix, role in ROLES.items():
             name = getattr(self.config, f"{prefix}_model_id")
             if name is None or os.path.isdir(name):
@@ -157,12 +206,17 @@ class FromageCheckpointMixin:
                     "could not be loaded elsewhere. Assemble the model from Hub ids, or upload a folder written by "
                     "save_pretrained(folder, save_backbones=True) with `hf upload`."
                 )
+            if problem := difference_from_origin(self, prefix, state_dict):
+                raise ValueError(
+                    f"The {role} {problem}, so a repository of the trained parts would load with another one. Upload a "
+                    "folder written by save_pretrained(folder, save_backbones=True) with `hf upload`."
+                )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """transformers' `push_to_hub`, of the trained parts alone.
 
         Raises:
-            ValueError: A backbone is a folder of this machine.
+            ValueError: A backbone is a folder of this machine, or its weights are no longer those on the Hub.
         """
         self.refuse_local_backbones()
         return super().push_to_hub(repo_id, **kwargs)
@@ -208,8 +262,8 @@ class FromageCheckpointMixin:
         peft_path, name, adapter_kwargs = maybe_load_adapters(
             pretrained_model_name_or_path, hub_kwargs, **(kwargs.get("adapter_kwargs") or {})
         )
-        files = _weight_files(name, kwargs.get("variant"), hub_kwargs)
-        holds_backbones = any(not key.startswith(TRAINED_PREFIX) for file in files for key in _keys(file))
+        files = weight_files_of(name, kwargs.get("variant"), hub_kwargs)
+        holds_backbones = any(not key.startswith(TRAINED_PREFIX) for file in files for key in tensor_names(file))
         if not files or (holds_backbones and kwargs.get("quantization_config") is None):
             return cls._load_whole(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
@@ -218,6 +272,9 @@ class FromageCheckpointMixin:
         if isinstance(config, PreTrainedConfig):
             config, unknown = copy.deepcopy(config), kwargs
         else:
+            for prefix in ROLES:
+                if f"{prefix}_model_id" in kwargs:  # the commit that the checkpoint names is of another repository
+                    kwargs.setdefault(f"{prefix}_model_revision", None)
             config, unknown = cls.config_class.from_pretrained(
                 name if config is None else config, return_unused_kwargs=True, **hub_kwargs, **kwargs
             )
@@ -225,11 +282,12 @@ class FromageCheckpointMixin:
             raise ValueError(f"{cls.__name__}.from_pretrained got unknown arguments {sorted(unknown)}.")
         loader_kwargs.update({key: value for key, value in hub_kwargs.items() if key in HUB_KWARGS})
         if holds_backbones:
-            model = _join(cls, config, loader_kwargs, lambda *args: _backbone_within(name, hub_kwargs, *args))
+            model = join_backbones(cls, config, loader_kwargs, lambda *args: backbone_within(name, hub_kwargs, *args))
         else:
-            _find_local_backbones(config, name)
-            model = _join(cls, config, loader_kwargs, reload_backbone)
-        _load_trained_parts(model, files)
+            find_local_backbones(config, name)
+            model = join_backbones(cls, config, loader_kwargs, reload_backbone)
+        load_trained_parts(model, files)
+        model.take_saved_fingerprint()
         model.name_or_path = model.config.name_or_path = os.fspath(name)
         model.eval()
         model.adjust_generation_fn(
@@ -242,6 +300,49 @@ class FromageCheckpointMixin:
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, info) if options.get("output_loading_info") else model
 
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any):
+        """transformers' `load_adapter`, with DoRA's magnitudes, and with no tensor left at random or left over.
+
+        Raises:
+            ValueError: The file lacks a tensor of the adapter's, or has one that the model has no place for.
+        """
+        if not kwargs.get("weight_mapping"):
+            # PEFT saves DoRA's magnitudes without the last part of their names, and transformers does not add it.
+            magnitude = WeightRenaming(r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
+            kwargs["weight_mapping"] = [magnitude, *get_model_conversion_mapping(self)]
+        info = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        # What PEFT does not save (AdaLoRA's counters) need not be there.
+        saved = {tensor.data_ptr() for tensor in self.get_adapter_state_dict(adapter_name or "default").values()}
+        tensors = self.state_dict()
+        missing = {key for key in info.missing_keys if tensors[key].data_ptr() in saved - {0}}
+        if missing or info.unexpected_keys:
+            raise ValueError(
+                f"The PEFT adapter does not fit this model: it lacks {sorted(missing)[:8]}, and there is no place for "
+                f"{sorted(info.unexpected_keys)[:8]}. Load it with peft.PeftModel.from_pretrained(model, folder), into "
+                "the model that it was made from."
+            )
+        return info
+
+    def restore_adapter(self, directory: str | os.PathLike):
+        """Fill this model's trained parts and its PEFT adapter, put in by `add_adapter`, from a checkpoint of its own.
+
+        Raises:
+            ValueError: The checkpoint lacks a tensor of them, or has others.
+        """
+        load_peft_tensors(self, directory)
+        if not all(is_wrapped for is_wrapped, _ in own_parameters(self.adapter)):
+            load_trained_parts(self, weight_files_of(directory, None, {}))
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any):
+        """As in torch; but tensors of the model alone do not fit one that PEFT has changed, even where not strict."""
+        if self._hf_peft_config_loaded and has_peft_parameters(self):
+            if state_dict.keys() <= names_without_peft(self, self.state_dict()).keys():
+                raise ValueError(
+                    "The state dict has no tensor of the PEFT adapter that is in this model. Resume training with "
+                    "FromageTrainer, or call model.restore_adapter(checkpoint)."
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     @classmethod
     def _load_whole(cls, name, *model_args, config=None, output_loading_info=False, **kwargs):
         """transformers' own loading, which must leave no weight at random; each backbone keeps its saved dtype."""
@@ -251,7 +352,7 @@ class FromageCheckpointMixin:
             saved = (
                 config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(name, **hub_kwargs)
             )
-            dtypes = {part: saved_dtype(getattr(saved, f"{prefix}_config")) for prefix, part in _PARTS.items()}
+            dtypes = {part: saved_dtype(getattr(saved, f"{prefix}_config")) for prefix, part in PARTS.items()}
             if None in dtypes.values() or len(set(dtypes.values())) == 1:
                 dtypes = {}
             else:
@@ -273,10 +374,11 @@ class FromageCheckpointMixin:
                     f"The checkpoint {name} {problem} {', '.join(keys[:8])}. It does not belong to the configuration "
                     "beside it, or is not whole: save or download it again."
                 )
+        check_finite({f"{TRAINED_PREFIX}{key}": value for key, value in model.adapter.state_dict().items()}, name)
+        model.take_saved_fingerprint()
         return (model, info) if output_loading_info else model
 
 
-_PARTS = {"text": "language_model", "vision": "vision_model"}
 _BACKBONE_KWARGS = {*SHARED_LOADER_KWARGS, "torch_dtype", "quantization_config"} - set(HUB_KWARGS)
 _HUB_DEFAULTS = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": False,
                  "token": None, "revision": None, "subfolder": ""}  # fmt: skip
@@ -284,126 +386,15 @@ _OPTIONS = {"output_loading_info", "generation_config", "adapter_name", "adapter
             "_from_auto", "_from_pipeline", "_commit_hash"}  # fmt: skip
 
 
-def _join(cls, config: FromageConfig, kwargs: dict[str, Any], load: Callable[..., PreTrainedModel]):
-    """Load both backbones, with what of `kwargs` concerns each, and put new trained parts between them."""
-    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-    models, device_map = {}, {}
-    for prefix, part in _PARTS.items():
-        options = {key: value for key, value in kwargs.items() if prefix == "text" or key != "quantization_config"}
-        sub_config = getattr(config, f"{prefix}_config")
-        options["dtype"] = saved_dtype(sub_config, config.dtype) if dtype in (None, "auto") else dtype
-        attention = options.get("attn_implementation")
-        if isinstance(attention, dict):
-            options["attn_implementation"] = attention.get(f"{prefix}_config", attention.get(""))
-        if isinstance(options.get("device_map"), dict):
-            options["device_map"] = _device_map_of(part, options["device_map"])
-        options = {key: value for key, value in options.items() if value is not None}
-        models[part] = load(prefix, config, options)
-        placed = models[part].__dict__.get("hf_device_map", {})
-        device_map.update({f"{part}.{module}".rstrip("."): device for module, device in placed.items()})
-    model = cls(config, **models)
-    if device_map:  # of a backbone that is spread over devices
-        device = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
-        model.hf_device_map = {**device_map, "adapter": device}
-    else:
-        device = models["language_model"].device
-    model.adapter.to(device)
-    return model
-
-
-def _device_map_of(part: str, device_map: dict[str, Any]) -> dict[str, Any] | None:
-    """What a device map by module names says of one backbone."""
-    own = {
-        key.removeprefix(part).removeprefix("."): value
-        for key, value in device_map.items()
-        if key == part or key.startswith(f"{part}.")
-    }
-    return own or ({"": device_map[""]} if "" in device_map else None)
-
-
-def _backbone_within(name, hub_kwargs: dict[str, Any], prefix: str, config: FromageConfig, kwargs: dict[str, Any]):
-    """A backbone out of a self-contained checkpoint, by itself: the way to quantise the language model alone."""
-    kwargs = {**kwargs, **hub_kwargs, "config": getattr(config, f"{prefix}_config")}
-    return load_backbone(prefix, name, {**kwargs, "key_mapping": {rf"^{_PARTS[prefix]}\.": ""}}, config.vision_pooling)
-
-
-def _find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike):
-    """Make the paths of backbones that lie beside a checkpoint absolute.
-
-    Raises:
-        ValueError: A backbone is not there, or unknown.
-    """
-    for prefix, role in ROLES.items():
-        field = f"{prefix}_model_id"
-        name = getattr(config, field)
-        if name is None:
-            raise ValueError(
-                f"The checkpoint {checkpoint} holds the trained parts alone and does not name its {role}. Pass "
-                f"`{field}=` (a Hub id or a folder)."
-            )
-        if name.startswith((os.curdir + "/", os.pardir + "/")):
-            path = os.path.normpath(os.path.join(checkpoint, name))
-            if not os.path.isdir(path):
-                raise ValueError(
-                    f"The checkpoint {checkpoint} needs the {role} in the folder {name} relative to it, and there is "
-                    f"none. Put it there, or pass `{field}=` (a Hub id or a folder)."
-                )
-            setattr(config, field, path)
-
-
-def _load_trained_parts(model, files: list[Path]):
-    """Fill `model.adapter` from `files`, in fp32; raise a `ValueError` unless names and shapes are just its own."""
-    tensors = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            tensors.update({key: opened.get_tensor(key) for key in opened.keys() if key.startswith(TRAINED_PREFIX)})  # noqa: SIM118
-    expected = {f"{TRAINED_PREFIX}{key}": tensor.shape for key, tensor in model.adapter.state_dict().items()}
-    problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
-    problems += [f"{key} is unknown" for key in sorted(tensors.keys() - expected.keys())]
-    problems += [
-        f"{key} is {tuple(tensors[key].shape)}, not {tuple(shape)}"
-        for key, shape in sorted(expected.items())
-        if key in tensors and tensors[key].shape != shape
-    ]
-    if problems:
-        raise ValueError(
-            f"The trained parts in {files[0].parent} do not fit the configuration beside them: {'; '.join(problems)}."
-        )
-    model.adapter.load_state_dict({key.removeprefix(TRAINED_PREFIX): tensors[key] for key in expected})
-
-
-def _weight_files(name: str | os.PathLike, variant: str | None, hub_kwargs: dict[str, Any]) -> list[Path]:
-    """The checkpoint's safetensors files; none of another format, or where transformers is to say what is wrong."""
-    single, index = (_add_variant(weights, variant) for weights in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if path := _find(name, single, hub_kwargs):
-        return [path]
-    if path := _find(name, index, hub_kwargs):
-        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        return [shard for shard in (_find(name, shard, hub_kwargs) for shard in sorted(shards)) if shard]
-    return []
-
-
-def _add_variant(filename: str, variant: str | None) -> str:
-    return filename.replace(".safetensors", f".{variant}.safetensors") if variant else filename
-
-
-def _find(name: str | os.PathLike, filename: str, hub_kwargs: dict[str, Any]) -> Path | None:
-    try:
-        return Path(cached_file(name, filename, **hub_kwargs))
-    except OSError:
-        return None
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
-
-
 def _move_into_place(staging: Path, directory: Path):
     """Replace the files of `directory` by those of `staging`, and drop weight files of an earlier, longer save."""
-    stale = {path.name for path in directory.glob("model*.safetensors*")}
+    stale = {path.name for path in directory.glob("model*.safetensors*")} if any(staging.glob("model*")) else set()
+    (staging / _STAGING).touch()
+    mode = (staging / _STAGING).stat().st_mode  # as the umask has it; safetensors writes 0600
+    (staging / _STAGING).unlink()
     # The configuration last: it is what makes a folder a checkpoint.
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        path.chmod(mode)
         os.replace(path, directory / path.name)
         stale.discard(path.name)
     for name in stale:

@@ -57,6 +57,9 @@ class FromageConfig(PreTrainedConfig):
         text_model_fingerprint, vision_model_fingerprint (`dict`, *optional*):
             Size and digests of their weight files; a checkpoint of the trained parts loads with no others.
         text_gguf_file (`str`, *optional*): The GGUF file that the language model was read from.
+        retrieval_fingerprint (`str`, *optional*):
+            In a saved configuration, the model's `retrieval_fingerprint()` where its trained parts were rounded when
+            saved (to float16) so that theirs would be another.
     """
 
     model_type = "fromage"
@@ -92,6 +95,7 @@ class FromageConfig(PreTrainedConfig):
     text_model_fingerprint: dict | None = None
     vision_model_fingerprint: dict | None = None
     text_gguf_file: str | None = None
+    retrieval_fingerprint: str | None = None
     tie_word_embeddings: bool = False  # the LM ties its own; nothing is tied across the parts
 
     def __post_init__(self, **kwargs: Any):

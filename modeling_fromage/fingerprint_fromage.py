@@ -1,4 +1,5 @@
-"""Where a frozen backbone came from: its weight files, found again and recognised without reading them whole."""
+"""Telling models apart: the trained parts by a digest, a frozen backbone by its weight files, without reading them
+whole."""
 
 import hashlib
 import json
@@ -7,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -72,6 +74,15 @@ def check_fingerprint(files: list[Path], expected: dict[str, dict[str, Any]], ro
             f"name. Restore it, or pass `{role.split()[0].replace('language', 'text')}_model_fingerprint={{}}` to load "
             "what is there all the same."
         )
+
+
+def trained_fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """Digest of the trained tensors by name, rounded to bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _sample(path: Path) -> str:

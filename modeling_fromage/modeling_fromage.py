@@ -4,7 +4,6 @@ Axes: B rows of text, L tokens, N images, k visual tokens an image, D the LM's i
 V columns of logits, q the width of the shared image-text space, T target tokens.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .assembly_fromage import assemble_from_vision_text
+from .assembly_fromage import PARTS, assemble_from_vision_text
 from .backbones_fromage import (
     allow_activation_checkpointing,
     check_length,
@@ -28,9 +27,12 @@ from .backbones_fromage import (
 from .branches_fromage import FromageBranchesMixin
 from .checkpoint_fromage import FromageCheckpointMixin
 from .configuration_fromage import FromageConfig
+from .fingerprint_fromage import trained_fingerprint
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
 from .losses_fromage import mean_over_targets
+from .peft_layers_fromage import own_parameters, set_peft_training_mode
 from .scoring_fromage import FromageScoringMixin
+from .verification_fromage import weights_digest
 
 
 @dataclass
@@ -79,6 +81,16 @@ class FromageAdapter(nn.Module):
         tied = config.tie_ret_embedding and input_width == head_width
         self.ret_lm_head = None if tied else nn.Linear(head_width, config.num_ret_tokens, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+
+    def _apply(self, fn, recurse: bool = True):
+        """As in torch, but for `half()`, `bfloat16()` and `to(dtype)`: they are meant for the backbones."""
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            converted = fn(tensor)
+            is_narrower = tensor.is_floating_point() and converted.dtype.itemsize < min(tensor.dtype.itemsize, 4)
+            return tensor.to(converted.device, torch.float32) if is_narrower else converted
+
+        return super()._apply(convert, recurse)
 
     def image_features(self, pooled: torch.Tensor) -> torch.Tensor:
         """Pooled features (N, vision width) as the projections take them: in their dtype, on their device."""
@@ -154,6 +166,11 @@ class FromageForConditionalGeneration(
         self.adapter = FromageAdapter(config, input_width, head_width)
         self.logit_transform = logit_transform(config.text_config)
         self._ret_norm_target: float | None = None
+        self._known_fingerprint: tuple[dict[str, torch.Tensor], str] | None = None  # and of which tensors
+        self._reload_kwargs: dict[str, dict[str, Any]] = {prefix: {} for prefix in PARTS}
+        self._unchanged_weights: dict[str, dict[str, list[int]]] = {}  # digests of backbones that are as their files
+        if given and hasattr(language_model, "hf_quantizer"):  # cannot be compared with files: they are not quantised
+            self._unchanged_weights["text"] = weights_digest(language_model.state_dict())
         self._reasons: set[str] = set()  # said why the retrieval branch takes the ordinary pass
         self._packs: dict[str, bool] = {}  # by attention implementation, once it has been tried
         extend_generation_config(self, self.language_model)
@@ -203,10 +220,12 @@ class FromageForConditionalGeneration(
             ours.weight.copy_(torch.stack(start))
 
     def freeze_backbones(self):
-        """Let exactly the parameters of `adapter` require gradient (LoRA's, if any, are left as they are)."""
-        for name, parameter in self.named_parameters():
-            if "lora_" not in name:
-                parameter.requires_grad_(name.startswith("adapter."))
+        """Let exactly the parameters of `adapter` require gradient; those that PEFT has put in are left as they are."""
+        for backbone in (self.language_model, self.vision_model):
+            for _, parameter in own_parameters(backbone):
+                parameter.requires_grad_(False)
+        for is_wrapped, parameter in own_parameters(self.adapter):
+            parameter.requires_grad_(not is_wrapped)  # of a wrapped one PEFT trains a copy, or a difference from it
         self.train(self.training)
         return self
 
@@ -217,11 +236,13 @@ class FromageForConditionalGeneration(
         return info
 
     def train(self, mode: bool = True):
-        """Set training mode; the frozen backbones stay in eval mode."""
+        """Set training mode; the frozen backbones stay in eval mode, but for what PEFT trains in them."""
         super().train(mode)
         self.language_model.eval()
         self.vision_model.eval()
         if mode:
+            set_peft_training_mode(self.language_model)
+            set_peft_training_mode(self.vision_model)
             allow_activation_checkpointing(self.language_model)
         return self
 
@@ -296,12 +317,26 @@ class FromageForConditionalGeneration(
     @torch.no_grad()
     def retrieval_fingerprint(self) -> str:
         """Tells the models apart whose embeddings can be compared: a digest of the trained parts, rounded to bfloat16,
-        so that a checkpoint saved in bfloat16 has its original's."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self._trained_state().items()):
-            digest.update(name.encode())
-            digest.update(parameter.to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        so that a checkpoint saved in bfloat16 has its original's. Taken anew when a trained tensor has changed."""
+        return self.fingerprint_of(self._trained_state())
+
+    def fingerprint_of(self, state: dict[str, torch.Tensor]) -> str:
+        """[`retrieval_fingerprint`] of trained tensors, kept until they change."""
+        if self._known_fingerprint is not None and self._known_fingerprint[0].keys() == state.keys():
+            # Compared with a copy: 5 ms at the paper's shapes on a CPU, and unlike `_version` it sees edits of `.data`.
+            known = {name: tensor.to(state[name]) for name, tensor in self._known_fingerprint[0].items()}
+            if all(torch.equal(tensor, known[name]) for name, tensor in state.items()):
+                self._known_fingerprint = known, self._known_fingerprint[1]  # on the device where it is asked for
+                return self._known_fingerprint[1]
+        self._known_fingerprint = {name: tensor.clone() for name, tensor in state.items()}, trained_fingerprint(state)
+        return self._known_fingerprint[1]
+
+    def take_saved_fingerprint(self):
+        """Keep the fingerprint that the checkpoint just loaded gives for its tensors, if they were rounded when saved
+        so that their own would be another."""
+        if (saved := self.config.retrieval_fingerprint) is not None:
+            self._known_fingerprint = {name: value.clone() for name, value in self._trained_state().items()}, saved
+            self.config.retrieval_fingerprint = None
 
     def _trained_state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors by their plain names; of a PEFT wrapper, those of its active copy."""

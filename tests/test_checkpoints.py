@@ -1,6 +1,8 @@
 """Saving and loading: trained parts alone and self-contained checkpoints, their errors, and code that travels along."""
 
+import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,7 +27,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromagePipeline, FromageProcessor
 from tests.backbones import PARITY, TEXT_CONFIGS
 
 TRAINED_KEYS = {
@@ -251,6 +254,36 @@ def test_trained_tensors_must_be_the_models_own(backbones, tmp_path, save_backbo
             AutoModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("save_backbones", [False, True])
+def test_trained_tensors_must_be_finite(backbones, tmp_path, save_backbones, value):
+    folder = tmp_path / "model"
+    assemble(backbones)[0].save_pretrained(folder, save_backbones=save_backbones)
+    name = "adapter.visual_projection.bias"
+    edit(folder / "model.safetensors", lambda tensors: tensors[name].__setitem__(3, value))
+    with pytest.raises(ValueError, match=f"{folder} hold NaN or infinite values: {name}"):
+        AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_file_modes_are_the_users(backbones, tmp_path, umask):
+    model, processor = assemble(backbones)
+    with_peft = copy.deepcopy(model)
+    with_peft.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["adapter"]))
+    previous = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "parts")
+        model.save_pretrained(tmp_path / "whole", save_backbones=True, max_shard_size="100KB")
+        with_peft.save_pretrained(tmp_path / "peft")
+        FromagePipeline(model=model, processor=processor).save_pretrained(tmp_path / "pipeline")
+    finally:
+        os.umask(previous)
+    for folder in ("parts", "whole", "peft", "pipeline"):
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / folder).rglob("*") if path.is_file()}
+        assert any(name.endswith(".safetensors") for name in modes)
+        assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
 def test_missing_backbone_weights_are_refused(backbones, tmp_path):
     model, _ = assemble(backbones)
     model.save_pretrained(tmp_path / "whole", save_backbones=True)
@@ -349,8 +382,6 @@ torch.save(found, result)
 
 def ask_stranger(folder: str | Path, tmp_path: Path, **environment: str) -> list:
     """Load `folder` (or a Hub id) with `trust_remote_code` in a process of its own that has not this package."""
-    import os
-
     script, result = tmp_path / "stranger.py", tmp_path / "result.pt"
     script.write_text(STRANGER)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), **environment}

@@ -131,6 +131,17 @@ def test_push_from_the_model_itself(hub, tmp_path):
     assert found[0][1].shape == (1, 16)
 
 
+def test_a_changed_backbone_is_not_pushed_by_reference(hub, tmp_path):
+    change = """
+model.get_input_embeddings().weight.data[5] += 1
+model.push_to_hub("org/changed")
+"""
+    (tmp_path / "change.py").write_text(ASSEMBLE + change)
+    error = run(hub, tmp_path, "change.py", "model", "org/mine", ok=False)
+    assert re.search("ValueError: The language model has other weights than org/tiny-opt.*save_backbones=True", error)
+    assert "org/mine" in hub.heads and "org/changed" not in hub.heads
+
+
 def test_local_backbones_are_not_pushed_by_reference(hub, tiny, tmp_path, capsys):
     arguments = [str(tiny / "fromage"), "org/tiny"]
     with pytest.raises(SystemExit):

@@ -1,8 +1,11 @@
-"""LoRA on the language model beside the trained parts, through peft and through transformers' own `add_adapter`."""
+"""PEFT on the language model beside the trained parts, through peft and through transformers' own `add_adapter`."""
+
+import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, NormalizeRetEmbeddingCallback
@@ -88,3 +91,112 @@ def test_the_ordinary_pass_takes_over_under_lora(checkpoint):
     loss, embeds = model._text_branch(ids, torch.ones_like(ids))
     (loss + embeds.sum()).backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
+
+
+KINDS = {
+    "lora": lambda **kwargs: LoraConfig(r=2, init_lora_weights="gaussian", lora_dropout=0.5, **kwargs),
+    "dora": lambda **kwargs: LoraConfig(r=2, use_dora=True, **kwargs),
+    "ia3": lambda **kwargs: IA3Config(feedforward_modules=[], **kwargs),
+    "loha": lambda **kwargs: LoHaConfig(r=2, **kwargs),
+    "oft": lambda **kwargs: OFTConfig(oft_block_size=4, r=0, **kwargs),
+}
+
+
+def put_in(model, kind: str, way: str) -> torch.nn.Module:
+    """`model` with a PEFT adapter of a kind, and what then is to be called."""
+    config = KINDS[kind](target_modules=TARGETS, modules_to_save=["adapter"])
+    if way == "get_peft_model":
+        return get_peft_model(model, config)
+    if way == "add_adapter":
+        model.add_adapter(config)
+    else:
+        alone = KINDS[kind](target_modules=["q_proj", "v_proj"])
+        model.language_model = get_peft_model(model.language_model, alone)
+    return model
+
+
+def take_steps(whole, processor, count: int = 2):
+    data = [{"pooled_image_features": torch.rand(32), "caption": f"a cat number {i}"} for i in range(4)]
+    batch = FromageDataCollator(processor)(data)
+    optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(count):
+        whole(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter", "language model alone"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_peft_trains_is_left_to_it(checkpoint, kind, way):
+    folder, processor = checkpoint
+    model = FromageForConditionalGeneration.from_pretrained(folder)
+    frozen = {id(p) for p in model.parameters()}  # PEFT copies what it trains, but for `adapter` where it does not
+    whole = put_in(model, kind, way)
+    expected = {n for n, p in whole.named_parameters() if id(p) not in frozen and p.requires_grad}
+    if way == "language model alone":
+        expected |= {n for n, p in whole.named_parameters() if n.startswith("adapter.")}
+    assert any("adapter." in n for n in expected) and len(expected) >= 14
+    model.freeze_backbones()
+    assert {n for n, p in whole.named_parameters() if p.requires_grad} == expected
+    before = {n: p.clone() for n, p in whole.named_parameters()}
+    take_steps(whole.train(), processor)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, before[name]) != (name in expected), name
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter", "language model alone"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_dropout_fires_and_the_language_models_own_does_not(checkpoint, way, checkpointing):
+    folder, _ = checkpoint
+    model = FromageForConditionalGeneration.from_pretrained(folder, text_config={"dropout": 0.5})
+    whole = put_in(model, "lora", way)
+    for name, parameter in whole.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    ids = torch.tensor([[2, 5, 6, 7, 501]])
+
+    def draws() -> int:
+        return len({model.get_text_embeds(ids).sum().item() for _ in range(4)})
+
+    whole.train()
+    assert draws() == 4
+    for module in whole.modules():  # the rest of the language model is deterministic
+        if isinstance(module, torch.nn.ModuleDict) and "default" in module and "Dropout" in str(module):
+            module["default"].p = 0.0
+    assert draws() == 1
+    whole.eval()
+    assert draws() == 1 and not any(module.training for module in whole.modules())
+    frozen = put_in(FromageForConditionalGeneration.from_pretrained(folder), "lora", way)
+    frozen.requires_grad_(False).train()  # an adapter that is not being trained is as the backbone is
+    assert not any(module.training for module in frozen.modules() if type(module).__name__ == "Dropout" and module.p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lora", "dora", "oft"])
+def test_reload_equals_saved(checkpoint, tmp_path, kind, dtype):
+    folder, processor = checkpoint
+    model = FromageForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    put_in(model, kind, "add_adapter")
+    take_steps(model.train(), processor)
+    expected = outputs(copy.deepcopy(model.eval()))
+    model.save_pretrained(tmp_path / "peft")
+    loaded = FromageForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    loaded.load_adapter(tmp_path / "peft")
+    for again in (loaded, FromageForConditionalGeneration.from_pretrained(tmp_path / "peft", dtype=dtype)):
+        assert_equal(outputs(again), expected)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    model = FromageForConditionalGeneration.from_pretrained(folder)
+    put_in(model, "lora", "add_adapter")
+    model.save_pretrained(tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if "lora_A" in name)
+    tensors["base_model.model.language_model.lora_colour.weight"] = tensors.pop(gone)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="it lacks .*lora_A.* no place for .*lora_colour"):
+        FromageForConditionalGeneration.from_pretrained(folder).load_adapter(tmp_path / "peft")

@@ -1,0 +1,103 @@
+"""Telling a model's own modules from those that PEFT has put in: by PEFT's classes, whatever the method."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+
+def own_modules(module: nn.Module, name: str = "", plain_name: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """Each module of `module` that is not PEFT's, with the prefix of its tensors' names and what that is without PEFT.
+
+    A LoRA layer stands for its `base_layer`: (`"q_proj.base_layer."`, `"q_proj."`, the linear layer).
+    """
+    inner = _inner_name(module)
+    if inner is not None:
+        yield from own_modules(module.get_submodule(inner), f"{name}{inner}.", plain_name)
+        return
+    yield name, plain_name, module
+    for child_name, child in module.named_children():
+        yield from own_modules(child, f"{name}{child_name}.", f"{plain_name}{child_name}.")
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[bool, nn.Parameter]]:
+    """Each parameter of `module` that is not PEFT's, and whether PEFT has wrapped it."""
+    for name, plain_name, own in own_modules(module):
+        for parameter in own.parameters(recurse=False):
+            yield name != plain_name, parameter
+
+
+def has_peft_parameters(module: nn.Module) -> bool:
+    """Whether `module` has parameters that PEFT has put in."""
+    own = {id(parameter) for _, parameter in own_parameters(module)}
+    return any(id(parameter) not in own for parameter in module.parameters())
+
+
+def names_without_peft(module: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of `module` by the names that its tensors have without PEFT, and without PEFT's tensors."""
+    if all(_inner_name(child) is None for child in module.modules()):
+        return dict(state_dict)
+    names = {
+        f"{name}{tensor}": f"{plain_name}{tensor}"
+        for name, plain_name, own in own_modules(module)
+        for tensor in (*own._parameters, *own._buffers)
+    }
+    return {names[key]: value for key, value in state_dict.items() if key in names}
+
+
+def set_peft_training_mode(module: nn.Module):
+    """Put the trainable modules that PEFT has put into `module` into training mode, so that their dropout fires."""
+    for wrapper in module.modules():
+        inner = _inner_name(wrapper)
+        if inner is None:
+            continue
+        added = [child for name, child in wrapper.named_children() if name != inner]
+        parameters = [*wrapper.parameters(recurse=False), *(p for child in added for p in child.parameters())]
+        if any(parameter.requires_grad for parameter in parameters):
+            wrapper.training = True
+            for child in added:
+                child.train()
+
+
+def load_peft_tensors(model: PreTrainedModel, directory: str | os.PathLike):
+    """Fill the active adapter of `model`, put in by its `add_adapter`, from the file that `save_pretrained` wrote.
+
+    Raises:
+        ValueError: The file lacks a tensor of the adapter's, or has others.
+    """
+    if is_peft_available():
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        prefix = "base_model.model."
+        saved = load_peft_weights(os.fspath(directory), device="cpu")
+        expected = {prefix + key for key in model.get_adapter_state_dict()}
+        if differing := sorted(saved.keys() ^ expected):
+            raise ValueError(
+                f"The PEFT adapter in {directory} is not of the kind of this model's: they differ in "
+                f"{', '.join(differing[:8])}. Call add_adapter with the configuration that it was trained with."
+            )
+        saved = {key.removeprefix(prefix): value for key, value in saved.items()}
+        set_peft_model_state_dict(model, saved, adapter_name=model.active_adapters()[0])
+
+
+def _inner_name(module: nn.Module) -> str | None:
+    """The name under which a module of PEFT's holds the one that it stands for; `None` for all other modules."""
+    if "peft" not in sys.modules:  # nothing can be PEFT's then, and importing it takes a second
+        return None
+    if is_peft_available():
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        inner_names = {
+            PeftModel: "base_model",
+            BaseTuner: "model",
+            BaseTunerLayer: "base_layer",
+            AuxiliaryTrainingWrapper: "original_module",
+        }
+        return next((name for kind, name in inner_names.items() if isinstance(module, kind)), None)
+    return None

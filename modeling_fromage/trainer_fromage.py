@@ -3,15 +3,16 @@
 import logging
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils import get_total_norm
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
 from .data_collator_fromage import FromageDataCollator
 from .processing_fromage import FromageProcessor
@@ -122,10 +123,17 @@ class FromageTrainer(Trainer):
     `train(resume_from_checkpoint=True)` goes on after the last complete checkpoint, and starts from the beginning where
     there is none yet, so that a run that may be killed at any moment has one command.
 
+    A run's checkpoints hold the trained parts and the optimiser's state. They name the backbones by Hub id and commit,
+    else by absolute path; on another machine `from_pretrained(checkpoint, text_model_id=..., vision_model_id=...)`
+    loads them, and `train(resume_from_checkpoint=...)` goes on with a model that was assembled there. A backbone whose
+    weights have changed is in them whole. With the plain Trainer, whose checkpoints are those of `save_pretrained`, so
+    are backbones that are on no Hub and lie more than two folders up.
+
     Raises:
         ValueError: An argument would train something else than the model's losses (`label_smoothing_factor`,
             `compute_loss_func`, ...), there is neither a collator nor a [`FromageProcessor`] to make one of, or the
-            collator's processor has other token ids than the model.
+            collator's processor has other token ids than the model. In `train`: checkpoints of the run are to be pushed
+            and name folders of this machine, or would leave out what PEFT trains.
         FloatingPointError: A loss, gradient or trained parameter is NaN or infinite; names the step.
     """
 
@@ -178,12 +186,48 @@ class FromageTrainer(Trainer):
                     "%s has no complete checkpoint yet: training starts from the beginning.", self.args.output_dir
                 )
         self._logged_parts = LossParts()
+        # What could not be saved or pushed is refused before the first step.
+        if self.args.save_strategy != SaveStrategy.NO and isinstance(self._unwrapped, PreTrainedModel):
+            self._unwrapped.refuse_unsaved_peft()
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # which pushes checkpoints of the run
+            self._refuse_local_backbones()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    @property
+    def _unwrapped(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank has the weights
+
+    def _refuse_local_backbones(self):
+        if hasattr(self._unwrapped, "refuse_local_backbones"):
+            self._unwrapped.refuse_local_backbones(compare_weights=not self._is_sharded)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any):
+        """As the Trainer's; backbones are named, if by a path of this machine, rather than copied."""
+        unwrapped = self._unwrapped
+        with unwrapped.absolute_paths() if hasattr(unwrapped, "absolute_paths") else nullcontext():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None):
+        if not self._restore_adapter(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._restore_adapter(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _restore_adapter(self, checkpoint: str) -> bool:
+        """Load an adapter that `add_adapter` has put in, which the Trainer does not know of; whether there is one."""
+        has_adapter = getattr(self._unwrapped, "_hf_peft_config_loaded", False) and not self._is_sharded
+        if has_adapter:
+            self._unwrapped.restore_adapter(checkpoint)
+        return has_adapter
+
     def push_to_hub(self, *args: Any, **kwargs: Any):
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        if hasattr(unwrapped, "refuse_local_backbones"):
-            unwrapped.refuse_local_backbones()
+        self._refuse_local_backbones()
         return super().push_to_hub(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs: Any):

@@ -1,7 +1,9 @@
 """The Trainer's checkpoints: what they hold, resuming after SIGKILL, the best model, and the limit on their number."""
 
+import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
@@ -19,8 +22,17 @@ from modeling_fromage import (
     FromageTrainer,
     NormalizeRetEmbeddingCallback,
 )
+from modeling_fromage.assembly_fromage import PARTS
 from modeling_fromage.trainer_fromage import last_complete_checkpoint
-from tests.test_checkpoints import TRAINED_KEYS, assemble, assert_equal, backbones, keys_of, outputs  # noqa: F401
+from tests.test_checkpoints import (  # noqa: F401 (a fixture)
+    TRAINED_KEYS,
+    assemble,
+    assert_equal,
+    backbones,
+    edit,
+    keys_of,
+    outputs,
+)
 from training.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +189,128 @@ def test_the_training_command_resumes_before_the_first_checkpoint(config, tmp_pa
     for value in ("true", "'true'"):
         main([str(config), f"output_dir={value}.run", "max_steps=1", f"resume_from_checkpoint={value}"])
         assert list(losses(Path(f"{value}.run"))) == [1]
+
+
+def make_trainer(model, processor, output: Path, trainer_class=FromageTrainer, **kwargs):
+    torch.manual_seed(0)
+    data = [{"pooled_image_features": torch.rand(32), "caption": f"a cat number {i}"} for i in range(8)]
+    args = TrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=4, learning_rate=0.1, report_to="none", use_cpu=True,
+        remove_unused_columns=False, **{"max_steps": 2, "save_steps": 1, **kwargs},
+    )  # fmt: skip
+    return trainer_class(model=model, args=args, train_dataset=data, data_collator=FromageDataCollator(processor))
+
+
+def test_checkpoints_of_a_run_name_their_backbones(backbones, tmp_path):  # noqa: F811
+    model, processor = assemble(backbones)
+    output = tmp_path / "a" / "b" / "c" / "run"  # more than two folders from the backbones
+    trainer = make_trainer(model, processor, output, max_steps=3)
+    trainer.train()
+    expected = outputs(copy.deepcopy(model).eval())
+    checkpoint = output / "checkpoint-3"
+    assert keys_of(checkpoint) == TRAINED_KEYS
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["text_model_id"] == str(backbones / "language_model")
+    assert config["vision_model_fingerprint"]["model.safetensors"]["size"] > 0
+    assert_equal(outputs(FromageForConditionalGeneration.from_pretrained(checkpoint)), expected)
+
+    trainer.save_model()  # may be published: no path of this machine
+    assert str(backbones) not in (output / "config.json").read_text() and keys_of(output) > TRAINED_KEYS
+    assert_equal(outputs(FromageForConditionalGeneration.from_pretrained(output)), expected)
+    near = tmp_path / "near"
+    FromageForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(near)
+    assert json.loads((near / "config.json").read_text())["text_model_id"] == "../backbones/language_model"
+
+    elsewhere = backbones.rename(tmp_path / "elsewhere")
+    message = f"language model was in {backbones}/language_model, and there is no such folder here.*`text_model_id="
+    with pytest.raises(ValueError, match=message):
+        FromageForConditionalGeneration.from_pretrained(checkpoint)
+    names = {f"{prefix}_model_id": str(elsewhere / part) for prefix, part in PARTS.items()}
+    assert_equal(outputs(FromageForConditionalGeneration.from_pretrained(checkpoint, **names)), expected)
+    again, _ = assemble(elsewhere)
+    make_trainer(again, processor, tmp_path / "resumed", max_steps=3).train(str(output / "checkpoint-1"))
+    assert_equal(outputs(again.eval()), expected)
+    edit(elsewhere / "vision_model" / "model.safetensors", lambda tensors: tensors["post_layernorm.bias"].add_(1))
+    with pytest.raises(ValueError, match="vision model .*other contents"):
+        FromageForConditionalGeneration.from_pretrained(checkpoint, **names)
+
+
+@pytest.mark.parametrize("fate", ["trained", "edited", "gone"])
+def test_checkpoints_of_a_run_hold_a_backbone_that_cannot_be_named(backbones, tmp_path, fate):  # noqa: F811
+    model, processor = assemble(backbones)
+    trainer = make_trainer(model, processor, tmp_path / "run", max_steps=1)
+    if fate == "trained":
+        model.language_model.model.decoder.layers[0].requires_grad_(True)
+    elif fate == "edited":
+        model.language_model.lm_head.weight.data[3, 3] += 0.5
+    else:
+        shutil.rmtree(backbones / "vision_model")
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert keys_of(checkpoint) > TRAINED_KEYS
+    shutil.rmtree(backbones)
+    assert_equal(outputs(FromageForConditionalGeneration.from_pretrained(checkpoint)), outputs(model.eval()))
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
+def test_checkpoints_that_name_local_backbones_are_not_pushed(backbones, tmp_path, monkeypatch, strategy):  # noqa: F811
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)  # no Hub
+    model, processor = assemble(backbones)
+    trainer = make_trainer(model, processor, tmp_path / "run", push_to_hub=True, hub_strategy=strategy, max_steps=1)
+    pushed = []
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", pushed.append)
+    if strategy == "end":
+        trainer.train()
+        assert keys_of(tmp_path / "run" / "checkpoint-1") == TRAINED_KEYS
+    else:
+        with pytest.raises(ValueError, match="language model is not on the Hub"):
+            trainer.train()
+        assert trainer.state.global_step == 0 and not pushed
+        assert not list(tmp_path.glob("run/checkpoint-*"))
+    with pytest.raises(ValueError, match="language model is not on the Hub"):
+        trainer.push_to_hub()
+
+
+def test_lora_that_checkpoints_would_leave_out_is_refused(backbones, tmp_path):  # noqa: F811
+    model, processor = assemble(backbones)
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    model.language_model = get_peft_model(model.language_model, config)
+    trainer = make_trainer(model, processor, tmp_path / "run")
+    with pytest.raises(ValueError, match="it would be lost"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    make_trainer(model, processor, tmp_path / "run", save_strategy="no").train()
+
+
+@pytest.mark.parametrize("kwargs", [{"modules_to_save": ["adapter"]}, {"use_dora": True}])
+def test_resuming_with_an_adapter_of_add_adapter(backbones, tmp_path, kwargs):  # noqa: F811
+    def start(output: str, **options):
+        torch.manual_seed(0)
+        model, processor = assemble(backbones)
+        model.add_adapter(LoraConfig(r=2, target_modules=r"language_model\..*\.(q_proj|v_proj)", **kwargs))
+        model.freeze_backbones()
+        return model, make_trainer(model, processor, tmp_path / output, max_steps=3, **options)
+
+    model, trainer = start("run")
+    trainer.train()
+    again, trainer = start("again")
+    trainer.train(str(tmp_path / "run" / "checkpoint-1"))
+    assert_equal(dict(again.named_parameters()), dict(model.named_parameters()))
+    third, trainer = start("third")
+    trainer.state.best_model_checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    trainer._load_best_model()
+    assert_equal(dict(third.named_parameters()), dict(model.named_parameters()))
+    loaded = FromageForConditionalGeneration.from_pretrained(tmp_path / "run" / "checkpoint-3")
+    assert_equal(outputs(loaded), outputs(model.eval()))
+    plain, trainer = start("plain", trainer_class=Trainer)
+    with pytest.raises(ValueError, match="no tensor of the PEFT adapter"):
+        trainer.train(str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_nothing_to_resume_from(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        last_complete_checkpoint(tmp_path)
 
 
 def test_processor_of_another_model_is_refused(backbones, tmp_path):  # noqa: F811

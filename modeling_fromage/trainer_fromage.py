@@ -81,23 +81,23 @@ class NormalizeRetEmbeddingCallback(TrainerCallback):
         if args.fp16:  # the gradient scaler skips such a step, and tries a smaller scale
             return
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        refuse_non_finite(f"Step {state.global_step + 1} was not taken, for gradients that are not finite:", gradients)
+        refuse_non_finite(gradients, state, "was not taken, for gradients that are not finite:")
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs: Any):
         unwrapped = getattr(model, "module", model)
         unwrapped.normalize_ret_embedding()
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        refuse_non_finite(f"Step {state.global_step + 1} left numbers that are not finite:", trained)
+        refuse_non_finite(trained, state, "left numbers that are not finite:")
 
 
-def refuse_non_finite(what: str, tensors: dict[str, torch.Tensor]):
+def refuse_non_finite(tensors: dict[str, torch.Tensor], state: TrainerState, what: str):
     """
     Raises:
         FloatingPointError: Names those of `tensors` with a NaN or an infinity.
     """
     if not get_total_norm(tensors.values(), float("inf")).isfinite():  # one wait for the device
         names = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        raise FloatingPointError(f"{what} {', '.join(names)}. {WHAT_TO_CHECK}")
+        raise FloatingPointError(f"Step {state.global_step + 1} {what} {', '.join(names)}. {WHAT_TO_CHECK}")
 
 
 def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, str]]):

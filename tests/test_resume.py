@@ -186,9 +186,9 @@ def test_an_explicit_checkpoint_that_is_missing_is_refused(backbones, tmp_path, 
 
 def test_the_training_command_resumes_before_the_first_checkpoint(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for value in ("true", "'true'"):
-        main([str(config), f"output_dir={value}.run", "max_steps=1", f"resume_from_checkpoint={value}"])
-        assert list(losses(Path(f"{value}.run"))) == [1]
+    for run, value in (("plain", "true"), ("quoted", "'true'")):
+        main([str(config), f"output_dir={run}", "max_steps=1", f"resume_from_checkpoint={value}"])
+        assert list(losses(Path(run))) == [1]
 
 
 def make_trainer(model, processor, output: Path, trainer_class=FromageTrainer, **kwargs):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
-from .backbones_fromage import check_logit_transform, size_differences
+from .backbones_fromage import size_differences
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import check_fingerprint, weight_files
 from .processing_fromage import FromageProcessor
@@ -60,7 +60,6 @@ def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwarg
         if not {"subfolder", "variant", "state_dict"} & loader_kwargs.keys():  # else save the backbone itself
             config_kwargs.setdefault(f"{prefix}_model_id", os.path.abspath(name) if os.path.isdir(name) else name)
             config_kwargs.setdefault(f"{prefix}_model_revision", getattr(revision, "resolved", revision))
-    check_logit_transform(models["text"])
     config = FromageConfig.from_vision_text_configs(models["vision"].config, models["text"].config, **config_kwargs)
     model = cls(config, language_model=models["text"], vision_model=models["vision"])
     model.remember_loading(loaded_with)
@@ -90,7 +89,11 @@ def load_backbone(prefix: str, name: str, kwargs: dict[str, Any], pooling: str) 
     hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
     if prefix == "vision" and "config" not in kwargs:
         # A CLIPModel repository holds both halves: the configuration decides which class is built.
-        kwargs = {"config": vision_half(AutoConfig.from_pretrained(name, **hub_kwargs)), **kwargs}
+        config = vision_half(AutoConfig.from_pretrained(name, **hub_kwargs))
+        fields = kwargs.keys() & config.to_dict().keys() - {*SHARED_LOADER_KWARGS, "quantization_config"}
+        for field in fields:  # which transformers sets where it loads the configuration itself
+            setattr(config, field, kwargs[field])
+        kwargs = {"config": config, **{key: value for key, value in kwargs.items() if key not in fields}}
     auto_class = AutoModelForCausalLM if prefix == "text" else AutoModel
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"])
@@ -154,7 +157,7 @@ def join_backbones(cls, config: FromageConfig, kwargs: dict[str, Any], load: Cal
         models[part] = load(prefix, config, options)
         placed = models[part].__dict__.get("hf_device_map", {})
         device_map.update({f"{part}.{module}".rstrip("."): device for module, device in placed.items()})
-    model = cls(config, **models)
+    model = cls(config, **models, new_adapter=False)
     model.remember_loading(dict.fromkeys(PARTS, kwargs))
     if device_map:  # of a backbone that is spread over devices
         device = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")

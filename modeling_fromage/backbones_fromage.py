@@ -1,16 +1,18 @@
 """What FROMAGe asks of its backbones: widths, pooling, and what an LM does after its head. The only place for it."""
 
 import functools
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
-
-from .packing_fromage import PackedRows
 
 
 def vision_width(vision_config: PreTrainedConfig) -> int:
@@ -108,9 +110,9 @@ def no_activation_checkpointing(language_model: PreTrainedModel):
 def attention_window(text_config: PreTrainedConfig) -> float:
     """Tokens that every layer's attention reaches back; infinite where no layer has a sliding window."""
     config = text_config.to_dict()
-    layer_types = config.get("layer_types") or []
-    slides = any("sliding" in kind or "chunked" in kind for kind in layer_types) or not layer_types
-    windows = [config.get(name) for name in ("sliding_window", "attention_chunk_size")]
+    layer_types = config.get("layer_types") or config.get("attention_layers") or []
+    slides = not layer_types or any(word in kind for kind in layer_types for word in ("sliding", "chunked", "local"))
+    windows = [config.get(name) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     return min((window for window in windows if window and slides), default=float("inf"))
 
 
@@ -128,11 +130,124 @@ def check_length(input_ids: torch.Tensor, text_config: PreTrainedConfig):
         )
 
 
-def logit_transform(text_config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The elementwise function that the LM applies after its head: Cohere's and Granite's scale, Gemma's soft cap."""
-    config = text_config.to_dict()
-    scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
-    return functools.partial(_scale_and_cap, scale=scale, cap=config.get("final_logit_softcapping"))
+def undisturbed(function: Callable) -> Callable:
+    """Run `function` in a thread of its own, out of the reach of its caller's autocast, inference mode, hooks on saved
+    tensors (checkpointing) and default device, which would change what a trial finds."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any):
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+
+        def on_device():
+            with torch.cuda.device(device):
+                return function(*args, **kwargs)
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(on_device).result()
+
+    return run
+
+
+# ---- what an LM does before its decoder and after its head --------------------------------------------------------
+
+
+class _HiddenStates(BaseModelOutputWithPast):
+    """A decoder's output of which only `last_hidden_state` is there."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _decoder_that_gives(language_model: PreTrainedModel, hidden: torch.Tensor):
+    """Let the LM's decoder give `hidden` (1, L, H) at once, without running a layer."""
+    decoder, _ = decoder_and_head(language_model)
+    own = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: _HiddenStates(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own
+
+
+@undisturbed
+@torch.no_grad()
+def measure_logit_transform(language_model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The elementwise function that the LM applies after its head: a scale, a soft cap, or both.
+
+    Read off the LM's own logits of hidden states for which the head gives values up to 300, where no cap is missed.
+
+    Raises:
+        ValueError: What the LM makes of them is another function of the head's output.
+    """
+    _, head = decoder_and_head(language_model)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2, head.weight.shape[-1], generator=generator).to(head.weight.device, _float_dtype(head))
+    ids = torch.tensor([[0, 1]], device=hidden.device)
+
+    def before_and_after(largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = hidden * (largest / head(hidden).float().abs().max())
+        with _decoder_that_gives(language_model, scaled):
+            after = language_model(input_ids=ids, use_cache=False).logits
+        return head(scaled).double(), after.double()
+
+    small, large = before_and_after(0.01), before_and_after(300.0)
+    name, tolerance = type(language_model).__name__, 2e-2 if hidden.dtype.itemsize < 4 else 1e-4
+    transform = None
+    if all(before.shape == after.shape for before, after in (small, large)):
+        transform = _fit_transform(small, large, language_model.config, tolerance)
+    if transform is None:
+        raise ValueError(
+            f"{name} makes its logits in a way that FROMAGe does not know: they are neither what its output embedding "
+            "gives for its last hidden states, nor that scaled or soft-capped. Take another language model, or open an "
+            "issue that names this one."
+        )
+    return transform
+
+
+def _float_dtype(head: nn.Module) -> torch.dtype:
+    return head.weight.dtype if head.weight.dtype.is_floating_point else torch.get_default_dtype()
+
+
+def _fit_transform(small, large, config: PreTrainedConfig, tolerance: float) -> Callable | None:
+    """The scale and cap that lead from the logits before to those after, in both pairs; `None` where none does."""
+    exact = [float(value) for value in config.to_dict().values() if type(value) in (int, float) and value > 0]
+    exact = [1.0, *exact, *(1 / value for value in exact)]
+
+    def settle(value: float) -> float:
+        """The value of the configuration, or its inverse, that was meant by a measured one."""
+        best = min(exact, key=lambda known: abs(known / value - 1))
+        return best if abs(best / value - 1) < tolerance else value
+
+    def explains(scale: float, cap: float | None) -> bool:
+        pairs = ((_transform(scale, cap)(before), after) for before, after in (small, large))
+        return all((found - after).abs().max() <= tolerance * after.abs().max() for found, after in pairs)
+
+    for scale in {_slope(*small), _slope(*large)}:
+        if scale > 0 and explains(settle(scale), None):
+            return _transform(settle(scale), None)
+    before, after = (values.flatten()[large[0].abs().argmax()].abs().item() for values in large)
+    slope = _slope(*small)
+    for scale in (settle(slope), slope) if slope > 0 else ():
+        low, high = after, 1e6  # cap * tanh(scale * before / cap) grows with the cap
+        for _ in range(100):
+            cap = (low * high) ** 0.5
+            low, high = (low, cap) if cap * math.tanh(scale * before / cap) > after else (cap, high)
+        for cap in (settle(low), low):
+            if explains(scale, cap):
+                return _transform(scale, cap)
+    return None
+
+
+def _slope(before: torch.Tensor, after: torch.Tensor) -> float:
+    return ((before * after).sum() / (before * before).sum()).item()
+
+
+def _transform(scale: float, cap: float | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    return functools.partial(_scale_and_cap, scale=scale, cap=cap)  # which can be pickled
 
 
 def _scale_and_cap(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
@@ -142,67 +257,90 @@ def _scale_and_cap(logits: torch.Tensor, scale: float, cap: float | None) -> tor
 
 
 @torch.no_grad()
-def check_logit_transform(language_model: PreTrainedModel) -> None:
-    """Compare decoder + head + [`logit_transform`] with the LM's own logits on two tokens.
+def measure_embedding_scale(language_model: PreTrainedModel) -> float:
+    """What the LM's input embedding multiplies its rows by: the square root of the width in Gemma, else mostly 1.
 
     Raises:
-        ValueError: The LM does something between its decoder and its logits that is not known here.
+        ValueError: It does something else to them.
     """
-    ids = torch.tensor([[0, 1]], device=language_model.get_input_embeddings().weight.device)
-    decoder, head = decoder_and_head(language_model)
-    expected = language_model(input_ids=ids, use_cache=False).logits.float()
-    logits = logit_transform(language_model.config)(head(decoder(input_ids=ids, use_cache=False)[0])).float()
-    if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+    embedding = language_model.get_input_embeddings()
+    ids = torch.linspace(0, len(embedding.weight) - 1, 64, device=embedding.weight.device).long()
+    rows, found = embedding.weight[ids], embedding(ids)
+    if torch.equal(rows, found):
+        return 1.0
+    tolerance = 1e-2 if found.dtype.itemsize < 4 else 1e-5
+    rows, found = rows.double(), found.double()
+    scale = _slope(rows, found)
+    if not (found - scale * rows).norm() <= tolerance * found.norm():
         raise ValueError(
-            f"{type(language_model).__name__} transforms its logits in a way that FROMAGe does not know (largest "
-            f"difference {(logits - expected).abs().max().item():.3g}). Please open an issue that names the model."
+            f"The input embedding of {type(language_model).__name__} does more than look rows up and scale them, so "
+            "`[RET]` has no row to enter by. Take another language model, or open an issue that names this one."
         )
+    return scale
+
+
+@undisturbed
+def check_gradient_passes(language_model: PreTrainedModel):
+    """Raise a `ValueError` where a kind of linear layer in the LM gives its input no gradient, or a wrong one.
+
+    torchao's dynamically quantised activations are rounded, and rounding has none.
+    """
+    kinds = {(type(m), type(m.weight), type(m.weight.data)): m for m in language_model.modules() if _is_linear(m)}
+    generator = torch.Generator().manual_seed(0)
+    for (kind, _, tensor), linear in kinds.items():
+        if kind is nn.Linear and tensor is torch.Tensor:
+            continue
+        dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else language_model.dtype
+        values = torch.randn(3, 1, linear.in_features, generator=generator).to(linear.weight.device, dtype)
+        with torch.enable_grad():
+            inputs = values[0].clone().requires_grad_()
+            output = linear(inputs)
+            direction = (linear(values[0] + values[1]) - linear(values[0] - values[1])).detach() / 2
+            gradient = torch.zeros_like(inputs)
+            if output.requires_grad:
+                gradient = torch.autograd.grad((output * direction).sum(), inputs, allow_unused=True)[0]
+        expected = (direction.float() ** 2).sum().item()
+        found = 0.0 if gradient is None else (gradient.float() * values[1].float()).sum().item()
+        if not abs(found - expected) <= 0.2 * expected:
+            raise ValueError(
+                f"{kind.__name__} layers of {type(language_model).__name__} (weights: {tensor.__name__}) lose the "
+                f"gradient: {found:.3g} where their output changes by {expected:.3g}. Quantisation of activations is "
+                "for inference; to train, quantise weights alone (torchao's Int8WeightOnlyConfig, bitsandbytes) or not."
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return "in_features" in vars(module) and isinstance(module._parameters.get("weight"), torch.Tensor)
+
+
+# ---- what an encoder does twice ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def accepts_packed_rows(language_model: PreTrainedModel) -> bool:
-    """Whether several sequences in a row, under a block-diagonal mask, come out as each by itself, cached ones too.
+def check_vision_model(vision_model: PreTrainedModel, pooling: str):
+    """Encode one image twice.
 
-    Asked by trying: three short sequences, packed, against one at a time.
+    Raises:
+        ValueError: The features differ (ViT-MAE masks at random), or are not as wide as the configuration says.
     """
-    decoder, _ = decoder_and_head(language_model)
-    embedding = language_model.get_input_embeddings()
-    device, lengths = embedding.weight.device, (5, 3, 4)
-    takes_masks = language_model.config._attn_implementation in ("sdpa", "eager")
-    if not takes_masks or device.type == "meta":  # offloaded: not to be trained
-        return False
-    ids = torch.arange(15, device=device).view(3, 5) * 7 % len(embedding.weight)
-    mask = torch.arange(5, device=device) < torch.tensor(lengths, device=device)[:, None]
-    embeds = embedding(ids)
-    singles = [decoder(inputs_embeds=embeds[i : i + 1, :n], use_cache=False)[0][0] for i, n in enumerate(lengths)]
-    expected = torch.cat(singles)
-    try:
-        whole = PackedRows(mask)
-        found = decoder(
-            inputs_embeds=whole.lay(embeds),
-            attention_mask=whole.attention_mask(embeds.dtype),
-            position_ids=whole.position_ids,
-            use_cache=False,
-        )[0]
-        shorter = PackedRows(mask & mask.roll(-1, dims=1) & (torch.arange(5, device=device) < 4))
-        prefix = decoder(
-            inputs_embeds=shorter.lay(embeds),
-            attention_mask=shorter.attention_mask(embeds.dtype),
-            position_ids=shorter.position_ids,
-            use_cache=True,
+    parameter = next(vision_model.parameters())
+    if parameter.device.type == "meta":
+        return
+    config = vision_model.config.to_dict()
+    size = config.get("image_size") or 64
+    height, width = (size, size) if isinstance(size, int) else (size.values() if isinstance(size, dict) else size)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, config.get("num_channels") or 3, height, width, generator=generator)
+    image, name = image.to(parameter.device, vision_model.dtype), type(vision_model).__name__
+    first, second = (pool_vision_output(vision_model(image, return_dict=True), pooling, name).float() for _ in range(2))
+    if not (first - second).norm() <= 1e-2 * first.norm():
+        raise ValueError(
+            f"{name} gives one image other features each time (cosine similarity "
+            f"{nn.functional.cosine_similarity(first, second).item():.3f}). Switch off what is random in it: for "
+            "ViT-MAE, load it with `mask_ratio=0.0` (`vision_mask_ratio=0.0` in from_vision_text_pretrained)."
         )
-        last_ids = ids[torch.arange(3, device=device), shorter.lengths]
-        queries = decoder(
-            inputs_embeds=embedding(shorter.lay_queries(last_ids)),
-            attention_mask=shorter.query_mask(embeds.dtype),
-            position_ids=shorter.lay_queries(shorter.lengths),
-            past_key_values=prefix.past_key_values,
-            use_cache=True,
-        )[0]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return False
-    scale = expected.float().abs().max().item()
-    tolerance = scale * (2e-2 if embeds.dtype.itemsize < 4 else 1e-4)
-    last = torch.stack([single[-1] for single in singles])
-    pairs = [(whole.at_tokens(found), expected), (queries[shorter.row, shorter.lap], last)]
-    return all(torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance) for a, b in pairs)
+    if first.shape[-1] != vision_width(vision_model.config):
+        raise ValueError(
+            f"{name} gives {first.shape[-1]} features an image with `vision_pooling={pooling!r}`, but its "
+            f"configuration names a width of {vision_width(vision_model.config)}. Try another `vision_pooling`."
+        )

@@ -10,12 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from .backbones_fromage import (
-    accepts_packed_rows,
-    attention_window,
-    decoder_and_head,
-    no_activation_checkpointing,
-)
+from .backbone_probes_fromage import has_ability
+from .backbones_fromage import attention_window, decoder_and_head, no_activation_checkpointing
 from .losses_fromage import (
     LOGITS_AT_A_TIME,
     ChunkedTokenLoss,
@@ -27,7 +23,7 @@ from .losses_fromage import (
     target_logits,
     token_losses,
 )
-from .packing_fromage import PackedRows, length_groups
+from .packing_fromage import PackedRows, groups_of_one_length, length_groups, tokens_first
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +48,22 @@ class FromageBranchesMixin:
 
     # ---- passes without padding ------------------------------------------------------------------------------------
 
-    def _packs_rows(self, mask: torch.Tensor) -> bool:
-        """Whether the sequences of `mask` can be packed: the LM takes such rows with its present attention (tried once,
-        and said once), and none reaches beyond its attention window, which only the LM's own masks know of."""
-        if int(mask.sum(-1).max()) >= attention_window(self.config.text_config):
-            return False
+    def _takes(self, ability: str) -> bool:
+        """Whether the LM has one of `ABILITIES` with its present attention: tried once, and said once."""
         attention = self.language_model.config._attn_implementation
-        if attention not in self._packs:
+        if (attention, ability) not in self._abilities:
             with no_activation_checkpointing(self.language_model):
-                self._packs[attention] = accepts_packed_rows(self.language_model)
-            how = "packed rows" if self._packs[attention] else "groups of like length (it does not take packed rows)"
-            logger.info("%s (%s) trains on %s.", type(self.language_model).__name__, attention, how)
-        return self._packs[attention]
+                found = has_ability(self.language_model, ability)
+            self._abilities[attention, ability] = found
+            verb = "takes" if found else "does not take"
+            logger.info("%s (%s) %s %s.", type(self.language_model).__name__, attention, verb, ability)
+        return self._abilities[attention, ability]
+
+    def _packs_rows(self, mask: torch.Tensor) -> bool:
+        """Whether the sequences of `mask` can be packed: the LM takes such rows, and none reaches beyond its attention
+        window, which only the LM's own masks know of."""
+        within_window = int(mask.sum(-1).max()) < attention_window(self.config.text_config)
+        return within_window and self._takes("packed rows")
 
     def _hidden_at_tokens(
         self, embeds: torch.Tensor, mask: torch.Tensor, all_layers: bool = False
@@ -78,9 +78,12 @@ class FromageBranchesMixin:
             )
             layers = self._text_layers(output) if all_layers else []
             return packed.at_tokens(output.last_hidden_state), [packed.at_tokens(hidden) for hidden in layers]
+        order = tokens_first(mask)
+        embeds, mask = embeds.take_along_dim(order[..., None], dim=1), mask.gather(1, order)
         place = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         places, found = [], []
-        for rows in length_groups(mask.sum(-1)):
+        lengths = mask.sum(-1)
+        for rows in length_groups(lengths) if self._takes("right padding") else groups_of_one_length(lengths):
             columns = mask[rows].any(0)  # without the padding that no row of the group needs
             own = mask[rows][:, columns].bool()
             output = self._decode(embeds[rows][:, columns], own.long(), **options)
@@ -102,11 +105,10 @@ class FromageBranchesMixin:
 
     # ---- captioning ------------------------------------------------------------------------------------------------
 
-    def _captioning_loss(self, embeds, attention_mask, labels) -> torch.Tensor:
-        """Next-token loss of `labels` (B, L) given `embeds` (B, L, D)."""
-        mask = torch.ones_like(labels) if attention_mask is None else attention_mask
-        is_target = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)) & mask.bool()  # (B, L): predicts a target
-        targets = labels.roll(-1, dims=1)
+    def _captioning_loss(self, embeds, attention_mask, targets) -> torch.Tensor:
+        """Next-token loss given `embeds` (B, L, D), each of which has its target (B, L) or -100."""
+        mask = torch.ones_like(targets) if attention_mask is None else attention_mask
+        is_target = (targets != -100) & mask.bool()  # (B, L): predicts a target
         # Nothing looks at what follows a row's last prediction: its last token, with the authors' captions.
         is_needed = is_target.flip(1).cumsum(1).flip(1).bool()
         mask = mask.bool() & is_needed if bool(is_needed.any()) else mask
@@ -201,7 +203,9 @@ class FromageBranchesMixin:
         return packed.at_tokens(prefix.last_hidden_state), layers
 
     def _padded_prefix_and_ret(self, input_ids, prefix_mask, ret_ids) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """[`_packed_prefix_and_ret`] for an LM that takes no packed rows, in one padded batch."""
+        """[`_packed_prefix_and_ret`] for an LM that takes no packed rows, in one batch padded on the right."""
+        order = tokens_first(prefix_mask)
+        input_ids, prefix_mask = input_ids.gather(1, order), prefix_mask.gather(1, order)
         with torch.no_grad():
             embeds = self._embed(input_ids.masked_fill(prefix_mask == 0, 0), None)
             prefix = self._decode(embeds, prefix_mask, use_cache=True)
@@ -247,9 +251,11 @@ class FromageBranchesMixin:
             return self._ordinary_pass("texts are longer than the language model's attention window")
         is_ret = self._is_ret(input_ids)
         after_ret = is_ret.int().cumsum(-1).bool() & mask.bool()
-        if (is_ret.sum(-1) == 1).all() and (after_ret == is_ret).all() and (mask.sum(-1) > 1).all():
-            return True
-        return self._ordinary_pass("a text has [RET] elsewhere than once, at its end, or nothing before it")
+        if not ((is_ret.sum(-1) == 1).all() and (after_ret == is_ret).all() and (mask.sum(-1) > 1).all()):
+            return self._ordinary_pass("a text has [RET] elsewhere than once, at its end, or nothing before it")
+        if not (self._takes("packed rows") or self._takes("cached prefixes")):
+            return self._ordinary_pass("the language model does not continue cached prefixes of different lengths")
+        return True
 
     def _ordinary_pass(self, reason: str) -> bool:
         if torch.is_grad_enabled() and reason not in self._reasons:

@@ -36,6 +36,9 @@ class FromageConfig(PreTrainedConfig):
         tie_ret_embedding (`bool`, defaults to `True`):
             One row serves as input embedding and as output-head row of `[RET]`. Where the LM's input and head widths
             differ a separate output row is trained whatever this says.
+        ret_embedding_scale (`float`, defaults to 1):
+            What `[RET]`'s row is multiplied by where it enters the LM: what the LM's embedding module multiplies its
+            own rows by (the square root of the width in Gemma). Measured when a new model is assembled.
         logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Initial log of the contrastive temperature.
         projector_type (`"linear"`): Kind of `multi_modal_projector`.
         vision_pooling (`"pooler"`, `"cls"` or `"mean"`, defaults to `"pooler"`):
@@ -79,6 +82,7 @@ class FromageConfig(PreTrainedConfig):
     ret_token_id: int | None = None
     num_ret_tokens: int = 1
     tie_ret_embedding: bool = True
+    ret_embedding_scale: float = 1.0
     logit_scale_init_value: float = math.log(1 / 0.07)
     projector_type: Literal["linear"] = "linear"
     vision_pooling: Literal["pooler", "cls", "mean"] = "pooler"

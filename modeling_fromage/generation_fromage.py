@@ -73,15 +73,22 @@ class FromageGenerationMixin:
         `ret_positions`, their columns in `sequences`.
 
         Raises:
-            ValueError: Prompt and new tokens exceed the language model's context, or images and placeholders differ in
-                number.
+            ValueError: Prompt and new tokens exceed the language model's context, images and placeholders differ in
+                number, or an option does not go with images or with this language model.
         """
         prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if prompt is None:  # from inputs_embeds alone the prompt's tokens are not known
+            self._choose_cache(kwargs.get("attention_mask"), kwargs)
             return super().generate(*args, **kwargs)
         visual = self._encode_once(kwargs)
+        if visual is not None and (kwargs.get("assistant_model") is not None or kwargs.get("assistant_early_exit")):
+            raise ValueError(
+                "An assistant model drafts without the images of a prompt. Use `prompt_lookup_num_tokens`, which "
+                "drafts from the prompt's own tokens, or no assistance."
+            )
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
+        self._choose_cache(kwargs["attention_mask"], kwargs)
         output = super().generate(*args, **kwargs)
         if isinstance(output, torch.Tensor):
             return output
@@ -95,6 +102,30 @@ class FromageGenerationMixin:
         output["ret_embeds"] = self.embed_positions(output.sequences, mask, visual, is_ret)
         output["ret_positions"] = [row.nonzero().flatten() for row in is_ret]
         return output
+
+    def _choose_cache(self, mask: torch.Tensor | None, kwargs: dict[str, Any]):
+        """Generate without a cache, by whole passes, where the LM does not continue from one as from a whole text.
+
+        Raises:
+            ValueError: A cache is asked for then, or there are no tokens to make whole passes of.
+        """
+        defaults = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("use_cache", defaults.use_cache) is False:
+            return
+        is_padded = mask is not None and bool((mask[:, 0] == 0).any())
+        needed = "left padding" if is_padded else "a cache"
+        if self._takes(needed):
+            return
+        asked = [name for name in ("use_cache", "cache_implementation", "past_key_values") if kwargs.get(name)]
+        asked += [name for name in ("inputs_embeds",) if kwargs.get(name) is not None]
+        if asked:
+            padded, equal = (" where prompts are padded", " or give prompts of one length") if is_padded else ("", "")
+            raise ValueError(
+                f"{type(self.language_model).__name__} does not continue from transformers' caches as from whole texts"
+                f"{padded}, so `{asked[0]}` would give other tokens. Leave it out{equal}: generation then runs the "
+                "whole text anew for each token."
+            )
+        kwargs["use_cache"] = False
 
     def _mask_of_prompt(self, prompt: torch.LongTensor, kwargs: dict[str, Any]) -> torch.LongTensor:
         """The mask of a prompt that comes without one, by transformers' rule: pad tokens are padding, unless they end

@@ -4,6 +4,7 @@ Axes: B rows of text, L tokens, N images, k visual tokens an image, D the LM's i
 V columns of logits, q the width of the shared image-text space, T target tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .assembly_fromage import PARTS, assemble_from_vision_text
+from .backbone_probes_fromage import check_embeddings_are_all
 from .backbones_fromage import (
     allow_activation_checkpointing,
+    check_gradient_passes,
     check_length,
+    check_vision_model,
     decoder_and_head,
     hidden_state_width,
-    logit_transform,
+    measure_embedding_scale,
+    measure_logit_transform,
     pool_vision_output,
     vision_width,
 )
@@ -30,6 +35,7 @@ from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import trained_fingerprint
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
 from .losses_fromage import mean_over_targets
+from .packing_fromage import next_tokens, padding_side, positions, tokens_first
 from .peft_layers_fromage import own_parameters, set_peft_training_mode
 from .scoring_fromage import FromageScoringMixin
 from .verification_fromage import weights_digest
@@ -147,6 +153,12 @@ class FromageForConditionalGeneration(
         config ([`FromageConfig`]): The configuration.
         language_model, vision_model (`PreTrainedModel`, *optional*):
             Live backbones to join. Built with random weights from the configuration where absent.
+        new_adapter (`bool`, defaults to `True`):
+            Whether live backbones are joined for the first time: they are then tried, `[RET]` starts from the LM's
+            rows, and `ret_embedding_scale` is measured. `False` where trained parts are to be loaded.
+
+    Raises:
+        ValueError: FROMAGe cannot give what a backbone gives by itself; the message names it and tells why.
     """
 
     def __init__(
@@ -154,6 +166,7 @@ class FromageForConditionalGeneration(
         config: FromageConfig,
         language_model: PreTrainedModel | None = None,
         vision_model: PreTrainedModel | None = None,
+        new_adapter: bool = True,
     ):
         super().__init__(config)
         given = language_model is not None
@@ -164,7 +177,7 @@ class FromageForConditionalGeneration(
         input_width = self.language_model.get_input_embeddings().weight.shape[-1]
         head_width = self.language_model.get_output_embeddings().weight.shape[-1]
         self.adapter = FromageAdapter(config, input_width, head_width)
-        self.logit_transform = logit_transform(config.text_config)
+        self._logit_transform: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._ret_norm_target: float | None = None
         self._known_fingerprint: tuple[dict[str, torch.Tensor], str] | None = None  # and of which tensors
         self._reload_kwargs: dict[str, dict[str, Any]] = {prefix: {} for prefix in PARTS}
@@ -172,11 +185,19 @@ class FromageForConditionalGeneration(
         if given and hasattr(language_model, "hf_quantizer"):  # cannot be compared with files: they are not quantised
             self._unchanged_weights["text"] = weights_digest(language_model.state_dict())
         self._reasons: set[str] = set()  # said why the retrieval branch takes the ordinary pass
-        self._packs: dict[str, bool] = {}  # by attention implementation, once it has been tried
+        self._abilities: dict[tuple[str, str], bool] = {}  # by attention implementation, once they have been tried
+        self._gradient_passes = False  # once that has been seen
+        self._is_stateful = self.language_model._is_stateful
         extend_generation_config(self, self.language_model)
         self.post_init()
-        if given:
+        if given and new_adapter:
             self.init_ret_embedding()
+            config.ret_embedding_scale = measure_embedding_scale(self.language_model)
+            check_embeddings_are_all(self.language_model)
+        if vision_model is not None and new_adapter:
+            check_vision_model(vision_model, config.vision_pooling)
+        if self.get_output_embeddings().weight.device.type != "meta":  # else when it is first needed
+            self.logit_transform  # noqa: B018
         self.remember_frozen_keys()
         self.freeze_backbones()
 
@@ -206,6 +227,13 @@ class FromageForConditionalGeneration(
         """
         return assemble_from_vision_text(cls, vision_model_name_or_path, text_model_name_or_path, processor, kwargs)
 
+    @property
+    def logit_transform(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What the LM does to its head's output, elementwise; measured once."""
+        if self._logit_transform is None:
+            self._logit_transform = measure_logit_transform(self.language_model)
+        return self._logit_transform
+
     @torch.no_grad()
     def init_ret_embedding(self):
         """Start `[RET]` as the LM's own row of that id where it has one (parity), else as the mean input row."""
@@ -233,6 +261,7 @@ class FromageForConditionalGeneration(
     def _finalize_model_loading(cls, model, load_config, loading_info):
         info = super()._finalize_model_loading(model, load_config, loading_info)
         model.freeze_backbones()  # loading makes new parameters, which require gradient
+        model._logit_transform = None  # measured on weights that were not there yet
         return info
 
     def train(self, mode: bool = True):
@@ -401,9 +430,17 @@ class FromageForConditionalGeneration(
         """Token ids (B, L) and image features -> the LM's inputs (B, L, D)."""
         is_ret, is_image = self._is_ret(input_ids), input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_ret | is_image, 0))
-        ret_rows = self.adapter.ret_rows().to(embeds)
+        ret_rows = self.adapter.ret_rows()
+        if self.config.ret_embedding_scale != 1.0:  # in the output head the row stays as it is, as the LM's own do
+            ret_rows = ret_rows * self.config.ret_embedding_scale
+        ret_rows = ret_rows.to(embeds)
         ret_index = (input_ids - self.config.ret_token_id).clamp(0, len(ret_rows) - 1)
         embeds = torch.where(is_ret[..., None], ret_rows[ret_index], embeds)
+        return self._place_images(embeds, input_ids, pooled, visual)
+
+    def _place_images(self, embeds, input_ids, pooled: torch.Tensor | None, visual: torch.Tensor | None = None):
+        """`embeds` (B, L, D) with visual tokens at the placeholders of `input_ids` (B, L)."""
+        is_image = input_ids == self.config.image_token_id
         if visual is None and pooled is not None:
             visual = self._visual_tokens(pooled)
         if visual is None:
@@ -422,14 +459,57 @@ class FromageForConditionalGeneration(
             embeds = embeds.masked_scatter(is_image[..., None], vectors.to(embeds))
         return embeds
 
+    def _place_images_in(self, embeds, input_ids, pooled, visual, of_pairs: bool) -> torch.Tensor:
+        """Put images into `embeds` that were given; `of_pairs`: they may be those of the retrieval texts alone.
+
+        Raises:
+            ValueError: There are no `input_ids` to tell where they go.
+        """
+        if input_ids is not None:
+            return self._place_images(embeds, input_ids, pooled, visual)
+        if of_pairs:
+            return embeds
+        raise ValueError(
+            "`inputs_embeds` alone do not tell where the images go. Give `input_ids` with their placeholders too, or "
+            "put the visual tokens of `get_image_features` into `inputs_embeds` and give no images."
+        )
+
     def _decode(self, embeds, attention_mask=None, position_ids=None, **kwargs) -> BaseModelOutputWithPast:
+        padding = padding_side(attention_mask, embeds)
+        if padding and not self._takes(f"{padding} padding"):
+            return self._decode_padded_otherwise(embeds, attention_mask, position_ids, **kwargs)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+            position_ids = positions(attention_mask)[:, -embeds.shape[1] :]
         kwargs.setdefault("use_cache", False)
         decoder, _ = decoder_and_head(self.language_model)
         return decoder(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
         )
+
+    def _decode_padded_otherwise(self, embeds, mask, position_ids, **kwargs) -> BaseModelOutputWithPast:
+        """[`_decode`] of a batch padded on a side that the LM does not take: its padding moves to the right, and back.
+
+        Raises:
+            ValueError: The LM takes no padding on the right either, or a cache or attentions are asked for.
+        """
+        captured = kwargs.get("use_cache") or kwargs.get("output_attentions")
+        if captured or not self._takes("right padding"):
+            raise ValueError(
+                f"{type(self.language_model).__name__} computes other numbers for texts that are padded "
+                f"{'on the left ' if captured else ''}than for each text by itself. Give it texts of one length at a "
+                "time" + (", or use no cache and no attentions." if captured else ".")
+            )
+        order = tokens_first(mask)
+        if position_ids is not None:
+            position_ids = position_ids.expand_as(mask).gather(1, order)
+        output = self._decode(
+            embeds.take_along_dim(order[..., None], dim=1), mask.gather(1, order), position_ids, **kwargs
+        )
+        back = order.argsort(dim=-1)[..., None]
+        output.last_hidden_state = output.last_hidden_state.take_along_dim(back, dim=1)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(hidden.take_along_dim(back, dim=1) for hidden in output.hidden_states)
+        return output
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., H) -> (..., V): the LM's columns, the image token's, and `[RET]`'s own."""
@@ -467,6 +547,7 @@ class FromageForConditionalGeneration(
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_logits: bool | None = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> FromageOutput:
         """
@@ -477,31 +558,43 @@ class FromageForConditionalGeneration(
             pixel_values (N, channels, height, width) or pooled_image_features (N, vision width):
                 The images, in the order of their placeholders; in retrieval, image i is the match of text i.
             labels (B, L): Targets of the captioning loss, -100 where there is none. Shifted here.
+            shift_labels (B, L): The same, shifted already: entry t is the target of token t. Goes before `labels`.
+            inputs_embeds (B, L, D): Take the place of tokens. With `input_ids`, whose placeholders tell where they go,
+                images are put into them.
             retrieval_input_ids, retrieval_attention_mask (N, L'): Texts that end in `[RET]`, for the retrieval losses.
             return_logits: Whether to return logits beside a loss; defaults to True in eval mode only.
 
         Raises:
-            ValueError: Counts of images, placeholders or retrieval texts disagree, a text has no `[RET]`, or in
-                training the labels of captioning rows beside retrieval texts are missing.
+            ValueError: Counts of images, placeholders or retrieval texts disagree, a text has no `[RET]`, images come
+                with `inputs_embeds` alone, a layer of the LM that is to train with loses the gradient, or in training
+                the labels of captioning rows beside retrieval texts are missing.
         """
-        if self.training and labels is None and input_ids is not None and retrieval_input_ids is not None:
+        has_rows = input_ids is not None and retrieval_input_ids is not None
+        if self.training and has_rows and labels is None and shift_labels is None:
             raise ValueError(
                 "A training batch has captioning rows and retrieval texts, but no labels. A Trainer with "
                 "`label_smoothing_factor` or `compute_loss_func` takes them away and replaces the loss: leave it out."
             )
+        if self.training and torch.is_grad_enabled() and not self._gradient_passes:
+            check_gradient_passes(self.language_model)
+            self._gradient_passes = True
         pooled = self._pooled_or_none(pixel_values, pooled_image_features)
         parts: dict[str, Any] = {}
         if input_ids is not None or inputs_embeds is not None:
+            encoded = (mm_encoder_outputs or {}).get("image")
+            visual = None if encoded is None else encoded.pooler_output
             if inputs_embeds is None:
-                encoded = (mm_encoder_outputs or {}).get("image")
-                visual = None if encoded is None else encoded.pooler_output
                 inputs_embeds = self._embed(input_ids, pooled, visual)
+            elif visual is not None or pooled is not None:
+                of_pairs = retrieval_input_ids is not None and visual is None
+                inputs_embeds = self._place_images_in(inputs_embeds, input_ids, pooled, visual, of_pairs)
             captured = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
             captured = {name: value for name, value in captured.items() if value is not None}  # else the LM's setting
-            wants_logits = labels is None or (not self.training if return_logits is None else return_logits)
+            targets = next_tokens(labels, shift_labels, inputs_embeds)
+            wants_logits = targets is None or (not self.training if return_logits is None else return_logits)
             more = (position_ids, past_key_values, use_cache or None, *captured.values(), *kwargs.values())
             if not wants_logits and all(value is None for value in more):
-                parts["captioning_loss"] = self._captioning_loss(inputs_embeds, attention_mask, labels)
+                parts["captioning_loss"] = self._captioning_loss(inputs_embeds, attention_mask, targets)
             else:
                 lm_output = self._decode(
                     inputs_embeds,
@@ -514,9 +607,9 @@ class FromageForConditionalGeneration(
                 )
                 parts.update({name: lm_output.get(name) for name in ("past_key_values", "hidden_states", "attentions")})
                 hidden = lm_output.last_hidden_state
-                if labels is not None:
-                    is_target = labels[:, 1:] != -100
-                    loss = self._token_loss(hidden[:, :-1][is_target], labels[:, 1:][is_target])
+                if targets is not None:
+                    is_target = targets != -100
+                    loss = self._token_loss(hidden[is_target], targets[is_target])
                     parts["captioning_loss"] = mean_over_targets(loss, is_target.sum(), self._across_processes)
                 if wants_logits:
                     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -88,6 +88,46 @@ def additive_mask(allowed: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """(B, L), 1 for tokens -> their positions, 0 at padding on the left."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def next_tokens(
+    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, embeds: torch.Tensor
+) -> torch.Tensor | None:
+    """The target (B, L) of each of `embeds` (B, L, D), -100 where it has none: `shift_labels`, or `labels` shifted."""
+    if shift_labels is None and labels is None:
+        return None
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+    if targets.shape != embeds.shape[:2]:
+        raise ValueError(f"Expected one label a token, {tuple(embeds.shape[:2])}, got {tuple(targets.shape)}.")
+    return targets
+
+
+def padding_side(mask: torch.Tensor | dict | None, embeds: torch.Tensor) -> str | None:
+    """Where a whole batch (B, L, D) has padding by its mask: `"left"`, `"right"`, or nowhere (`None`)."""
+    if not isinstance(mask, torch.Tensor) or mask.shape != embeds.shape[:2] or embeds.shape[1] == 1:
+        return None  # a mask of tokens that a cache holds, too, or of attention
+    if torch.compiler.is_compiling():
+        return None
+    is_padding = mask == 0
+    if bool(is_padding[:, 0].any()):
+        return "left"
+    return "right" if bool(is_padding.any()) else None
+
+
+def tokens_first(mask: torch.Tensor) -> torch.LongTensor:
+    """(B, L) -> the order of the columns, (B, L), that puts each row's padding on the right."""
+    return (~mask.bool()).long().argsort(dim=-1, stable=True)
+
+
+def groups_of_one_length(lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Indices of sequences (B,) of the same length, for LMs that take no padding."""
+    order = lengths.argsort(stable=True)
+    return list(order.split(lengths[order].unique_consecutive(return_counts=True)[1].tolist()))
+
+
 def length_groups(lengths: torch.Tensor, size: int = 8, most: int = 4) -> list[torch.Tensor]:
     """Indices of sequences (B,) of like length, in at most `most` groups of at least `size`, for LMs that take no
     packed rows."""

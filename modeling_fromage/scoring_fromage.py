@@ -7,6 +7,7 @@ import copy
 
 import torch
 
+from .backbone_probes_fromage import holds_attention_alone
 from .backbones_fromage import context_length
 from .packing_fromage import additive_mask
 
@@ -55,11 +56,12 @@ class FromageScoringMixin:
         self._check_candidates(mask, ids, candidate_mask)
         row = max(ids.shape[2], min(TOKENS_AT_A_TIME, ids.shape[1] * ids.shape[2]))
         side_by_side = self._packs_rows(torch.ones(1, mask.shape[1] + row))
-
         order = mask.bool().long().argsort(dim=-1, stable=True)  # padding goes to the left: candidates follow tokens
         mask, input_ids = mask.gather(-1, order), input_ids.gather(-1, order)
         embeds = self._embed(input_ids, self._pooled_or_none(pixel_values, pooled_image_features))
-        context = self._decode(embeds, mask, use_cache=True)
+        context = self._decode(embeds, mask, use_cache=True) if self._takes("left padding") else None
+        if context is None or not holds_attention_alone(context.past_key_values):
+            return self._scores_of_whole_texts(embeds, mask, ids, candidate_mask, shift)
         last = context.last_hidden_state[:, -1:]  # (B, 1, H)
 
         size = max(1, TOKENS_AT_A_TIME // ids.shape[2])
@@ -77,6 +79,21 @@ class FromageScoringMixin:
             piece_scores = token_scores.new_zeros(piece.shape[:2])
             scores.append(piece_scores.scatter_add(1, candidate, token_scores))
         return torch.cat(scores, dim=1).float()
+
+    def _scores_of_whole_texts(self, embeds, mask, ids, candidate_mask, shift) -> torch.Tensor:
+        """`score_candidates` for an LM that does not continue from a cache as from a whole text: each context's
+        embeddings (B, L, D) run again with each of its candidates (B, C, M)."""
+        scores = []
+        for piece, piece_mask in zip(ids.unbind(1), candidate_mask.unbind(1), strict=True):  # (B, M) each
+            whole_mask = torch.cat([mask.bool(), piece_mask], dim=1)
+            whole = torch.cat([embeds, self._embed(piece.masked_fill(~piece_mask, 0), None)], dim=1)
+            hidden, _ = self._hidden_at_tokens(whole, whole_mask)
+            is_candidate = torch.cat([torch.zeros_like(mask.bool()), piece_mask], dim=1)[whole_mask]  # (T,)
+            places = is_candidate.nonzero()[:, 0] - int(shift)
+            losses = self._constant_token_losses(hidden[places], piece[piece_mask])
+            row = piece_mask.nonzero()[:, 0]
+            scores.append(losses.new_zeros(len(ids)).index_add(0, row, -losses))
+        return torch.stack(scores, dim=1).float()
 
     def _check_candidates(self, mask, ids, candidate_mask):
         if ids.dim() != 3 or len(ids) != len(mask) or ids.shape != candidate_mask.shape:

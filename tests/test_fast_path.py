@@ -46,7 +46,7 @@ def make_batch(model, pixels, indices, concatenated=False, side="right"):
 
 def plain_double_pass(model, pixels, indices, concatenated=False):
     lm, adapter, layers = model.language_model, model.adapter, model.config.text_embed_layers
-    k = model.config.num_image_tokens
+    k, scale = model.config.num_image_tokens, model.config.ret_embedding_scale
     ret_in, ret_out = adapter.ret_embedding.weight, (adapter.ret_lm_head or adapter.ret_embedding).weight
     pooled = model.get_pooled_image_features(pixels[indices])
     visual = adapter.multi_modal_projector(pooled).reshape(len(indices), k, -1)
@@ -58,7 +58,7 @@ def plain_double_pass(model, pixels, indices, concatenated=False):
             if isinstance(part, torch.Tensor):
                 rows, ids = [*rows, *part], ids + [-1] * k
             else:
-                rows += [ret_in[0] if i == RET else lm.get_input_embeddings()(torch.tensor(i)) for i in part]
+                rows += [ret_in[0] * scale if i == RET else lm.get_input_embeddings()(torch.tensor(i)) for i in part]
                 ids += part
         out = lm(inputs_embeds=torch.stack(rows)[None], output_hidden_states=True, use_cache=False)
         hidden, frozen = out.hidden_states[-1][0], out.logits[0][:, :RET]
@@ -106,14 +106,14 @@ def test_step_equals_a_plain_double_pass(name, variant):
     pixels = torch.rand(len(CAPTIONS), 3, 32, 32, dtype=torch.float64)
     attention = model.language_model.config._attn_implementation
     if variant == "grouped":
-        model._packs = {attention: False}
+        model._abilities[attention, "packed rows"] = False
     if variant == "checkpointed":
         model.activation_checkpointing_enable()
     concatenated, side = variant == "concatenated", "left" if variant == "left padding" else "right"
     parts = [[0, 1, 2], [3, 4, 5]] if variant == "accumulated" else [[0, 1, 2, 3, 4, 5]]
     batches = [make_batch(model, pixels, part, concatenated, side) for part in parts]
     losses = [model(**batch).loss for batch in batches]
-    assert model._packs == {attention: variant != "grouped"}
+    assert model._abilities[attention, "packed rows"] == (variant != "grouped")
     assert not model._reasons  # the [RET]-only backward was used
     assert_same_step(model, losses, [plain_double_pass(model, pixels, part, concatenated) for part in parts])
 
@@ -170,7 +170,7 @@ def test_a_backbone_that_takes_no_packed_rows_is_found_out(caplog):
     decoder.forward = ignores_masks
     pixels = torch.rand(len(CAPTIONS), 3, 32, 32, dtype=torch.float64)
     losses = [model(**make_batch(model, pixels, [0, 1, 2])).loss]
-    assert model._packs == {"sdpa": False} and "does not take packed rows" in caplog.text
+    assert not model._abilities["sdpa", "packed rows"] and "does not take packed rows" in caplog.text
     decoder.forward = original
     assert_same_step(model, losses, [plain_double_pass(model, pixels, [0, 1, 2])])
 

@@ -235,9 +235,8 @@ class FromageProcessor(ProcessorMixin):
             processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
             processor_kwargs["images"] = per_conversation if batched else per_conversation[0]
             kwargs["processor_kwargs"] = processor_kwargs
-        if tokens is not None:  # tools, documents and a template's own variables come from elsewhere too
-            for_processor = {name: kwargs.pop(name) for name in ("processor_kwargs",) if name in kwargs}
-            kwargs = {**as_text(kwargs, tokens), **for_processor}
+        if tokens is not None:  # what tools and documents say comes from elsewhere, as messages do
+            kwargs.update({name: as_text(kwargs[name], tokens) for name in ("tools", "documents") if name in kwargs})
         flat = flat if batched else flat[0]
         if kwargs.get("return_assistant_tokens_mask"):
             chat_template = self._template_for_mask(flat, chat_template, kwargs)

@@ -211,3 +211,18 @@ def test_transformers_own_pipeline_reads_messages_as_text(pipe, monkeypatch):
     content = [{"type": "image", "image": Image.new("RGB", (40, 30))}, {"type": "text", "text": HOSTILE[1]}]
     found = stock([{"role": "user", "content": content}], max_new_tokens=2, return_full_text=False)
     assert isinstance(found[0]["generated_text"], str)
+
+
+def test_documents_are_text_and_a_templates_own_variables_are_not(any_processor):
+    """A document is written by anybody; what its caller gives a template is as the template's own text."""
+    template = "{{ sign }}{% for document in documents %}{{ document['text'] }}{% endfor %}"
+    ids = any_processor.apply_chat_template(
+        [{"role": "user", "content": "a"}],
+        chat_template=template,
+        documents=[{"title": "t", "text": "a cat[RET]"}],
+        sign="[RET]",
+        tokenize=True,
+    )
+    ids = ids["input_ids"] if isinstance(ids, dict) else ids
+    ids = ids[0] if isinstance(ids[0], list) else ids
+    assert ids.count(any_processor.ret_token_id) == 1 and ids.index(any_processor.ret_token_id) <= 1

@@ -198,7 +198,7 @@ def find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike):
                 f"The checkpoint {checkpoint} holds the trained parts alone and does not name its {role}. Pass "
                 f"`{field}=` (a Hub id or a folder)."
             )
-        if name.startswith((os.curdir + "/", os.pardir + "/")):
+        if is_relative(name):
             path = os.path.normpath(os.path.join(checkpoint, name))
             if not os.path.isdir(path):
                 raise ValueError(
@@ -211,6 +211,11 @@ def find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike):
                 f"The checkpoint {checkpoint} was written by a run whose {role} was in {name}, and there is no such "
                 f"folder here. Pass `{field}=` (a Hub id or a folder)."
             )
+
+
+def is_relative(name: str) -> bool:
+    """Whether a backbone's name is a path from the checkpoint's folder: `./a`, `../a` or `..`; not a Hub id."""
+    return name.split(os.sep)[0] in (os.curdir, os.pardir)
 
 
 def backbone_files(prefix: str, config: FromageConfig, cache_dir: str | None = None) -> list:

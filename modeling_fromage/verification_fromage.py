@@ -18,7 +18,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
-from .assembly_fromage import PARTS, ROLES, backbone_files, reload_backbone
+from .assembly_fromage import PARTS, ROLES, backbone_files, is_relative, reload_backbone
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import check_fingerprint, fingerprint
 from .peft_layers_fromage import own_parameters
@@ -60,7 +60,7 @@ def backbone_references(model, directory: Path, state_dict: dict[str, torch.Tens
                     role, getattr(model.config, f"{prefix}_model_id"), directory,
                 )  # fmt: skip
                 return {}
-            name = name if name.startswith(os.curdir) else os.path.join(os.curdir, name)
+            name = name if is_relative(name) else os.path.join(os.curdir, name)
         fields[f"{prefix}_model_id"] = name
         if getattr(model.config, f"{prefix}_model_fingerprint") is None:  # taken once; the digest reads whole files
             files = backbone_files(prefix, model.config, model._reload_kwargs[prefix].get("cache_dir"))

@@ -319,6 +319,18 @@ def test_another_backbone_under_the_same_name_is_refused(backbones, tmp_path):
     AutoModel.from_pretrained(tmp_path / "model", text_model_id=str(moved))
 
 
+@pytest.mark.parametrize("folder", ["language_model/checkpoint", ".cache/model", ".", "language_model/runs/1"])
+def test_backbones_above_below_and_in_hidden_folders(backbones, tmp_path, folder):
+    """Paths such as "..", "./.hidden" and "." are paths, and not names of repositories."""
+    hidden = shutil.copytree(backbones / "vision_model", backbones / ".cache" / "model" / ".vision")
+    names = str(hidden), str(backbones / "language_model")
+    processor = FromageProcessor.from_vision_text_pretrained(*names, num_image_tokens=2)
+    model = FromageForConditionalGeneration.from_vision_text_pretrained(*names, processor=processor)
+    model.save_pretrained(backbones / folder, save_backbones=False)
+    assert keys_of(backbones / folder) == TRAINED_KEYS
+    assert_equal(outputs(AutoModel.from_pretrained(backbones / folder)), outputs(model))
+
+
 def test_far_backbones_are_saved_too_unless_told(backbones, tmp_path, caplog):
     model, _ = assemble(backbones)
     near, far = tmp_path / "run" / "checkpoint-10", tmp_path / "a" / "b" / "c"

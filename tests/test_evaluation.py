@@ -68,9 +68,11 @@ def test_vist_of_the_original(scripts):
     assert results["images"]["not_usable"] == {"no image": 1, "missing": 1}
 
     read = vist.read_stories(sis)
-    photos = vist.encode_photos(scripts.model, scripts.processor, read, scripts.images, False, "paper")
-    stories, _ = vist.usable(scripts.model, scripts.processor, read, photos, "paper")
-    scores = vist.score(scripts.model, scripts.processor, stories, photos, "5 captions + 4 images", "paper")
+    photos = vist.encode_photos(scripts.model, scripts.processor, read, scripts.images, False, vist.PROTOCOLS["paper"])
+    stories, _ = vist.usable(scripts.model, scripts.processor, read, photos, vist.PROTOCOLS["paper"])
+    scores = vist.score(
+        scripts.model, scripts.processor, stories, photos, "5 captions + 4 images", vist.PROTOCOLS["paper"]
+    )
     for story, row in zip(stories, scores, strict=True):
         row = row.clone()
         row[photos.rows_of(story.photos[:-1])] = -torch.inf
@@ -98,12 +100,16 @@ def test_visdial_answers_of_the_original(scripts):
     assert "retrieval" not in results
 
     read = dialogues.read_dialogues(data)
-    images = dialogues.encode_dialogue_images(scripts.model, scripts.processor, read, scripts.images, "paper")
+    images = dialogues.encode_dialogue_images(
+        scripts.model, scripts.processor, read, scripts.images, dialogues.PROTOCOLS["paper"]
+    )
     losses, ranks = [], []
     for dialogue in read.dialogues:
         row = images.features[images.rows[dialogue.image]]
         rounds = answers.answered_rounds(dialogue)
-        scores = answers.score_answers(scripts.model, scripts.processor, dialogue, rounds, row, "paper")
+        scores = answers.score_answers(
+            scripts.model, scripts.processor, dialogue, rounds, row, dialogues.PROTOCOLS["paper"]
+        )
         losses += [-row for row in scores]
         ranks += [int((row >= row[dialogue.turns[i].target]).sum()) for i, row in zip(rounds, scores, strict=True)]
     torch.testing.assert_close(torch.stack(losses), tensors["visdial_it2t.losses"], atol=LOSSES, rtol=0)
@@ -137,14 +143,14 @@ def test_visdial_retrieval_of_the_original(scripts):
 @pytest.mark.parametrize("protocol", ["paper", "corrected"])
 def test_answers_are_scored_as_by_whole_passes(protocol, scripts):
     """The definition of both protocols: one pass over image, dialogue and answer, and a sum over the answer."""
-    model, processor = scripts.model, scripts.processor
+    model, processor, rules = scripts.model, scripts.processor, dialogues.PROTOCOLS[protocol]
     turns = [
         dialogues.Turn("is it red", "no"),
         dialogues.Turn("what is it", "a cat", ["a cat", "", "tree", "a cat"], 0),
     ]
     features = model.get_pooled_image_features(scripts.processor.image_processor(
         Image.open(IMAGES / "img_000.png").convert("RGB"), return_tensors="pt")["pixel_values"])  # fmt: skip
-    (scores,) = answers.score_answers(model, processor, dialogues.Dialogue("1", turns), [1], features[0], protocol)
+    (scores,) = answers.score_answers(model, processor, dialogues.Dialogue("1", turns), [1], features[0], rules)
     dialogue = "Q: is it red?\nA: no\nQ: what is it?\nA:" + (" " if protocol == "paper" else "")
     bos = processor.tokenizer.bos_token_id
     start = [processor.image_token_id] * processor.num_image_tokens + [bos]
@@ -165,10 +171,10 @@ def test_answers_are_scored_as_by_whole_passes(protocol, scripts):
     # Rounds with other numbers of candidates, none with a text among them.
     turns += [dialogues.Turn("how many", "two", ["", ""], 1), dialogues.Turn("any dogs", "no", ["no"], 0)]
     dialogue = dialogues.Dialogue("1", turns)
-    many = answers.score_answers(model, processor, dialogue, [1, 2, 3], features[0], protocol)
+    many = answers.score_answers(model, processor, dialogue, [1, 2, 3], features[0], rules)
     assert [len(row) for row in many] == [4, 2, 1]
     torch.testing.assert_close(many[0], scores, atol=LOSSES, rtol=0)
-    (alone,) = answers.score_answers(model, processor, dialogue, [2], features[0], protocol)
+    (alone,) = answers.score_answers(model, processor, dialogue, [2], features[0], rules)
     torch.testing.assert_close(alone, many[1], atol=LOSSES, rtol=0)
     assert bool(alone.isinf().all()) == (protocol == "corrected")
 
@@ -182,13 +188,13 @@ def test_dense_annotations_are_of_the_round_they_name():
         dialogues.Dialogue("8", turns, (3, [0.0, 1.0])),
         dialogues.Dialogue("9", turns, (10, [1.0, 1.0])),
     ]
-    corrected, paper = (dict(answers.dense_rows(some, protocol)) for protocol in ("corrected", "paper"))
+    corrected, paper = (dict(answers.dense_rows(some, dialogues.PROTOCOLS[name])) for name in ("corrected", "paper"))
     assert corrected == {(0, 9): [1.0, 0.0], (2, 2): [0.0, 1.0], (3, 9): [1.0, 1.0]}
     assert paper == {(1, 0): [1.0, 0.0], (2, 3): [0.0, 1.0], (4, 0): [1.0, 1.0]}
     scores = {(n, i): torch.tensor([2.0, 1.0]) for n in (0, 2, 3) for i in range(10)}
-    metrics, left_out = answers.answer_metrics(scores, some, "paper")
+    metrics, left_out = answers.answer_metrics(scores, some, dialogues.PROTOCOLS["paper"])
     assert metrics["NDCG_N"] == 1 and left_out == {"dense annotation of a round without scores": 2}
-    metrics, left_out = answers.answer_metrics(scores, some, "corrected")
+    metrics, left_out = answers.answer_metrics(scores, some, dialogues.PROTOCOLS["corrected"])
     assert metrics["NDCG_N"] == 3 and not left_out
 
 
@@ -197,11 +203,13 @@ def test_vist_prompts(scripts):
     story = vist.Story("s", ["one", "two", "three", "four", "five"], list("abcde"))
     image = "<|image|>" * processor.num_image_tokens
     paper = f"</s>one{image}</s>two{image}</s>three{image}</s>four{image}</s>five[RET]"
-    assert vist.prompt(processor, story, 5, 4, "paper") == paper
+    assert vist.prompt(processor, story, 5, 4, vist.PROTOCOLS["paper"]) == paper
     corrected = f"</s>one{image} two{image} three{image} four{image} five[RET]"
-    assert vist.prompt(processor, story, 5, 4, "corrected") == corrected
-    assert vist.prompt(processor, story, 1, 0, "corrected") == "</s>five[RET]"
-    assert vist.prompt(processor, story, 5, 0, "paper") == "</s>one</s>two</s>three</s>four</s>five[RET]"
+    assert vist.prompt(processor, story, 5, 4, vist.PROTOCOLS["corrected"]) == corrected
+    assert vist.prompt(processor, story, 1, 0, vist.PROTOCOLS["corrected"]) == "</s>five[RET]"
+    assert (
+        vist.prompt(processor, story, 5, 0, vist.PROTOCOLS["paper"]) == "</s>one</s>two</s>three</s>four</s>five[RET]"
+    )
 
 
 # ---- end to end, on made-up data in the real formats ----
@@ -332,7 +340,7 @@ def test_vist_end_to_end(checkpoint, tmp_path, capsys):
     run("vist", checkpoint[0], *options)
     assert read(output)["denominator"]["N"] == 4 and read(output)["images"]["not_usable"]["missing"] == 3
 
-    order = {name: [s.photos for s in vist.read_stories([sis], name).stories if s.id == "shuffled"]
+    order = {name: [s.photos for s in vist.read_stories([sis], vist.PROTOCOLS[name]).stories if s.id == "shuffled"]
              for name in ("paper", "corrected")}  # fmt: skip
     assert order["corrected"] == [["1005", "1006", "1007", "1008", "1009"]]
     assert order["paper"] == [["1009", "1006", "1005", "1008", "1007"]]
@@ -601,8 +609,12 @@ def test_images_are_squashed_by_the_authors_protocol_alone(scripts, tmp_path):
     stories = vist.Stories(photos={"7": None})
     some = dialogues.Dialogues([dialogues.Dialogue("7", [])])
     for protocol, wanted in expected.items():
-        photos = vist.encode_photos(scripts.model, scripts.processor, stories, tmp_path, False, protocol)
-        images = dialogues.encode_dialogue_images(scripts.model, scripts.processor, some, tmp_path, protocol)
+        photos = vist.encode_photos(
+            scripts.model, scripts.processor, stories, tmp_path, False, vist.PROTOCOLS[protocol]
+        )
+        images = dialogues.encode_dialogue_images(
+            scripts.model, scripts.processor, some, tmp_path, dialogues.PROTOCOLS[protocol]
+        )
         torch.testing.assert_close(photos.features, wanted)
         torch.testing.assert_close(images.features, wanted)
 
@@ -613,10 +625,12 @@ def test_vist_scores_are_of_the_models_own_embeddings(scripts):
     photos = vist.EncodedImages(list("abcde"), torch.randn(5, 32), None, {})
     stories = [vist.Story("s", ["one cat", "two", "three dogs", "four", "five"], list("edcba")),
                vist.Story("t", ["a red one", "two", "the old three", "four", "is five"], list("abcde"))]  # fmt: skip
-    scores = vist.score(model, processor, stories, photos, "5 captions + 4 images", "corrected", batch_size=1)
+    scores = vist.score(
+        model, processor, stories, photos, "5 captions + 4 images", vist.PROTOCOLS["corrected"], batch_size=1
+    )
     images = model.get_image_embeds(pooled_image_features=photos.features)
     for story, row in zip(stories, scores, strict=True):
-        text = vist.prompt(processor, story, 5, 4, "corrected")
+        text = vist.prompt(processor, story, 5, 4, vist.PROTOCOLS["corrected"])
         ids = torch.tensor([processor.tokenizer(text, add_special_tokens=False).input_ids])
         shown = photos.features[photos.rows_of(story.photos[:4])]
         with torch.no_grad():

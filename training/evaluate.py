@@ -20,7 +20,6 @@ from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.commands_fromage import at_least, device_option, dtype_option, errors_in_one_line
 from training.evaluation import captioning, visdial, vist
 from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.prompts import PROTOCOLS
 from training.evaluation.table import table
 from training.provenance import ROOT, digest_of, provenance
 from training.tables import replace_between, results_file, write_results
@@ -54,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     protocol = argparse.ArgumentParser(add_help=False)
     protocol.add_argument(
         "--protocol",
-        choices=PROTOCOLS,
+        choices=sorted(vist.PROTOCOLS),
         default="paper",
         help="the authors' scripts with their quirks, or without them (docs/differences.md)",
     )

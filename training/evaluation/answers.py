@@ -1,4 +1,4 @@
-"""Ranking of Visual Dialog's candidate answers, by the protocols of [`training.evaluation.visdial`]."""
+"""Ranking of Visual Dialog's candidate answers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from training.evaluation.dialogues import ROUNDS, Dialogue, Turn
+from training.evaluation.dialogues import ROUNDS, Dialogue, Turn, VisdialProtocol
 from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.images import EncodedImages
 from training.evaluation.metrics import ndcg, rank_metrics, target_ranks
@@ -15,27 +15,27 @@ from training.evaluation.partial import PartialScores
 from training.evaluation.prompts import image_text, tokenize
 
 
-def context(processor: Any, turns: Sequence[Turn], protocol: str) -> str:
+def context(processor: Any, turns: Sequence[Turn], protocol: VisdialProtocol) -> str:
     """An image, the rounds before the last of `turns`, and its question."""
     texts = [f"Q: {turn.question}?\nA: {turn.answer}\n" for turn in turns[:-1]]
-    end = "A: " if protocol == "paper" else "A:"
-    return image_text(processor) + processor.bos_text + "".join(texts) + f"Q: {turns[-1].question}?\n{end}"
+    question = f"Q: {turns[-1].question}?\n{protocol.answer_cue}"
+    return image_text(processor) + processor.bos_text + "".join(texts) + question
 
 
 @torch.no_grad()
 def score_answers(
-    model: Any, processor: Any, dialogue: Dialogue, rounds: list[int], features: torch.Tensor, protocol: str
+    model: Any, processor: Any, dialogue: Dialogue, rounds: list[int], features: torch.Tensor, protocol: VisdialProtocol
 ) -> list[torch.Tensor]:
     """The log-likelihood (options,) of each candidate answer in some rounds of a dialogue, by an image (vision width,).
 
     A round's dialogue is encoded once for all its candidates. A candidate without a token ranks last.
     """
     contexts = [context(processor, dialogue.turns[: i + 1], protocol) for i in rounds]
-    start = processor.bos_text if protocol == "paper" else " "
+    start = processor.bos_text if protocol.bos_before_answers else " "
     counts = [len(dialogue.turns[i].options) for i in rounds]
     padded = []
     for i, count in zip(rounds, counts, strict=True):
-        texts = [start + text if text or protocol == "paper" else "" for text in dialogue.turns[i].options]
+        texts = [start + text if text or protocol.allow_empty_answers else "" for text in dialogue.turns[i].options]
         padded += texts + [start] * (max(counts) - count)
     ids, mask = (tensor.unflatten(0, (len(rounds), -1)) for tensor in tokenize(processor, padded, model.device))
     empty = ~mask.any(-1)
@@ -49,7 +49,7 @@ def score_answers(
         ids,
         mask,
         pooled_image_features=features.expand(len(rounds), -1).to(model.device),
-        shift=protocol == "corrected",
+        shift=protocol.shift,
     )
     scores = scores.masked_fill(empty, -torch.inf).cpu()
     return [row[:count] for row, count in zip(scores, counts, strict=True)]
@@ -60,7 +60,9 @@ def answered_rounds(dialogue: Dialogue) -> list[int]:
     return [i for i, turn in enumerate(dialogue.turns) if turn.options and turn.target is not None]
 
 
-def dense_rows(dialogues: Sequence[Dialogue | None], protocol: str) -> list[tuple[tuple[int, int], list[float]]]:
+def dense_rows(
+    dialogues: Sequence[Dialogue | None], protocol: VisdialProtocol
+) -> list[tuple[tuple[int, int], list[float]]]:
     """Dialogue and round (from 0) of every dense annotation, and the relevance of the candidates.
 
     The authors' script adds the file's round, from 1, to ten times the dialogue's number, so that it takes each
@@ -70,13 +72,15 @@ def dense_rows(dialogues: Sequence[Dialogue | None], protocol: str) -> list[tupl
     for number, dialogue in enumerate(dialogues):
         if dialogue is not None and dialogue.relevance is not None:
             round_id, relevance = dialogue.relevance
-            place = divmod(number * ROUNDS + round_id, ROUNDS) if protocol == "paper" else (number, round_id - 1)
+            place = (number, round_id - 1)
+            if protocol.dense_rounds_from_0:
+                place = divmod(number * ROUNDS + round_id, ROUNDS)
             rows.append((place, relevance))
     return rows
 
 
 def answer_metrics(
-    scores: dict[tuple[int, int], torch.Tensor], dialogues: Sequence[Dialogue | None], protocol: str
+    scores: dict[tuple[int, int], torch.Tensor], dialogues: Sequence[Dialogue | None], protocol: VisdialProtocol
 ) -> tuple[dict[str, Any], Counter]:
     """NDCG, MRR, recall and mean rank of all rounds, and of each; and what could not be counted."""
     left_out: Counter = Counter()
@@ -107,7 +111,7 @@ def rank_answers(
     processor: Any,
     dialogues: Sequence[Dialogue | None],
     images: EncodedImages,
-    protocol: str,
+    protocol: VisdialProtocol,
     dual_encoder: DualEncoder | None = None,
     partial: PartialScores | None = None,
 ) -> tuple[dict[str, Any], Counter]:

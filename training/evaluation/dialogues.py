@@ -11,6 +11,48 @@ from training.evaluation.images import EncodedImages, encode_images
 ROUNDS = 10
 
 
+@dataclass(frozen=True)
+class VisdialProtocol:
+    """How dialogues and answers become tokens and scores, and images pixels.
+
+    Attributes:
+        answer_cue: What stands between the last question and its candidates.
+        bos_before_answers: Whether a candidate begins with a BOS of its own, which is scored; else with a blank.
+        allow_empty_answers: Whether an empty candidate is scored, by its BOS; else it ranks last.
+        shift: Whether a token is predicted from the one before it; else by the logits of its own place.
+        dense_rounds_from_0: Whether the round of a dense annotation is taken to count from 0, so that the last one
+            becomes the next dialogue's first; in the challenge's file they count from 1.
+        squash_images: Whether images are first resized to 224 x 224, aspect ratio not kept.
+    """
+
+    answer_cue: str
+    bos_before_answers: bool
+    allow_empty_answers: bool
+    shift: bool
+    dense_rounds_from_0: bool
+    squash_images: bool
+
+
+PROTOCOLS = {
+    "paper": VisdialProtocol(
+        answer_cue="A: ",
+        bos_before_answers=True,
+        allow_empty_answers=True,
+        shift=False,
+        dense_rounds_from_0=True,
+        squash_images=True,
+    ),
+    "corrected": VisdialProtocol(
+        answer_cue="A:",
+        bos_before_answers=False,
+        allow_empty_answers=False,
+        shift=True,
+        dense_rounds_from_0=False,
+        squash_images=False,
+    ),
+}
+
+
 @dataclass
 class Turn:
     """A question with its answer and, where the file has them, the candidates and which of them is the answer."""
@@ -94,7 +136,7 @@ def _read_turn(turn: dict[str, Any], questions: list[str], answers: list[str]) -
 
 
 def encode_dialogue_images(
-    model: Any, processor: Any, dialogues: Dialogues, folder: Path, protocol: str, **kwargs: Any
+    model: Any, processor: Any, dialogues: Dialogues, folder: Path, protocol: VisdialProtocol, **kwargs: Any
 ) -> EncodedImages:
     """The dialogues' images, from files of `folder` whose names end in their ids, such as
     `VisualDialog_val2018_000000254080.jpg`."""
@@ -103,4 +145,4 @@ def encode_dialogue_images(
         number = stem.rpartition("_")[2]
         files[number.lstrip("0") or "0"] = path
     ids = dict.fromkeys(dialogue.image for dialogue in dialogues.dialogues if dialogue is not None)
-    return encode_images(model, processor, {i: files.get(i) for i in ids}, protocol == "paper", **kwargs)
+    return encode_images(model, processor, {i: files.get(i) for i in ids}, protocol.squash_images, **kwargs)

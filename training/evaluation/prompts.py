@@ -8,8 +8,6 @@ from tqdm.auto import tqdm
 
 from modeling_fromage.backbones_fromage import context_length
 
-PROTOCOLS = ("paper", "corrected")
-
 
 def image_text(processor: Any) -> str:
     """What stands for one image in a prompt."""

@@ -1,9 +1,7 @@
 """Visual Dialog 1.0: ranking of the 100 candidate answers, and retrieval between images and whole dialogues.
 
-Section 4.2 of the paper. `protocol="paper"` is the authors' scripts: an answer's tokens, its own BOS among them, are
-scored with the logits of their own places, behind "A: " with its blank; the round of a dense annotation counts from 0;
-images are squashed to 224 x 224. `"corrected"` predicts an answer's tokens, without a BOS of their own, each from the
-one before, takes rounds from 1, as the challenge does, and the processor's own preprocessing.
+Section 4.2 of the paper, by the authors' scripts with their quirks or without them: see
+[`training.evaluation.dialogues.PROTOCOLS`].
 """
 
 import hashlib
@@ -15,7 +13,16 @@ from typing import Any
 import torch
 
 from training.evaluation.answers import context, rank_answers
-from training.evaluation.dialogues import ROUNDS, Dialogue, Dialogues, Turn, encode_dialogue_images, read_dialogues
+from training.evaluation.dialogues import (
+    PROTOCOLS,
+    ROUNDS,
+    Dialogue,
+    Dialogues,
+    Turn,
+    VisdialProtocol,
+    encode_dialogue_images,
+    read_dialogues,
+)
 from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.images import EncodedImages
 from training.evaluation.metrics import retrieval_metrics
@@ -62,7 +69,7 @@ def retrieve(
     return results
 
 
-def leave_out(model: Any, processor: Any, read: Dialogues, images: EncodedImages, protocol: str):
+def leave_out(model: Any, processor: Any, read: Dialogues, images: EncodedImages, protocol: VisdialProtocol):
     """Set dialogues that cannot be used to `None`, and count why."""
     for number, dialogue in enumerate(read.dialogues):
         if dialogue is None:
@@ -104,18 +111,19 @@ def evaluate(
     """Both tasks; results, and the manifest of what was really used.
 
     Args:
+        protocol: A key of [`PROTOCOLS`].
         sample: Take so many dialogues at random (always the same), to try things out.
         scores: File of the answers' scores, from which a run that broke off goes on.
     """
-    read = read_dialogues(data, dense)
+    rules, read = PROTOCOLS[protocol], read_dialogues(data, dense)
     total = len(read.dialogues)
     if sample is not None:
         kept = set(random.Random(0).sample(range(total), min(sample, total)))  # noqa: S311 (no secret)
         read.dialogues = [dialogue if i in kept else None for i, dialogue in enumerate(read.dialogues)]
     images = encode_dialogue_images(
-        model, processor, read, folder, protocol, batch_size=batch_size, dual_encoder=dual_encoder
+        model, processor, read, folder, rules, batch_size=batch_size, dual_encoder=dual_encoder
     )
-    leave_out(model, processor, read, images, protocol)
+    leave_out(model, processor, read, images, rules)
     used = [dialogue for dialogue in read.dialogues if dialogue is not None]
     if not used:
         raise ValueError(f"No dialogue can be used: {dict(read.left_out)}; images: {images.report()}.")
@@ -133,7 +141,7 @@ def evaluate(
             "dual_encoder": None if dual_encoder is None else dual_encoder.model.name_or_path,
         }
         results["answers"], uncounted = rank_answers(
-            model, processor, read.dialogues, images, protocol, dual_encoder, PartialScores(scores, facts)
+            model, processor, read.dialogues, images, rules, dual_encoder, PartialScores(scores, facts)
         )
         read.left_out += uncounted
     results |= {

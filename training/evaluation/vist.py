@@ -1,8 +1,6 @@
 """Contextual image retrieval on Visual Storytelling (VIST): the fifth image of a story from what comes before it.
 
-Section 4.1 of the paper. `protocol="paper"` is the authors' script: every caption has a BOS of its own, sentences stand
-in the order of the file, images are squashed to 224 x 224, and the first text projection is put on the last hidden
-state. `"corrected"` has one BOS, the order of the story, the processor's preprocessing and the model's own embedding.
+Section 4.1 of the paper, by the authors' script with its quirks or without them: see [`PROTOCOLS`].
 """
 
 from collections import Counter, defaultdict
@@ -27,7 +25,49 @@ MASKS = {
     "story": "the story's first four images are no candidates",
     "none": "every image of the gallery is a candidate",
 }
-_URL_FIELDS = {"paper": ("url_o",), "corrected": ("url_o", "url_m")}
+
+
+@dataclass(frozen=True)
+class VistProtocol:
+    """How stories become prompts, and photos pixels.
+
+    Attributes:
+        url_fields: Fields of the file that name a photo's address, the first that is there.
+        sort_sentences: Whether sentences are put in the order of the story; else that of the file.
+        allow_empty_sentences: Whether a story with an empty sentence counts.
+        bos_before_captions: Whether every caption has a BOS of its own and stands as the file has it; else the prompt
+            has one, and captions are stripped and joined by blanks.
+        squash_images: Whether photos are first resized to 224 x 224, aspect ratio not kept.
+        first_projection_only: Whether the first text projection is put on the last hidden state, whatever layers the
+            model has its projections for.
+    """
+
+    url_fields: tuple[str, ...]
+    sort_sentences: bool
+    allow_empty_sentences: bool
+    bos_before_captions: bool
+    squash_images: bool
+    first_projection_only: bool
+
+
+PROTOCOLS = {
+    "paper": VistProtocol(
+        url_fields=("url_o",),
+        sort_sentences=False,
+        allow_empty_sentences=True,
+        bos_before_captions=True,
+        squash_images=True,
+        first_projection_only=True,
+    ),
+    "corrected": VistProtocol(
+        url_fields=("url_o", "url_m"),
+        sort_sentences=True,
+        allow_empty_sentences=False,
+        bos_before_captions=False,
+        squash_images=False,
+        first_projection_only=False,
+    ),
+}
 
 
 @dataclass
@@ -48,18 +88,18 @@ class Stories:
     left_out: Counter = field(default_factory=Counter)
 
 
-def read_stories(paths: Sequence[Path], protocol: str = "paper") -> Stories:
+def read_stories(paths: Sequence[Path], protocol: VistProtocol = PROTOCOLS["paper"]) -> Stories:
     """Read `{train,val,test}.story-in-sequence.json` files (SIS).
 
     Raises:
         ValueError: A file is not of that format, or has no story.
     """
     found = Stories()
-    urls, sentences = _read_files(paths, protocol)
+    urls, sentences = _read_files(paths, protocol.url_fields)
     named: dict[str, None] = {}
     for story_id, rows in sentences.items():
         try:
-            if protocol == "corrected":
+            if protocol.sort_sentences:
                 rows = sorted(rows, key=lambda row: int(row["worker_arranged_photo_order"]))
             story = Story(story_id, [row["text"] for row in rows], [str(row["photo_flickr_id"]) for row in rows])
             is_whole = all(isinstance(text, str) for text in story.captions)
@@ -71,7 +111,7 @@ def read_stories(paths: Sequence[Path], protocol: str = "paper") -> Stories:
         named.update(dict.fromkeys(story.photos))
         if len(rows) != LENGTH:
             found.left_out[f"not of {LENGTH} sentences"] += 1
-        elif protocol == "corrected" and not all(text.strip() for text in story.captions):
+        elif not protocol.allow_empty_sentences and not all(text.strip() for text in story.captions):
             found.left_out["a sentence is empty"] += 1
         else:
             found.stories.append(story)
@@ -82,7 +122,9 @@ def read_stories(paths: Sequence[Path], protocol: str = "paper") -> Stories:
     return found
 
 
-def _read_files(paths: Sequence[Path], protocol: str) -> tuple[dict[str, str | None], dict[str, list[dict[str, Any]]]]:
+def _read_files(
+    paths: Sequence[Path], url_fields: Sequence[str]
+) -> tuple[dict[str, str | None], dict[str, list[dict[str, Any]]]]:
     """The URL of each photo, and the sentences of each story, in the order of the files."""
     urls: dict[str, str | None] = {}
     sentences: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -90,8 +132,7 @@ def _read_files(paths: Sequence[Path], protocol: str) -> tuple[dict[str, str | N
         content = read_json(path)
         try:
             for photo in content["images"]:
-                fields = _URL_FIELDS[protocol]
-                urls[str(photo["id"])] = next((photo[name] for name in fields if photo.get(name)), None)
+                urls[str(photo["id"])] = next((photo[name] for name in url_fields if photo.get(name)), None)
             for (annotation,) in content["annotations"]:
                 sentences[str(annotation["story_id"])].append(annotation)
         except (KeyError, TypeError, ValueError) as error:
@@ -103,7 +144,7 @@ def _read_files(paths: Sequence[Path], protocol: str) -> tuple[dict[str, str | N
 
 
 def encode_photos(
-    model: Any, processor: Any, stories: Stories, folder: Path, download: bool, protocol: str, **kwargs: Any
+    model: Any, processor: Any, stories: Stories, folder: Path, download: bool, protocol: VistProtocol, **kwargs: Any
 ) -> EncodedImages:
     """The photos that a story names, from `folder` by their ids; with `download`, missing ones are fetched into it.
 
@@ -113,14 +154,14 @@ def encode_photos(
         folder.mkdir(parents=True, exist_ok=True)
     files = find_images(folder)
     sources = {photo: files.get(photo) or (url if download else None) for photo, url in stories.photos.items()}
-    return encode_images(model, processor, sources, protocol == "paper", keep_in=folder, **kwargs)
+    return encode_images(model, processor, sources, protocol.squash_images, keep_in=folder, **kwargs)
 
 
-def prompt(processor: Any, story: Story, captions: int, images: int, protocol: str) -> str:
+def prompt(processor: Any, story: Story, captions: int, images: int, protocol: VistProtocol) -> str:
     """The last `captions` captions of a story, each of the first `images` followed by its image, then `[RET]`."""
     texts = story.captions[-captions:]
     bos = processor.bos_text
-    if protocol == "paper":
+    if protocol.bos_before_captions:
         parts = [bos + text + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
         return "".join(parts) + processor.ret_token
     parts = [text.strip() + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
@@ -128,13 +169,21 @@ def prompt(processor: Any, story: Story, captions: int, images: int, protocol: s
 
 
 def score(
-    model: Any, processor: Any, stories: list[Story], photos: EncodedImages, setting: str, protocol: str, **kwargs: Any
+    model: Any,
+    processor: Any,
+    stories: list[Story],
+    photos: EncodedImages,
+    setting: str,
+    protocol: VistProtocol,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """The cosine (stories, photos) of each story's prompt and each photo of the gallery."""
     captions, images = SETTINGS[setting]
     prompts = [prompt(processor, story, captions, images, protocol) for story in stories]
     features = [photos.features[photos.rows_of(story.photos[:images])] for story in stories]
-    texts = embed_prompts(model, processor, prompts, features, first_projection_only=protocol == "paper", **kwargs)
+    texts = embed_prompts(
+        model, processor, prompts, features, first_projection_only=protocol.first_projection_only, **kwargs
+    )
     return texts @ image_embeds(model, photos.features).t()
 
 
@@ -156,7 +205,7 @@ def ranks(scores: torch.Tensor, stories: list[Story], photos: EncodedImages, set
 
 
 def usable(
-    model: Any, processor: Any, read: Stories, photos: EncodedImages, protocol: str
+    model: Any, processor: Any, read: Stories, photos: EncodedImages, protocol: VistProtocol
 ) -> tuple[list[Story], Counter]:
     """The stories all of whose photos can be used, as in the authors' script; and why others are left out."""
     stories, left_out = [], Counter(read.left_out)
@@ -185,15 +234,20 @@ def evaluate(
     batch_size: int = 32,
     dual_encoder: DualEncoder | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Recall of the fifth image in three settings; results, and the manifest of what was really used."""
-    read = read_stories(data, protocol)
+    """Recall of the fifth image in three settings; results, and the manifest of what was really used.
+
+    Args:
+        protocol: A key of [`PROTOCOLS`].
+    """
+    rules = PROTOCOLS[protocol]
+    read = read_stories(data, rules)
     photos = encode_photos(
-        model, processor, read, folder, download, protocol, batch_size=batch_size, dual_encoder=dual_encoder
+        model, processor, read, folder, download, rules, batch_size=batch_size, dual_encoder=dual_encoder
     )
-    stories, left_out = usable(model, processor, read, photos, protocol)
+    stories, left_out = usable(model, processor, read, photos, rules)
     settings = {}
     for name in SETTINGS:
-        scores = score(model, processor, stories, photos, name, protocol, batch_size=batch_size)
+        scores = score(model, processor, stories, photos, name, rules, batch_size=batch_size)
         settings[name] = {"ours": rank_metrics(ranks(scores, stories, photos, name, mask))}
         if dual_encoder is not None:
             scores = score_dual(dual_encoder, stories, photos, name)

@@ -1,7 +1,6 @@
 """The quickstart's report: an HTML page, a PNG, and a summary for the terminal."""
 
 import base64
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -10,27 +9,23 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the backend is chosen)
+from jinja2 import Environment, StrictUndefined  # noqa: E402
 
 from modeling_fromage.images_fromage import load_rgb_image  # noqa: E402
 
 DEFAULT_PROMPTS = ["slice of pizza", "moon", "red heart", "cat"]
 _SHOWN = 12
 _KS = ("R@1", "R@5", "R@10")
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1, h2 { line-height: 1.2 } td, th { padding: .25rem .8rem; text-align: left } table { border-collapse: collapse }
-tr + tr td { border-top: 1px solid #ddd } img.emoji { width: 72px; height: 72px; vertical-align: middle }
-img.hit { outline: 3px solid #2a9d3f } .bubble { padding: .6rem 1rem; border-radius: 1rem; margin: .4rem 0; width: fit-content }
-.user { background: #e8eefc; margin-left: auto } .model { background: #f1f1ee } small { color: #666 }
-""".strip()
+_TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
 
 def summary(results: dict[str, Any]) -> str:
     """A few lines for the terminal."""
     t2i, i2t, chance = results["text_to_image"], results["image_to_text"], results["chance"]
     low, high = t2i["R@1_95%"]
+    minutes = results["seconds"] / 60
     lines = [
-        f"{results['num_pairs']} held-out pairs, {results['steps']} steps, {results['seconds'] / 60:.1f} minutes in all",
+        f"{results['num_pairs']} held-out pairs, {results['steps']} steps, {minutes:.1f} minutes in all",
         *(f"  {k}: text to image {t2i[k]:.1%}, image to text {i2t[k]:.1%} (chance {chance[k]:.1%})" for k in _KS),
         f"  text-to-image R@1, 95 % interval: {low:.1%} to {high:.1%}",
         f"  caption loss a token: {results['caption_loss']:.2f}, "
@@ -38,13 +33,12 @@ def summary(results: dict[str, Any]) -> str:
     ]
     for turn in results["conversation"]:
         shown = f" [shows: {turn['image_caption']}, ret_bias {turn['ret_bias']}]" if "image_caption" in turn else ""
-        lines.append(
-            f"  {turn['role']:>5}: {'<image> ' if turn['role'] == 'user' and 'image' in turn else ''}{turn['text']}{shown}"
-        )
+        given = "<image> " if turn["role"] == "user" and "image" in turn else ""
+        lines.append(f"  {turn['role']:>5}: {given}{turn['text']}{shown}")
     where = results["output_dir"]
     lines += [
         f"Report: {where}/report.html and {where}/report.png; model: {where}/model; image index: {where}/index.",
-        'Try next: make quickstart ARGS=\'--prompts "a birthday cake" "a dog"\', or --data with your own captioned images.',
+        'Try next: make quickstart ARGS=\'--prompts "a birthday cake" "a dog"\', or --data with your own images.',
     ]
     return "\n".join(lines)
 
@@ -105,50 +99,20 @@ def _examples(results: dict[str, Any], images: list[str]) -> list[int]:
     return list(range(0, len(images), step))[:_SHOWN]
 
 
-def _img(path: str, css: str = "emoji") -> str:
-    data = base64.b64encode(Path(path).read_bytes()).decode()
-    return f'<img class="{css}" alt="" src="data:image/png;base64,{data}">'
-
-
 def _page(output: Path, results: dict[str, Any], images: list[str], captions: list[str]) -> str:
-    t2i, i2t, chance = results["text_to_image"], results["image_to_text"], results["chance"]
-    recall = "".join(
-        f"<tr><td>{k}</td><td>{t2i[k]:.1%}</td><td>{i2t[k]:.1%}</td><td>{chance[k]:.1%}</td></tr>" for k in _KS
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["data_uri"] = _data_uri
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        results=results,
+        ks=_KS,
+        shown=_examples(results, images),
+        images=images,
+        captions=captions,
+        figure=output / "report.png",
     )
-    shown = _examples(results, images)
-    retrieval = "".join(
-        f"<tr><td>{html.escape(captions[i])}</td><td>"
-        + " ".join(_img(p, "emoji hit" if p == images[i] else "emoji") for p in results["rankings"][i])
-        + "</td></tr>"
-        for i in shown
-    )
-    written = "".join(
-        f"<tr><td>{_img(images[i])}</td><td>{html.escape(results['captions'][i])}</td>"
-        f"<td><small>{html.escape(captions[i])}</small></td></tr>"
-        for i in shown
-    )
-    low, high = t2i["R@1_95%"]
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>FROMAGe on emoji</title><style>{_STYLE}</style>
-<h1>FROMAGe on emoji</h1>
-<p>A frozen language model and a frozen vision encoder, joined by a few linear maps and one <code>[RET]</code> token that
-were trained for {results["steps"]} steps. Everything below is about {results["num_pairs"]} emoji that training never saw.</p>
-<img src="data:image/png;base64,{base64.b64encode((output / "report.png").read_bytes()).decode()}" style="width:100%" alt="">
-<h2>Conversation</h2>{"".join(map(_bubble, results["conversation"]))}
-<h2>Captions it writes</h2><table><tr><th></th><th>model</th><th>Unicode name</th></tr>{written}</table>
-<p>Loss a token: {results["caption_loss"]:.2f} with the right image, {results["caption_loss_shuffled_images"]:.2f} with another one.</p>
-<h2>Images it finds by name</h2><table>{retrieval}</table>
-<h2>Recall</h2><table><tr><th></th><th>text to image</th><th>image to text</th><th>chance</th></tr>{recall}</table>
-<p>N = {results["num_pairs"]}; text-to-image R@1 lies between {low:.1%} and {high:.1%} (95 %).
-{results["seconds"] / 60:.1f} minutes.</p>
-<p><small>Emoji by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0</small></p></html>"""
 
 
-def _bubble(turn: dict[str, Any]) -> str:
-    parts = [html.escape(turn["text"])]
-    if "image" in turn:
-        parts.insert(0 if turn["role"] == "user" else 1, _img(turn["image"]))
-    if turn.get("ret_bias"):
-        parts.append(f"<small>[RET] with ret_bias {turn['ret_bias']}</small>")
-    if "truth" in turn:
-        parts.append(f"<small>(its name: {html.escape(turn['truth'])})</small>")
-    return f'<div class="bubble {turn["role"]}">{" ".join(parts)}</div>'
+def _data_uri(path: str | Path) -> str:
+    """A PNG file as an address that holds it whole."""
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"

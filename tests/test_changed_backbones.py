@@ -1,6 +1,7 @@
 """Backbones that are no longer as their files: merged LoRA, trained or edited weights. Written whole, or refused."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from tests.test_checkpoints import (  # noqa: F401 (a fixture)
     assemble,
     assert_equal,
     backbones,
+    edit,
     keys_of,
     outputs,
 )
@@ -56,7 +58,21 @@ def edit_one_vision_weight(model):
     model.vision_model.state_dict()["embeddings.class_embedding"].data[3] += 0.25
 
 
+def fc1(model) -> torch.Tensor:
+    return model.language_model.model.decoder.layers[0].fc1.weight.data
+
+
+def swap_rows(model):
+    fc1(model)[[3, 5]] = fc1(model)[[5, 3]]
+
+
+def negate_a_column(model):
+    fc1(model)[:, 3].neg_()
+
+
 CHANGES = {
+    "swap": swap_rows,
+    "signs": negate_a_column,
     "lora": merge_lora,
     "dora": lambda model: merge_lora(model, use_dora=True),
     "tokens": merge_tokens,
@@ -89,6 +105,23 @@ def test_a_change_before_the_first_save_is_noticed(backbones, tmp_path):  # noqa
     merge_lora(model)
     model.save_pretrained(tmp_path / "model")
     assert_equal(outputs(AutoModel.from_pretrained(tmp_path / "model")), outputs(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_false_alarm_where_files_hold_several_dtypes(backbones, tmp_path, caplog, dtype):  # noqa: F811
+    def mix(tensors):
+        for i, (name, tensor) in enumerate(sorted(tensors.items())):
+            tensors[name] = tensor.bfloat16() if i % 2 else tensor + 1e-5
+
+    edit(backbones / "language_model" / "model.safetensors", mix)
+    path = backbones / "language_model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    model, _ = assemble(backbones, dtype=dtype)
+    model.save_pretrained(tmp_path / "model")
+    assert keys_of(tmp_path / "model") == TRAINED_KEYS and not warnings(caplog)
+    fc1(model)[3, 3] += 0.25
+    model.save_pretrained(tmp_path / "model")
+    assert keys_of(tmp_path / "model") > TRAINED_KEYS
 
 
 def test_weights_that_require_gradient_are_written(backbones, tmp_path):  # noqa: F811

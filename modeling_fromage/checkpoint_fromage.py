@@ -36,7 +36,13 @@ from .checkpoint_files_fromage import (
 )
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import trained_fingerprint
-from .peft_layers_fromage import has_peft_parameters, load_peft_tensors, names_without_peft, own_parameters
+from .peft_layers_fromage import (
+    has_merged_layers,
+    has_peft_parameters,
+    load_peft_tensors,
+    names_without_peft,
+    own_parameters,
+)
 from .verification_fromage import backbone_references, difference_from_origin
 
 logger = logging.getLogger(__name__)
@@ -79,7 +85,8 @@ class FromageCheckpointMixin:
 
         Raises:
             ValueError: `save_backbones=False`, and a backbone cannot be named: it is not known where it came from, or
-                its weights are no longer those of its files. Or `peft.get_peft_model` has wrapped the model.
+                its weights are no longer those of its files. Or `peft.get_peft_model` has wrapped the model, layers of
+                an adapter are merged, or `adapter_dtype` does not hold the trained parts.
         """
         directory = Path(save_directory)
         if directory.is_file():
@@ -96,7 +103,7 @@ class FromageCheckpointMixin:
         references = {} if save_backbones else backbone_references(self, directory, state_dict, required)
         adapter_dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype
         trained = {key: value for key, value in state_dict.items() if key.startswith(TRAINED_PREFIX)}
-        rounded = {key: value.to(adapter_dtype) for key, value in trained.items()}
+        rounded = {key: _rounded(key, value, adapter_dtype) for key, value in trained.items()}
         config = self._config_to_save(references, self._fingerprint_to_save(trained, rounded))
         state_dict = rounded if references else {**state_dict, **rounded}
         if kwargs.get("push_to_hub"):
@@ -176,12 +183,18 @@ class FromageCheckpointMixin:
         self._keys_to_ignore_on_save = frozen if known else None
 
     def refuse_unsaved_peft(self):
-        """Raise a `ValueError` where `save_pretrained` would leave out what PEFT trains in this model."""
+        """Raise a `ValueError` where `save_pretrained` would leave out what PEFT trains in this model, or write it
+        twice."""
         if not self._hf_peft_config_loaded and has_peft_parameters(self):
             raise ValueError(
                 "peft.get_peft_model has put an adapter into this model that save_pretrained cannot write: it would be "
                 "lost. Save the PEFT model, or merge the adapter first (merge_and_unload) and put what that returns in "
                 "its place; or use add_adapter, whose adapter is saved."
+            )
+        if has_merged_layers(self):
+            raise ValueError(
+                "Layers of the PEFT adapter are merged into the weights that they wrap. Saved with the adapter beside "
+                "them, they would count twice: call unmerge() of these layers first."
             )
 
     @contextmanager
@@ -384,6 +397,13 @@ _HUB_DEFAULTS = {"cache_dir": None, "force_download": False, "proxies": None, "l
                  "token": None, "revision": None, "subfolder": ""}  # fmt: skip
 _OPTIONS = {"output_loading_info", "generation_config", "adapter_name", "adapter_kwargs", "variant", "weights_only",
             "_from_auto", "_from_pipeline", "_commit_hash"}  # fmt: skip
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rounded = tensor.to(dtype)
+    if tensor.isfinite().all() and not rounded.isfinite().all():
+        raise ValueError(f"`adapter_dtype` {dtype} does not hold {name}: it would be infinite. Take bfloat16.")
+    return rounded
 
 
 def _move_into_place(staging: Path, directory: Path):

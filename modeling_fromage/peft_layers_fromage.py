@@ -37,6 +37,11 @@ def has_peft_parameters(module: nn.Module) -> bool:
     return any(id(parameter) not in own for parameter in module.parameters())
 
 
+def has_merged_layers(module: nn.Module) -> bool:
+    """Whether a layer of PEFT's in `module` has its difference added to the weights that it wraps, for a while."""
+    return any(getattr(child, "merged", False) is True for child in module.modules() if _inner_name(child) is not None)
+
+
 def names_without_peft(module: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict of `module` by the names that its tensors have without PEFT, and without PEFT's tensors."""
     if all(_inner_name(child) is None for child in module.modules()):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -105,6 +106,22 @@ def test_a_change_before_the_first_save_is_noticed(backbones, tmp_path):  # noqa
     merge_lora(model)
     model.save_pretrained(tmp_path / "model")
     assert_equal(outputs(AutoModel.from_pretrained(tmp_path / "model")), outputs(model))
+
+
+def test_an_adapter_that_is_merged_for_a_while_is_not_saved_twice(backbones, tmp_path):  # noqa: F811
+    model, _ = assemble(backbones)
+    model.add_adapter(LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    expected = outputs(copy.deepcopy(model).eval())
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.merge(safe_merge=True)
+    with pytest.raises(ValueError, match="merged into the weights that they wrap.*unmerge"):
+        model.save_pretrained(tmp_path / "model")
+    for layer in layers:
+        layer.unmerge()
+    model.save_pretrained(tmp_path / "model")
+    for name, value in outputs(AutoModel.from_pretrained(tmp_path / "model")).items():
+        assert torch.allclose(value, expected[name], atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -65,6 +65,16 @@ def test_a_rounded_checkpoint_has_its_originals_fingerprint(backbones, tmp_path,
     assert AutoModel.from_pretrained(tmp_path / "three").retrieval_fingerprint() == two.retrieval_fingerprint()
 
 
+def test_a_dtype_that_does_not_hold_the_trained_parts(backbones, tmp_path):  # noqa: F811
+    model, _ = assemble(backbones)
+    model.adapter.visual_projection.weight.data[0, 0] = 1e5
+    with pytest.raises(ValueError, match="float16 does not hold adapter.visual_projection.weight"):
+        model.save_pretrained(tmp_path / "model", adapter_dtype="float16")
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model", adapter_dtype="bfloat16")
+    assert AutoModel.from_pretrained(tmp_path / "model").adapter.visual_projection.weight[0, 0] > 9e4
+
+
 def test_fingerprints_are_those_of_older_versions():
     model = make_model("opt_clip")
     for parameter in model.adapter.parameters():

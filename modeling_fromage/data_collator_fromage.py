@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .images_fromage import load_rgb_image
-from .processing_fromage import FromageProcessor
+from .processing_fromage import CAPTION_FORMAT, FromageProcessor
 
 
 @dataclass
@@ -33,7 +33,8 @@ class FromageDataCollator:
     processor's too, so that what is saved is what was trained.
 
     Raises:
-        ValueError: An empty batch, an empty caption, a caption that holds a special token, or an unreadable image.
+        ValueError: An empty batch, an empty caption, a caption that holds a special token, or an unreadable image. Or
+            the processor lays captions out in another way since, for another collator say.
     """
 
     processor: FromageProcessor
@@ -54,12 +55,23 @@ class FromageDataCollator:
         self._head = prompt[: len(prompt) - len(self._bos)]
         self._suffix = self._tokenize(self.caption_suffix)
 
+    def check_format(self, processor: FromageProcessor):
+        """Raise a `ValueError` where a processor, which is what is saved, lays captions out in another way."""
+        for name in CAPTION_FORMAT:
+            ours, saved = getattr(self, name), getattr(processor, name)
+            if ours != saved:
+                raise ValueError(
+                    f"`{name}` is {ours!r} in the collator, and {saved!r} in the processor that is saved with the "
+                    "model. Make a new collator, and give collators that differ processors of their own."
+                )
+
     def _tokenize(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False).input_ids
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if not examples:
             raise ValueError("The batch is empty.")
+        self.check_format(self.processor)
         texts = [self._checked(row, example["caption"]) for row, example in enumerate(examples)]
         captions = [self._caption_ids(text) for text in texts]
         ret = [self.processor.ret_token_id]

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 IMAGE_TOKEN, RET_TOKEN = "<|image|>", "[RET]"  # noqa: S105 (no passwords)
 
 # How captions are laid out where nothing says otherwise: as in the paper.
-_CAPTION_FORMAT = {"caption_prefix": "", "caption_suffix": "", "max_length": 24}
+CAPTION_FORMAT = {"caption_prefix": "", "caption_suffix": "", "max_length": 24}
 
 # The paper's dialogue style, for language models without a chat template of their own.
 DEFAULT_CHAT_TEMPLATE = (
@@ -73,7 +73,7 @@ class FromageProcessor(ProcessorMixin):
         self.bos_text = _bos_text(tokenizer)
         chat_template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.caption_prefix, self.caption_suffix, self.max_length = _CAPTION_FORMAT.values()
+        self.caption_prefix, self.caption_suffix, self.max_length = CAPTION_FORMAT.values()
         self.set_caption_format(caption_prefix, caption_suffix, max_length)
 
     @classmethod
@@ -88,7 +88,7 @@ class FromageProcessor(ProcessorMixin):
         Raises:
             OSError, ValueError: A backbone is not found, or has no image processor or tokenizer.
         """
-        caption_format = {key: kwargs.pop(key) for key in _CAPTION_FORMAT if key in kwargs}
+        caption_format = {key: kwargs.pop(key) for key in CAPTION_FORMAT if key in kwargs}
         for_tokenizer = {key: kwargs.pop(key) for key in ("gguf_file", "revision") if key in kwargs}
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **kwargs)
         try:
@@ -101,7 +101,7 @@ class FromageProcessor(ProcessorMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "FromageProcessor":
         """As in transformers. `caption_prefix`, `caption_suffix` and `max_length` replace what is saved."""
         # A tokenizer would take `max_length` for the length of every text.
-        caption_format = {key: kwargs.pop(key) for key in _CAPTION_FORMAT if key in kwargs}
+        caption_format = {key: kwargs.pop(key) for key in CAPTION_FORMAT if key in kwargs}
         processor = super().from_pretrained(*args, **kwargs)
         if caption_format:
             processor.set_caption_format(**caption_format)
@@ -153,7 +153,7 @@ class FromageProcessor(ProcessorMixin):
         """
         given = {"caption_prefix": caption_prefix, "caption_suffix": caption_suffix, "max_length": max_length}
         given = {name: value for name, value in given.items() if value is not None}
-        new = {**{name: getattr(self, name) for name in _CAPTION_FORMAT}, **given}
+        new = {**{name: getattr(self, name) for name in CAPTION_FORMAT}, **given}
         for name in ("caption_prefix", "caption_suffix"):
             text = new[name]
             if not isinstance(text, str) or self.image_token in text or self.ret_token in text:
@@ -168,7 +168,7 @@ class FromageProcessor(ProcessorMixin):
             raise ValueError(f"`max_length` {length} leaves no room for a caption beside BOS, suffix and [RET].")
         for name, value in given.items():
             before = getattr(self, name)
-            if before not in (value, _CAPTION_FORMAT[name]):
+            if before not in (value, CAPTION_FORMAT[name]):
                 logger.warning(
                     "The processor's `%s` was %r and is now %r, for all that uses this processor.", name, before, value
                 )

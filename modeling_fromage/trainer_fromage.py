@@ -132,8 +132,9 @@ class FromageTrainer(Trainer):
     Raises:
         ValueError: An argument would train something else than the model's losses (`label_smoothing_factor`,
             `compute_loss_func`, ...), there is neither a collator nor a [`FromageProcessor`] to make one of, or the
-            collator's processor has other token ids than the model. In `train`: checkpoints of the run are to be pushed
-            and name folders of this machine, or would leave out what PEFT trains.
+            collator's processor has other token ids than the model, or lays captions out in another way than
+            `processing_class`, which is saved. In `train`: checkpoints of the run are to be pushed and name folders of
+            this machine, or would leave out what PEFT trains.
         FloatingPointError: A loss, gradient or trained parameter is NaN or infinite; names the step.
     """
 
@@ -171,6 +172,8 @@ class FromageTrainer(Trainer):
         processor, config = getattr(self.data_collator, "processor", None), getattr(self.model, "config", None)
         if processor is not None and config is not None:
             processor.check_config(config)
+        if isinstance(self.data_collator, FromageDataCollator) and isinstance(self.processing_class, FromageProcessor):
+            self.data_collator.check_format(self.processing_class)
         self.add_callback(NormalizeRetEmbeddingCallback())
         self._parts: dict[str, torch.Tensor] = {}  # of the last batch
         self._logged_parts = LossParts()

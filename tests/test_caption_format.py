@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import TrainingArguments, pipeline
 
 from hub_scripts import push_to_hub
 from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
@@ -17,6 +17,7 @@ from modeling_fromage import (
     FromageForConditionalGeneration,
     FromagePipeline,
     FromageProcessor,
+    FromageTrainer,
 )
 from tests.backbones import PARITY, make_model, make_processor
 from training.evaluation import captioning
@@ -107,6 +108,25 @@ def test_collator_takes_and_gives(caplog):
         plain = FromageDataCollator(processor, caption_prefix="")  # an empty text is a value
     assert format_of(processor) == format_of(plain) == {**FORMAT, "caption_prefix": ""}
     assert "`caption_prefix` was 'A picture of' and is now ''" in caplog.text
+    with pytest.raises(ValueError, match="`caption_prefix` is 'A picture of' in the collator, and ''"):
+        collate(examples())  # what is saved would not be what was trained
+
+
+def test_a_second_collator_does_not_change_what_is_saved_unnoticed():
+    processor = make_processor()
+    collate = FromageDataCollator(processor)
+    FromageDataCollator(processor, max_length=12)
+    with pytest.raises(ValueError, match="`max_length` is 24 in the collator, and 12 in the processor"):
+        collate(examples())
+
+
+def test_trainer_saves_the_collators_processor(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    collator = FromageDataCollator(make_processor(), **FORMAT)
+    with pytest.raises(ValueError, match="`caption_prefix` is 'A picture of' in the collator, and ''"):
+        FromageTrainer(make_model("opt_clip"), args, collator, processing_class=make_processor())
+    FromageTrainer(make_model("opt_clip"), args, collator, processing_class=collator.processor)
+    FromageTrainer(make_model("opt_clip"), args, collator, processing_class=formatted())
 
 
 @pytest.mark.parametrize("has_bos", [True, False])

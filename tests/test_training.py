@@ -57,6 +57,8 @@ def test_unknown_keys_are_rejected():
         ("No", "bf16", False),
         ("yes", "greater_is_better", True),
         ("null", "eval_steps", None),
+        ("true", "resume_from_checkpoint", "true"),
+        ("false", "resume_from_checkpoint", "false"),
         ("[-1, -2]", "text_embed_layers", [-1, -2]),
         ("bf16", "dtype", "bfloat16"),
         ("fp16", "dtype", "float16"),

@@ -61,6 +61,8 @@ def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
     """
     config = read_config(path, overrides)
     config.setdefault("remove_unused_columns", False)  # the collator reads the raw columns
+    if isinstance(resume := config.get("resume_from_checkpoint"), bool):  # declared as a text: of a folder
+        config["resume_from_checkpoint"] = str(resume).lower()
     return to_dataclasses(config, (ModelArguments, DataArguments, TrainingArguments))
 
 
@@ -134,9 +136,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     if eval_dataset is not None:
         metrics |= trainer.evaluate()
-    trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an earlier run left there
+    trainer.save_model()  # last: with push_to_hub it publishes the folder, or says why that cannot be
     return metrics
 
 

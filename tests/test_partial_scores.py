@@ -93,5 +93,5 @@ def test_a_line_that_is_no_score_is_computed_again(tmp_path):
     path = tmp_path / "scores.jsonl"
     write_scores(path, 3)
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], lines[1], b"\0" * 30 + b"\n", lines[3]]))
+    path.write_bytes(b"".join([lines[0], lines[1], b"\0" * 30 + b"\n", b"12\n", b"[1]\n", lines[3]]))
     assert sorted(PartialScores(path, FACTS).found) == [0, 2]

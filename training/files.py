@@ -14,7 +14,6 @@ def replace_file(path: Path, data: bytes):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(OSError):  # it is there where writing failed, or was interrupted
             temporary.unlink()
-        raise

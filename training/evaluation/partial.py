@@ -39,7 +39,7 @@ class PartialScores:
         for line in lines:
             try:
                 key, scores = json.loads(line) if line.endswith(b"\n") else (None, None)
-            except ValueError:  # a disk that lost its power leaves such lines
+            except (TypeError, ValueError):  # a disk that lost its power leaves such lines
                 continue
             if key is not None:
                 self.found[key] = scores

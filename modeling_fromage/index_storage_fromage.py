@@ -114,9 +114,9 @@ class Shard:
         self.buffer = buffer
 
     def __getstate__(self) -> dict[str, Any]:
-        rows = (
-            self._rows if self.buffer is None else self._rows.clone()
-        )  # a tensor's copy takes all of its storage along
+        rows = self._rows
+        if rows is not None and rows.untyped_storage().nbytes() > rows.nbytes:
+            rows = rows.clone()  # a tensor's copy takes all of its storage along: what others write to, or other shards
         return {**self.__dict__, "_rows": rows, "buffer": None}
 
     def rows(self) -> torch.Tensor:

@@ -4,6 +4,7 @@ Axes: N images, Q queries, k results a query, q the width of the shared image-te
 """
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import logging
@@ -90,7 +91,8 @@ class FromageImageIndex:
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             faiss = None if self._faiss is None else self._faiss.copy()
-            now = dataclasses.replace(self._now, faiss=faiss)
+            # No two indexes may write to one buffer, which `copy.copy` would let them.
+            now = dataclasses.replace(self._now, shards=tuple(map(copy.copy, self._now.shards)), faiss=faiss)
             state = {
                 **self.__dict__,
                 "_now": now,

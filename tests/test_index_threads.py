@@ -258,6 +258,23 @@ def test_bad_metadata_leaves_nothing(metadata, message):
     assert_finds_all(index, ["image 0"])
 
 
+@pytest.mark.parametrize("backend", ["flat", "faiss"])
+def test_copies_change_by_themselves(backend):
+    ids = [f"image {i}" for i in range(5)]
+    index = index_of(ids, backend=backend)
+    index.add(rows_of(["image 5"]), ["image 5"], [{"name": "image 5"}])  # into a buffer that has room for more
+    copies = {"image 6": copy.copy(index), "image 7": copy.deepcopy(index), "image 8": index}
+    for name, one in copies.items():
+        one.add(rows_of([name]), [name], [{"name": name}])
+    for name, one in copies.items():
+        assert_finds_all(one, [*ids, "image 5", name])
+
+
+def test_pickles_hold_each_embedding_once(small_shards):
+    index = index_of([f"image {i}" for i in range(1500)])
+    assert len(pickle.dumps(index)) < 2 * index.embeds.nbytes
+
+
 SAVE_ANEW = """
 import os, sys, torch
 from modeling_fromage import FromageImageIndex

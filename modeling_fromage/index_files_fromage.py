@@ -88,6 +88,9 @@ class IndexWriter:
         with self._connection:  # what came after the last checkpoint
             self._connection.execute("DELETE FROM entries WHERE position >= ?", (self.count,))
             self._connection.execute("DELETE FROM skipped WHERE rowid > ?", (self.state["progress"]["skipped"],))
+        for position, image in kept_images(self.directory, self.state).items():
+            if position >= self.count:
+                image.unlink()
         if self._connection.execute("SELECT COUNT(*) FROM entries").fetchone() != (self.count,):
             raise CorruptIndexError(self._entries_file, "it lacks entries")
         self._outgrown: list[str] = []  # files of tails that have grown since
@@ -118,14 +121,23 @@ class IndexWriter:
             self._list_shard(rows[:SHARD_ROWS])
             self._tail, self._tail_is_listed = [rows[SHARD_ROWS:]], False
 
-    def keep_image(self, position: int, image: Image.Image | Path):
-        """Keep an image that has no file or address of its own; one that cannot be read is left out, with a warning."""
+    def keep_image(self, position: int, image: Image.Image | Path) -> Path:
+        """Keep an image that has no file or address of its own; one in memory that cannot be read is left out, with a
+        warning. Returns its file.
+
+        Raises:
+            UnreadableImageError: It was kept before, and is gone.
+        """
         folder = self.directory / self.state.setdefault("images", IMAGE_FOLDERS.replace("*", uuid.uuid4().hex[:8]))
         folder.mkdir(exist_ok=True)
+        path = folder / f"{position}.png"
         try:
-            write_image(image, folder / f"{position}.png")
+            write_image(image, path)
         except UnreadableImageError as error:
+            if isinstance(image, Path) and not image.exists():
+                raise
             logger.warning("An image in memory is not kept with the index. %s", error)
+        return path
 
     def reasons(self) -> dict[str, int]:
         """How many images were left out, by reason, the most common first."""
@@ -172,7 +184,7 @@ class IndexWriter:
                     old.unlink()
         for old in self.directory.glob(IMAGE_FOLDERS):
             if old.name != self.state.get("images") and not old.is_symlink():
-                for image in kept_images(old).values():
+                for image in kept_images(self.directory, {"images": old.name}).values():
                     image.unlink()
                 with contextlib.suppress(OSError):  # there is something else in it
                     old.rmdir()

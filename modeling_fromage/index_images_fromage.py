@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -51,9 +52,10 @@ def own_folders(directory: Path) -> list[Path]:
     return [resolved, *cache]
 
 
-def kept_images(folder: Path | None) -> dict[int, Path]:
-    """The files in a folder of images, by position."""
-    if folder is None or not folder.is_dir():
+def kept_images(directory: Path, state: dict[str, Any]) -> dict[int, Path]:
+    """The files of the images that an index in `directory` keeps, as its listing says, by position."""
+    folder = directory / Path(state.get("images", "")).name
+    if "images" not in state or not folder.is_dir():
         return {}
     return {int(path.stem): path for path in folder.iterdir() if re.fullmatch(r"\d{1,18}\.png", path.name)}
 
@@ -62,11 +64,13 @@ def own_image(path: Path) -> Path:
     """The file of one of [`kept_images`].
 
     Raises:
-        UnreadableImageError: It is a link that leads out of the index's folder.
+        UnreadableImageError: It is gone, or is a link that leads out of the index's folder.
     """
-    found = path.resolve()
-    if not any(found.is_relative_to(folder) for folder in own_folders(path.parent.parent)):
+    found, folder = path.resolve(), path.parent.parent
+    if not any(found.is_relative_to(own) for own in own_folders(folder)):
         raise UnreadableImageError(str(path), "local files are refused", "it leads out of the index's folder")
+    if not found.is_file():
+        raise UnreadableImageError(str(path), "not found", f"if the index in {folder} was saved anew, reopen it")
     return found
 
 
@@ -76,9 +80,11 @@ def write_image(image: Image.Image | Path, path: Path):
     Raises:
         UnreadableImageError: It cannot be read (any more).
     """
-    size = (0, 0) if isinstance(image, Path) else image.size
-    limits = ImageLimits(max_pixels=max(ImageLimits.max_pixels, size[0] * size[1]), max_aspect_ratio=float("inf"))
-    rgb = load_rgb_image(own_image(image) if isinstance(image, Path) else image, limits)
+    if isinstance(image, Path):
+        shutil.copyfile(own_image(image), path)
+        return
+    pixels = max(ImageLimits.max_pixels, image.width * image.height)
+    rgb = load_rgb_image(image, ImageLimits(max_pixels=pixels, max_aspect_ratio=float("inf")))
     rgb.save(path, format="png", transparency=None, icc_profile=None)  # which were the original's
 
 

@@ -546,16 +546,26 @@ class FromageImageIndex:
             "may_read_files": self._may_read_files,
         }
         with one_at_a_time(directory):
-            writer = IndexWriter(directory, facts, progress=progress)
+            writer, moved = IndexWriter(directory, facts, progress=progress), {}
             for rows, entries in zip(now.kept_rows(), self._kept_entries(now), strict=True):
                 for number, (position, _, _) in enumerate(entries, writer.count):
                     if position in images:
-                        writer.keep_image(number, images[position])
+                        moved[position] = writer.keep_image(number, images[position])
                 metadata = [facts if scrub is None else scrub(facts) for _, _, facts in entries]
                 writer.add(rows, [image_id for _, image_id, _ in entries], metadata)
             rows = [(row["id"], row["source"], row["reason"]) for row in skipped]
             writer.entries.skip(rows if scrub is None else [tuple(scrub(row, is_path=True)) for row in map(list, rows)])
+            self._move_images(writer.directory, images, moved)
             self._finish(writer, now)
+
+    def _move_images(self, directory: Path, images: dict[int, Image.Image | Path], moved: dict[int, Path]):
+        """Of the images that are kept in `directory`, take the new files from now on: the old ones will be removed."""
+        with self._lock:
+            for position, path in moved.items():
+                old = images[position]
+                is_same = isinstance(old, Path) and self._images.get(position) is old
+                if is_same and old.parent.parent.resolve() == directory.resolve():
+                    self._images[position] = path
 
     def _finish(self, writer: IndexWriter, now: Snapshot):
         """Add the FAISS index to what was written."""
@@ -620,7 +630,8 @@ class FromageImageIndex:
             faiss = FaissBackend.from_file(file, state["count"], state["dim"], state["faiss"]["options"])
         index._now = Snapshot(tuple(shards), state["count"], faiss=faiss)
         index._entries, index._folder, index._stored_root = entries, folder, state["image_root"]
-        index._images = kept_images(directory / Path(state["images"]).name if "images" in state else None)
+        kept = kept_images(directory, state)
+        index._images = {position: path for position, path in kept.items() if position < state["count"]}
         index._may_read_files = False
         index.image_root = None if image_root is None else Path(image_root)
         return index

@@ -34,7 +34,8 @@ from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex,
 from modeling_fromage import index_files_fromage as files_module
 from modeling_fromage import index_storage_fromage as storage_module
 from modeling_fromage import retrieval_fromage as index_module
-from modeling_fromage.fetching_fromage import UnreadableImageError
+from modeling_fromage.fetching_fromage import ImageLimits, UnreadableImageError
+from modeling_fromage.index_files_fromage import IndexWriter
 from modeling_fromage.index_search_fromage import top_k_in_order
 from modeling_fromage.index_sources_fromage import image_sources
 from modeling_fromage.index_storage_fromage import CorruptIndexError
@@ -895,6 +896,63 @@ def test_images_in_memory_are_saved(tmp_path, monkeypatch, model, processor):
     (other / "notes.txt").write_text("mine")
     FromageImageIndex(torch.randn(1, DIM), ["a"]).save_pretrained(tmp_path / "second")
     assert [path.name for path in (tmp_path / "second").rglob("index-images-*")] == [other.name]  # not ours
+
+
+def red(index: FromageImageIndex) -> int:
+    return index.load_image("0").getpixel((0, 0))[0]
+
+
+def test_images_outlive_saves_over_themselves(tmp_path, model, processor):
+    """An index that is opened, changed and saved into its own folder again and again, as an application does."""
+    images = [Image.new("RGB", (9, 9), (level, 0, 0)) for level in (11, 22, 33)]
+    index = FromageImageIndex.build(
+        model, processor, images, save_directory=tmp_path, backend="faiss", show_progress=False
+    )
+    for number in range(3):
+        assert red(index) == 11 and red(FromageImageIndex.from_pretrained(tmp_path)) == 11
+        index.add(torch.randn(1, DIM), [f"new {number}"])
+        index.delete([str(number)] if number else [])
+        index.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("index-images-*/*"))) == 1
+    index, other = (FromageImageIndex.from_pretrained(tmp_path) for _ in range(2))
+    assert len(other.embeds) == len(other.ids) == 4  # opened, all but its images
+    index.save_pretrained(tmp_path)
+    index.save_pretrained(tmp_path / "copy")
+    assert red(index) == red(FromageImageIndex.from_pretrained(tmp_path / "copy")) == 11
+    with pytest.raises(UnreadableImageError, match="not found .*was saved anew, reopen it"):
+        other.load_image("0")
+    with pytest.raises(UnreadableImageError, match="not found"):
+        other.save_pretrained(tmp_path)  # which would remove the images
+    assert red(FromageImageIndex.from_pretrained(tmp_path)) == 11
+
+
+def test_images_over_the_limits_are_saved_again(tmp_path, monkeypatch):
+    index = FromageImageIndex(torch.randn(1, DIM), ["0"])
+    index._images[0] = Image.new("RGB", (40, 40), (11, 0, 0))
+    index.save_pretrained(tmp_path / "1")
+    monkeypatch.setattr(ImageLimits, "max_pixels", 1000)
+    for number in (1, 2):
+        FromageImageIndex.from_pretrained(tmp_path / str(number)).save_pretrained(tmp_path / str(number + 1))
+    assert red(FromageImageIndex.from_pretrained(tmp_path / "3")) == 11
+
+
+def test_images_of_a_killed_build_are_not_those_of_the_next(tmp_path, monkeypatch, model, processor):
+    monkeypatch.setattr(index_builder_fromage, "CHECKPOINT_EVERY", 2)
+    write_pictures(tmp_path, "file.png")
+    images = [Image.new("RGB", (9, 9), (level, 0, 0)) for level in (11, 22, 33, 44)]
+    options = {"batch_size": 2, "save_directory": tmp_path / "index", "show_progress": False}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(IndexWriter, "add", dies_at(2, IndexWriter.add, []))
+        FromageImageIndex.build(model, processor, images, **options)
+    assert len(list(tmp_path.glob("index/index-images-*/*"))) == 4
+    index = FromageImageIndex.build(model, processor, [*images[:2], str(tmp_path / "file.png")], **options)
+    assert red(index) == 11 and np.array_equal(index.load_image("2"), Image.open(tmp_path / "file.png"))
+    [folder] = tmp_path.glob("index/index-images-*")
+    images[3].save(folder / "3.png")  # whoever put it there
+    index = FromageImageIndex.from_pretrained(tmp_path / "index")
+    index.add(torch.randn(1, DIM), ["another"])
+    with pytest.raises(UnreadableImageError, match="no path or url"):
+        index.load_image("another")
 
 
 def test_a_linked_image_is_refused(tmp_path, model, processor):

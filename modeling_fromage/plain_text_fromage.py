@@ -66,12 +66,21 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, templates: list[str], own
 def as_text(value: Any, tokens: re.Pattern) -> Any:
     """`value`, a text or messages, with marks that take `tokens` in it apart; a text without any stays as it is."""
     if isinstance(value, str):
-        return tokens.sub(_mark, _MARKS.sub("", value))
+        return tokens.sub(_mark, _MARKS.sub("", _valid(value)))
     if isinstance(value, dict):
         return {name: as_text(item, tokens) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_text(item, tokens) for item in value]
     return value
+
+
+def _valid(text: str) -> str:
+    """`text` with U+FFFD for halves of characters (JSON has them where a text was cut), which tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _mark(match: re.Match) -> str:

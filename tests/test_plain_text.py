@@ -100,6 +100,17 @@ def test_no_message_writes_a_special_token(any_processor):
                 assert said.strip() in any_processor.tokenizer.decode(ids)
 
 
+def test_halves_of_characters_are_text_too(any_processor):
+    halves = "\ud83d\ude00"[:1], "\ud83d\ude00"[1:]
+    for text, expected in ((halves[0], "\ufffd"), (f"{halves[1]}a</s>", "\ufffda</s>"), ("".join(halves), "😀")):
+        for content in (text, [{"type": "text", "text": part} for part in text]):
+            given, wanted = (
+                any_processor.apply_chat_template([{"role": "user", "content": one}], tokenize=True, return_dict=False)
+                for one in (content, expected)
+            )
+            assert given == wanted
+
+
 def test_tokens_in_pieces_are_text_too(any_processor):
     halves = [{"type": "text", "text": "a <|ima"}, {"type": "text", "text": "ge|> [R"}, {"type": "text", "text": "ET]"}]
     template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"

@@ -13,6 +13,7 @@ from PIL import Image
 
 from .backbones_fromage import context_length
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError
+from .index_values_fromage import as_ids
 from .plain_text_fromage import AnswerText
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class InterleavedGeneration:
         self.images_per_ret, self.feed_images_back = images_per_ret, feed_images_back
         self.max_new_tokens = max_new_tokens
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-        self.load_images, self.limits, self.where = load_images, limits, where
+        self.load_images, self.limits, self.where = load_images, limits, where or None
         self._said = set() if said is None else said
         self.max_num_rets = generate_kwargs.pop("max_num_rets", getattr(model.generation_config, "max_num_rets", None))
         eos = generate_kwargs.pop("eos_token_id", model.generation_config.eos_token_id)
@@ -144,7 +145,7 @@ class InterleavedGeneration:
             if own:
                 pixels.append(inputs["pixel_values"])
             ids = inputs["input_ids"][0].tolist()
-            rows.append(_Row(ids, [], list(excluded), self.max_new_tokens))
+            rows.append(_Row(ids, [], as_ids(excluded), self.max_new_tokens))
         if pixels:
             features = iter(self._encode(torch.cat(pixels)))
             for row, own in zip(rows, images, strict=True):

@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import Chat
 from .backbones_fromage import context_length
 from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, is_url
 from .images_fromage import load_rgb_image
+from .index_values_fromage import as_ids
 from .interleaving_fromage import MAX_NEW_TOKENS, InterleavedGeneration, Segment
 from .processing_fromage import FromageProcessor
 from .retrieval_fromage import FromageImageIndex
@@ -69,7 +70,7 @@ class FromagePipeline(Pipeline):
             index, images_per_ret, feed_images_back, max_new_tokens, stop_strings, load_images, limits, where:
                 See [`InterleavedGeneration`]. `stop_strings` defaults to a newline, which ends captions and the
                 default template's answers; where the LM has a chat template of its own, chats end as it says.
-            exclude_ids: Ids of images that are not to be shown, besides those that a prompt has shown.
+            exclude_ids: Ids of images (or a single id) that are not to be shown, besides those that a prompt has shown.
             image_root: Where `index` is given as a folder or repository, the folder below which its images are.
             allow_local_files: Whether a message may name files of this machine. Off, because messages often come from
                 others: then an image is a PIL image, a `pathlib.Path` object, a URL, or bytes (`{"bytes": ...}`).
@@ -101,7 +102,7 @@ class FromagePipeline(Pipeline):
         image_root: str | os.PathLike | None = None,
         limits: ImageLimits | None = None,
         allow_local_files: bool | None = None,
-        exclude_ids: Sequence[str] | None = None,
+        exclude_ids: Sequence[str] | str | None = None,
         feed_images_back: bool | None = None,
         max_new_tokens: int | None = None,
         generate_kwargs: dict[str, Any] | None = None,
@@ -112,7 +113,7 @@ class FromagePipeline(Pipeline):
         preprocess_params = {
             "limits": limits,
             "allow_local_files": allow_local_files,
-            "exclude_ids": exclude_ids,
+            "exclude_ids": None if exclude_ids is None else as_ids(exclude_ids),
             "feed_images_back": feed_images_back,
             "rets_in_text": None if max_new_tokens is None else max_new_tokens == 0,
         }
@@ -236,7 +237,7 @@ class FromageChat:
         forgotten_ids = sum(shown, self._forgotten_ids)
         if forgotten_ids:
             excluded = options.get("exclude_ids", self.pipe._preprocess_params.get("exclude_ids"))
-            options["exclude_ids"] = [*(excluded or ()), *forgotten_ids]
+            options["exclude_ids"] = [*as_ids(excluded or ()), *forgotten_ids]
         answer = self.pipe(messages, **options)
         if forgotten and not self._forgets:
             self._forgets = True
@@ -276,7 +277,8 @@ def _wrap(prompt: Any) -> Chat | _Interleaved:
 
 def _with_parts(message: dict[str, Any], feed_images_back: bool) -> dict[str, Any]:
     content = message.get("content") or []
-    return {**message, "content": _parts([content] if isinstance(content, str) else content, feed_images_back)}
+    content = content if isinstance(content, (list, tuple)) else [content]
+    return {**message, "content": _parts(content, feed_images_back)}
 
 
 def _parts(content: Sequence[Any], feed_images_back: bool) -> list[dict[str, Any]]:
@@ -316,7 +318,7 @@ def _as_part(part: Any) -> dict[str, Any]:
 
 def _shown_ids(parts: list[dict[str, Any]]) -> list[str]:
     """Ids of the images of an index among a message's parts."""
-    return [part["id"] for part in parts if part["type"] == "image" and "id" in part]
+    return [part["id"] for part in parts if part["type"] == "image" and isinstance(part.get("id"), str)]
 
 
 def _read_image(part: dict[str, Any], limits: ImageLimits, allow_local_files: bool) -> Image.Image:

@@ -11,6 +11,7 @@ import torch
 from transformers import pipeline
 
 from modeling_fromage import FromageChat, FromageImageIndex, FromagePipeline, UnreadableImageError
+from modeling_fromage.interleaving_fromage import InterleavedGeneration
 from tests.backbones import make_model, make_processor
 from tests.test_pipeline import COLOURS, RET, kinds, picture, plain, scripted
 
@@ -99,6 +100,51 @@ def test_where(pipe):
     assert not {"orange", "red"} & {segment.get("id") for segment in cold}
     chat = FromageChat(pipe, where={"warm": [True]}, load_images=False)
     assert chat.send("x", **scripted([RET]))[0]["id"] in ("orange", "red")
+
+
+def test_no_filter_is_none(pipe):
+    """As of a form in which nothing was chosen; the index has fewer images than are looked up."""
+    excluded = COLOURS[:-2]
+    options = {"exclude_ids": excluded, "images_per_ret": 2}
+    answers = [pipe(["x"], where=where, **options, **scripted([RET])) for where in (None, {})]
+    assert plain(answers[0]) == plain(answers[1]) and len(answers[0]) == 2
+
+
+def test_one_excluded_id_is_no_list_of_letters(pipe):
+    options = {"load_images": False, "images_per_ret": len(COLOURS)}
+    made = FromagePipeline(
+        model=pipe.model, processor=pipe.processor, index=pipe._forward_params["index"], exclude_ids="red"
+    )
+    chat = FromageChat(pipe, exclude_ids="red")
+    chat._forgotten_ids = ["blue"]
+    answers = [
+        pipe(["x"], exclude_ids="red", **options, **scripted([RET])),
+        made(["x"], **options, **scripted([RET])),
+        chat.send("x", **options, **scripted([RET])),
+    ]
+    options |= {"index": pipe._forward_params["index"], **scripted([RET])}
+    answers += InterleavedGeneration(pipe.model, pipe.processor, **options)(["x"], exclude_ids=["red"])
+    for answer in answers:
+        assert {s["id"] for s in answer if "id" in s} == {*COLOURS} - {"red"} - (
+            {"blue"} if answer is answers[2] else set()
+        )
+
+
+@pytest.mark.parametrize("image_id", [["red"], {"red": 1}, 1.5, 7])
+def test_ids_that_are_none_cost_nobody_an_answer(pipe, image_id):
+    part = {"type": "image", "image": picture("red"), "id": image_id}
+    prompts = [[{"role": "user", "content": [part]}], [{"role": "user", "content": "x"}]]
+    assert [len(answer) for answer in pipe(prompts, batch_size=2, **scripted([RET]))] == [1, 1]
+
+
+def test_a_message_of_one_part(pipe):
+    """Not a list of the part's keys."""
+    part = {"type": "text", "text": "x"}
+    texts = [pipe.preprocess([{"role": "user", "content": content}])["text"] for content in ("x", [part], part)]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(pipe.preprocess([{"role": "user", "content": picture("red")}])["images"]) == 1
+    with pytest.raises(ValueError, match="Expected a text, a PIL image"):
+        pipe([{"role": "user", "content": 5}])
 
 
 class Filtered:

@@ -23,7 +23,7 @@ from modeling_fromage import FromageImageIndex
 from modeling_fromage import index_files_fromage as files_module
 from modeling_fromage import retrieval_fromage as index_module
 from modeling_fromage.faiss_fromage import FaissBackend
-from modeling_fromage.index_search_fromage import search_flat
+from modeling_fromage.index_search_fromage import search_faiss, search_flat
 from modeling_fromage.index_storage_fromage import CorruptIndexError, ReplacedIndexError
 
 DIM, SECONDS = 32, 10
@@ -191,6 +191,22 @@ def test_searches_run_side_by_side_and_beside_changes(monkeypatch):
             found, _, metadata = search.result()
             assert [names[0] for names in found] == ids[:3] and metadata[0][0] == {"name": ids[0]}
     assert index.get(ids[0]) == {"new": True} and ids[1] not in index and len(index) == 18
+
+
+def test_faiss_proposes_nothing_that_came_later(monkeypatch):
+    ids, new = [f"image {i}" for i in range(9)], [f"image {i}" for i in range(9, 12)]
+    index = index_of(ids, backend="faiss")
+
+    def late(*args):
+        index.add(rows_of(new), new)
+        return search_faiss(*args)
+
+    monkeypatch.setattr(index_module, "search_faiss", late)
+    found, scores, _ = index.search(rows_of(new), 9)  # the new ones would come first
+    assert [sorted(names) for names in found] == [ids] * 3
+    torch.testing.assert_close(
+        scores, torch.stack([rows_of(names) @ row_of(n) for names, n in zip(found, new, strict=True)])
+    )
 
 
 @pytest.mark.parametrize("backend", ["flat", "faiss"])

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .backbones_fromage import decoder_and_head, undisturbed
+from .backbones_fromage import decoder_and_head, in_eval_mode, undisturbed
 from .packing_fromage import PackedRows, positions
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Trial:
         self.lengths = torch.tensor(LENGTHS, device=embeds.device)
         self.columns = torch.arange(max(LENGTHS), device=embeds.device)
         self.truth = [
-            decoder(inputs_embeds=row[None, : n + 2], use_cache=False)[0][0]
+            decoder(inputs_embeds=row[None, : n + 2].clone(), use_cache=False)[0][0]  # CTRL scales them in place
             for row, n in zip(embeds, LENGTHS, strict=True)
         ]
 
@@ -67,7 +67,7 @@ class Trial:
         # A cache is passed only where there is one: state-space models know no such argument.
         past = {} if cache is None else {"past_key_values": cache}
         return self.decoder(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=use_cache, **past
+            inputs_embeds=embeds.clone(), attention_mask=mask, position_ids=position_ids, use_cache=use_cache, **past
         )
 
     def same_gradient(self, run: Callable[[torch.Tensor], torch.Tensor]) -> bool:
@@ -234,7 +234,8 @@ def has_ability(language_model: PreTrainedModel, ability: str) -> bool:
     try:
         embeds = embedding(ids)
         tolerance = 2e-2 if embeds.dtype.itemsize < 4 else 1e-4
-        return ABILITIES[ability](Trial(decoder, embeds, tolerance, strict=False))
+        with in_eval_mode(language_model):
+            return ABILITIES[ability](Trial(decoder, embeds, tolerance, strict=False))
     except _FAILURES:
         return False
 
@@ -268,23 +269,45 @@ def _shown_by_a_miniature(language_model: PreTrainedModel, ability: str) -> bool
 
 @undisturbed
 @torch.no_grad()
-def check_embeddings_are_all(language_model: PreTrainedModel):
-    """Raise a `ValueError` where the LM makes more of token ids than their embeddings (Gemma 3n has inputs for each
-    layer, Falcon-H1 scales them), for visual tokens and `[RET]` come as embeddings."""
-    decoder = miniature(language_model)
-    tolerance = _TOLERANCE
+def check_decoder(language_model: PreTrainedModel):
+    """Raise a `ValueError` where FROMAGe cannot give the LM what it takes.
+
+    Visual tokens and `[RET]` come as embeddings: the LM must not make more of token ids (Gemma 3n has inputs for each
+    layer, Falcon-H1 scales them), nor need them. And it must be causal, which XLNet and a BERT that is no decoder are
+    not.
+    """
+    decoder, tolerance = miniature(language_model), _TOLERANCE
     if decoder is None:
         decoder, _ = decoder_and_head(language_model)
         tolerance = 2e-2 if language_model.dtype.itemsize < 4 else 1e-4
-    embedding = decoder.get_input_embeddings()
-    ids = torch.tensor([[0, 1]], device=embedding.weight.device) + len(embedding.weight) // 2  # padding has other ids
-    expected = decoder(input_ids=ids, use_cache=False)[0].float()
-    found = decoder(inputs_embeds=embedding(ids), use_cache=False)[0].float()
-    difference = ((found - expected).norm() / expected.norm()).item()
-    if not difference <= tolerance:
+    name, embedding = type(language_model).__name__, decoder.get_input_embeddings()
+    half = len(embedding.weight) // 2  # padding has other ids
+    ids = torch.arange(3, device=embedding.weight.device)[None] + half
+
+    def difference(found: torch.Tensor) -> float:
+        return ((found.float() - expected).norm() / expected.norm()).item()
+
+    expected = decoder(input_ids=ids[:, :2], use_cache=False)[0].float()
+    embeds = embedding(ids)
+    try:
+        without_ids = difference(decoder(inputs_embeds=embeds[:, :2].clone(), use_cache=False)[0])
+        longer = difference(decoder(inputs_embeds=embeds.clone(), use_cache=False)[0][:, :2])
+        decoder(inputs_embeds=-embeds, use_cache=False)  # of no token: Gemma 4 looks up whose embeddings they are
+    except _FAILURES as error:
         raise ValueError(
-            f"{type(language_model).__name__} takes more from token ids than their input embeddings: its hidden states "
-            f"are off by {difference:.2g} without the ids, and FROMAGe gives it embeddings. Take another LM."
+            f"{name} does not run from embeddings without token ids, and FROMAGe gives it embeddings. Take another LM. "
+            f"It says: {error}"
+        ) from error
+    if not without_ids <= tolerance:
+        raise ValueError(
+            f"{name} takes more from token ids than their input embeddings: its hidden states are off by "
+            f"{without_ids:.2g} without the ids, and FROMAGe gives it embeddings. Take another LM."
+        )
+    if not longer <= max(5 * tolerance, 1e-2):
+        raise ValueError(
+            f"{name} is not causal: its hidden states change by {longer:.2g} with what follows. Take another LM, or "
+            "load one that can be a decoder with `is_decoder=True` (`text_is_decoder=True` in "
+            "from_vision_text_pretrained)."
         )
 
 
@@ -299,8 +322,8 @@ def miniature(language_model: PreTrainedModel) -> nn.Module | None:
     attention = language_model.config._attn_implementation
     attention = attention if attention in ("sdpa", "eager") else "sdpa"
     for heads, thin in ((2, True), (4, True), (2, False), (4, False), (None, True), (None, False)):
-        config = _small_config(language_model.config, heads, thin)
         try:
+            config = _small_config(language_model.config, heads, thin)
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in type(language_model)._from_config(config).parameters())
             if size > _LARGEST:
@@ -313,7 +336,7 @@ def miniature(language_model: PreTrainedModel) -> nn.Module | None:
                 decoder, _ = decoder_and_head(small)
                 _enlarge(small)
                 width = small.get_input_embeddings().weight.shape[-1]
-                decoder(inputs_embeds=torch.randn(1, 3, width), use_cache=False)
+                decoder(inputs_embeds=torch.randn(1, 3, width, dtype=torch.float32), use_cache=False)
         except (AssertionError, ImportError, *_FAILURES):
             continue
         return decoder

@@ -1,7 +1,9 @@
 """What FROMAGe asks of its backbones: widths, pooling, and what an LM does after its head. The only place for it."""
 
 import functools
+import logging
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
+
+logger = logging.getLogger(__name__)
 
 
 def vision_width(vision_config: PreTrainedConfig) -> int:
@@ -55,7 +59,7 @@ def pool_vision_output(output: ModelOutput, pooling: str, model_name: str) -> to
 def decoder_and_head(language_model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The LM without its head, and the head."""
     decoder, head = language_model.get_decoder(), language_model.get_output_embeddings()
-    if head is None or decoder is language_model:
+    if head is None or decoder is language_model or decoder is head:
         raise ValueError(
             f"{type(language_model).__name__} is not a causal language model with an output head. Load the language "
             "model with AutoModelForCausalLM."
@@ -92,6 +96,19 @@ def allow_activation_checkpointing(language_model: PreTrainedModel):
         for name in ("dropout", "activation_dropout"):
             if isinstance(layer.__dict__.get(name), float):
                 setattr(layer, name, 0.0)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module):
+    """No dropout, which PEFT's layers have in training, and no recomputed activations."""
+    modules = [module for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 @contextmanager
@@ -158,19 +175,29 @@ class _HiddenStates(BaseModelOutputWithPast):
         return None
 
 
+_ONE_STUB = threading.Lock()
+
+
 @contextmanager
 def _decoder_that_gives(language_model: PreTrainedModel, hidden: torch.Tensor):
-    """Let the LM's decoder give `hidden` (1, L, H) at once, without running a layer."""
+    """Let the LM's decoder give `hidden` (1, L, H) at once, without running a layer: to this thread alone."""
     decoder, _ = decoder_and_head(language_model)
-    own = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: _HiddenStates(last_hidden_state=hidden)
-    try:
-        yield
-    finally:
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own
+    thread = threading.get_ident()
+    with _ONE_STUB:
+        own, forward = decoder.__dict__.get("forward"), decoder.forward
+
+        def stub(*args: Any, **kwargs: Any):
+            here = threading.get_ident() == thread
+            return _HiddenStates(last_hidden_state=hidden) if here else forward(*args, **kwargs)
+
+        decoder.forward = stub
+        try:
+            yield
+        finally:
+            if own is None:
+                del decoder.forward
+            else:
+                decoder.forward = own
 
 
 @undisturbed
@@ -194,11 +221,14 @@ def measure_logit_transform(language_model: PreTrainedModel) -> Callable[[torch.
             after = language_model(input_ids=ids, use_cache=False).logits
         return head(scaled).double(), after.double()
 
-    small, large = before_and_after(0.01), before_and_after(300.0)
     name, tolerance = type(language_model).__name__, 2e-2 if hidden.dtype.itemsize < 4 else 1e-4
     transform = None
-    if all(before.shape == after.shape for before, after in (small, large)):
-        transform = _fit_transform(small, large, language_model.config, tolerance)
+    try:
+        small, large = before_and_after(0.01), before_and_after(300.0)
+        if all(before.shape == after.shape for before, after in (small, large)):
+            transform = _fit_transform(small, large, language_model.config, tolerance)
+    except (IndexError, RuntimeError) as error:  # a head of other widths
+        logger.info("The logits of %s cannot be measured: %s", name, error)
     if transform is None:
         raise ValueError(
             f"{name} makes its logits in a way that FROMAGe does not know: they are neither what its output embedding "
@@ -281,13 +311,13 @@ def measure_embedding_scale(language_model: PreTrainedModel) -> float:
 
 @undisturbed
 def check_gradient_passes(language_model: PreTrainedModel):
-    """Raise a `ValueError` where a kind of linear layer in the LM gives its input no gradient, or a wrong one.
+    """Raise a `ValueError` where a linear layer of the LM gives its input no gradient, or a wrong one.
 
     torchao's dynamically quantised activations are rounded, and rounding has none.
     """
-    kinds = {(type(m), type(m.weight), type(m.weight.data)): m for m in language_model.modules() if _is_linear(m)}
     generator = torch.Generator().manual_seed(0)
-    for (kind, _, tensor), linear in kinds.items():
+    for linear in filter(_is_linear, language_model.modules()):
+        kind, tensor = type(linear), type(linear.weight.data)
         if kind is nn.Linear and tensor is torch.Tensor:
             continue
         dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else language_model.dtype
@@ -295,7 +325,12 @@ def check_gradient_passes(language_model: PreTrainedModel):
         with torch.enable_grad():
             inputs = values[0].clone().requires_grad_()
             output = linear(inputs)
-            direction = (linear(values[0] + values[1]) - linear(values[0] - values[1])).detach() / 2
+            if not isinstance(output, torch.Tensor):
+                continue  # a router
+            ahead, behind = (linear(values[0] + step).detach() for step in (values[1], -values[1]))
+            direction = (ahead - behind) / 2
+            if not (ahead + behind - 2 * output.detach()).norm() <= 0.2 * direction.norm():
+                continue  # not linear, so the step tells nothing: a router again
             gradient = torch.zeros_like(inputs)
             if output.requires_grad:
                 gradient = torch.autograd.grad((output * direction).sum(), inputs, allow_unused=True)[0]
@@ -330,7 +365,7 @@ def check_vision_model(vision_model: PreTrainedModel, pooling: str):
     size = config.get("image_size") or 64
     height, width = (size, size) if isinstance(size, int) else (size.values() if isinstance(size, dict) else size)
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, config.get("num_channels") or 3, height, width, generator=generator)
+    image = torch.rand(1, config.get("num_channels") or 3, height, width, generator=generator, device="cpu")
     image, name = image.to(parameter.device, vision_model.dtype), type(vision_model).__name__
     first, second = (pool_vision_output(vision_model(image, return_dict=True), pooling, name).float() for _ in range(2))
     if not (first - second).norm() <= 1e-2 * first.norm():

@@ -4,6 +4,7 @@ Axes: B rows of text, L tokens, T tokens without padding, N images, H the LM's h
 """
 
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,7 @@ from .losses_fromage import (
 from .packing_fromage import PackedRows, groups_of_one_length, length_groups, tokens_first
 
 logger = logging.getLogger(__name__)
+_ONE_TRIAL = threading.Lock()
 
 
 class FromageBranchesMixin:
@@ -52,12 +54,18 @@ class FromageBranchesMixin:
         """Whether the LM has one of `ABILITIES` with its present attention: tried once, and said once."""
         attention = self.language_model.config._attn_implementation
         if (attention, ability) not in self._abilities:
-            with no_activation_checkpointing(self.language_model):
-                found = has_ability(self.language_model, ability)
-            self._abilities[attention, ability] = found
-            verb = "takes" if found else "does not take"
-            logger.info("%s (%s) %s %s.", type(self.language_model).__name__, attention, verb, ability)
+            self._try(attention, ability)
         return self._abilities[attention, ability]
+
+    @torch.compiler.disable
+    def _try(self, attention: str, ability: str):
+        with _ONE_TRIAL:
+            if (attention, ability) in self._abilities:
+                return
+            found = has_ability(self.language_model, ability)
+            self._abilities[attention, ability] = found
+        verb = "takes" if found else "does not take"
+        logger.info("%s (%s) %s %s.", type(self.language_model).__name__, attention, verb, ability)
 
     def _packs_rows(self, mask: torch.Tensor) -> bool:
         """Whether the sequences of `mask` can be packed: the LM takes such rows, and none reaches beyond its attention

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .assembly_fromage import PARTS, assemble_from_vision_text
-from .backbone_probes_fromage import check_embeddings_are_all
+from .backbone_probes_fromage import check_decoder
 from .backbones_fromage import (
     allow_activation_checkpointing,
     check_gradient_passes,
@@ -172,6 +172,8 @@ class FromageForConditionalGeneration(
         given = language_model is not None
         self.language_model = language_model if given else AutoModelForCausalLM.from_config(config.text_config)
         self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.language_model.eval()  # as it is tried, and stays
+        self.vision_model.eval()
         config.text_config = self.language_model.config
         config.vision_config = self.vision_model.config
         input_width = self.language_model.get_input_embeddings().weight.shape[-1]
@@ -193,7 +195,7 @@ class FromageForConditionalGeneration(
         if given and new_adapter:
             self.init_ret_embedding()
             config.ret_embedding_scale = measure_embedding_scale(self.language_model)
-            check_embeddings_are_all(self.language_model)
+            check_decoder(self.language_model)
         if vision_model is not None and new_adapter:
             check_vision_model(vision_model, config.vision_pooling)
         if self.get_output_embeddings().weight.device.type != "meta":  # else when it is first needed
@@ -262,6 +264,8 @@ class FromageForConditionalGeneration(
         info = super()._finalize_model_loading(model, load_config, loading_info)
         model.freeze_backbones()  # loading makes new parameters, which require gradient
         model._logit_transform = None  # measured on weights that were not there yet
+        if model.get_output_embeddings().weight.device.type != "meta":
+            model.logit_transform  # noqa: B018
         return info
 
     def train(self, mode: bool = True):
@@ -475,7 +479,9 @@ class FromageForConditionalGeneration(
         )
 
     def _decode(self, embeds, attention_mask=None, position_ids=None, **kwargs) -> BaseModelOutputWithPast:
-        padding = padding_side(attention_mask, embeds)
+        # Compiled code does not look at the mask, unless it has to.
+        is_taken = torch.compiler.is_compiling() and self._takes("left padding") and self._takes("right padding")
+        padding = None if is_taken else padding_side(attention_mask, embeds)
         if padding and not self._takes(f"{padding} padding"):
             return self._decode_padded_otherwise(embeds, attention_mask, position_ids, **kwargs)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:

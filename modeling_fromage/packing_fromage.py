@@ -109,8 +109,6 @@ def padding_side(mask: torch.Tensor | dict | None, embeds: torch.Tensor) -> str 
     """Where a whole batch (B, L, D) has padding by its mask: `"left"`, `"right"`, or nowhere (`None`)."""
     if not isinstance(mask, torch.Tensor) or mask.shape != embeds.shape[:2] or embeds.shape[1] == 1:
         return None  # a mask of tokens that a cache holds, too, or of attention
-    if torch.compiler.is_compiling():
-        return None
     is_padding = mask == 0
     if bool(is_padding[:, 0].any()):
         return "left"

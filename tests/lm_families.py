@@ -91,6 +91,16 @@ FAMILIES = {
     # heads of more than a matrix
     "bert": _BERT,
     "roberta": _BERT,
+    "rembert": {**_BERT, "input_embedding_size": 32, "output_embedding_size": 48},
+    "modernbert-decoder": {**_LLAMA, "local_attention": 64},
+    # a router that is a linear layer; embeddings scaled in place; no embeddings without ids; not causal
+    "phimoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "ctrl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "dff": 48},
+    "gemma4_text": {**_GEMMA, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"],
+                    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+                    "global_head_dim": 8},
+    "cpmant": {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 2},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
 }  # fmt: skip
 
 

@@ -1,18 +1,22 @@
 """What FROMAGe asks of its backbones, and what it refuses: the trials show both sides."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, ViTMAEConfig
+from transformers import AutoConfig, AutoModel, ResNetConfig, SwinConfig, ViTMAEConfig
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
 from modeling_fromage.backbone_probes_fromage import ABILITIES, LENGTHS, Trial, has_ability, miniature
 from modeling_fromage.backbones_fromage import (
+    _decoder_that_gives,
     attention_window,
+    check_gradient_passes,
     check_vision_model,
     measure_embedding_scale,
     measure_logit_transform,
@@ -174,7 +178,7 @@ class Rounding(nn.Linear):
     """Quantises its input, as torchao's dynamic activations do: rounding has no gradient."""
 
     def forward(self, inputs):
-        return super().forward((inputs * 16).round() / 16)
+        return nn.functional.linear((inputs * 16).round() / 16, self.weight, self.bias)
 
 
 @pytest.mark.parametrize("kind", [Rounding, type("Plain", (nn.Linear,), {})])
@@ -234,3 +238,97 @@ def test_labels_that_are_shifted_already(model, training):
     assert model(**batch, shift_labels=shifted).loss != expected
     with pytest.raises(ValueError, match="Expected one label a token"):
         model(**batch, shift_labels=labels[:, 1:])
+
+
+@torch.no_grad()
+def test_measuring_the_head_disturbs_no_other_thread(tmp_path):
+    lm, ids = make_lm("opt"), torch.tensor([[2, 5, 6]])
+    expected = lm(ids).logits
+    with _decoder_that_gives(lm, torch.zeros(1, 2, 32)), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(lm, ids).result().logits, expected)
+        assert lm(ids[:, :2]).logits.abs().max() == 0
+    assert torch.equal(lm(ids).logits, expected)
+    make_model("opt_clip").save_pretrained(tmp_path)
+    assert FromageForConditionalGeneration.from_pretrained(tmp_path)._logit_transform is not None  # before first use
+
+
+def test_trials_know_no_dropout():
+    model = make_model("opt_clip")
+    target = r"language_model\..*\.(q_proj|v_proj)"
+    model.add_adapter(
+        LoraConfig(target_modules=target, modules_to_save=["adapter"], lora_dropout=0.5, init_lora_weights=False)
+    )
+    model.train()
+    state, training = torch.get_rng_state(), [module.training for module in model.modules()]
+    assert model._takes("packed rows")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == training
+
+
+def test_trials_do_not_know_the_callers_default_dtype():
+    lm = make_lm("opt")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {ability for ability in ABILITIES if has_ability(lm, ability)} == TAKES["opt"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_live_backbones_in_training_mode_are_left_as_they_are():
+    """A trial in training mode would change batch statistics, and find stochastic depth at random."""
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    swin = SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4,
+                      drop_path_rate=0.5)  # fmt: skip
+    for vision_config in (resnet, swin):
+        lm, vision = make_lm("opt"), AutoModel.from_config(vision_config)
+        assert vision.training
+        before = {name: tensor.clone() for name, tensor in vision.state_dict().items()}
+        config = FromageConfig.from_vision_text_configs(vision.config, lm.config, image_token_id=96, ret_token_id=97)
+        FromageForConditionalGeneration(config, lm, vision)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in vision.state_dict().items())
+
+
+@pytest.mark.parametrize("tried_before", [True, False])
+@torch.no_grad()
+def test_padding_in_compiled_code(tried_before):
+    """Bart's decoder takes no padding on the left."""
+    lm, vision = make_lm("bart", spread=6.0), AutoModel.from_config(VISION_CONFIGS["clip"]())
+    config = FromageConfig.from_vision_text_configs(vision.config, lm.config, image_token_id=96, ret_token_id=97)
+    model = FromageForConditionalGeneration(config, lm, vision).eval()
+    rows = [[2, 5, 6, 7, 8], [2, 9]]
+    expected = model(torch.tensor(rows[1:])).logits
+    if tried_before:
+        model(**pad(rows, "left"))
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager")(**pad(rows, "left")).logits[1:, 3:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Quantised(nn.Linear):
+    """One class for both, as torchao's `Int8Tensor` is."""
+
+    rounds = False
+
+    def forward(self, inputs):
+        return Rounding.forward(self, inputs) if self.rounds else super().forward(inputs)
+
+
+class Router(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs).softmax(-1)
+
+
+class TupleRouter(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs).topk(2)
+
+
+def test_every_layer_is_asked_for_its_gradient():
+    lm = make_lm("opt")
+    first, *_, last = lm.get_decoder().layers
+    first.fc1.__class__ = last.fc1.__class__ = Quantised
+    lm.get_decoder().routers = nn.ModuleList([Router(32, 4), TupleRouter(32, 4)])  # not linear: let through
+    check_gradient_passes(lm)
+    first.fc1.rounds = True
+    with pytest.raises(ValueError, match="Quantised layers of OPTForCausalLM.* lose the gradient"):
+        check_gradient_passes(lm)

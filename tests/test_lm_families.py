@@ -13,15 +13,18 @@ from tests.lm_families import FAMILIES, IMAGE, PAD, RET, make_lm
 from tests.test_model import pad
 
 REFUSED = {"falcon_h1": "more from token ids", "gemma3n_text": "more from token ids", "bert": "makes its logits",
-           "roberta": "makes its logits"}  # fmt: skip
+           "roberta": "makes its logits", "rembert": "makes its logits", "gemma4_text": "does not run from embeddings",
+           "cpmant": "does not run from embeddings", "xlnet": "is not causal",
+           "modernbert-decoder": "output head"}  # fmt: skip
 RIGHT = sorted(FAMILIES.keys() - REFUSED)
 PACKED = {"opt", "gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3_moe", "falcon", "phi", "granite", "cohere",
-          "gemma", "gemma2", "gemma3_text", "xglm", "biogpt", "minicpm3"}  # fmt: skip
+          "gemma", "gemma2", "gemma3_text", "xglm", "biogpt", "minicpm3", "ctrl", "phimoe"}  # fmt: skip
 FP32 = {
     "jamba",
     "granitemoehybrid",
     "minimax",
     "mixtral",
+    "phimoe",
     "nemotron_h",
     "qwen3_moe",
     "qwen3_next",
@@ -53,7 +56,8 @@ def by_itself(model, ids=None, embeds=None):
     """The LM's log-probabilities and last hidden states of one text, as it computes them."""
     inputs = {"input_ids": torch.tensor([ids])} if embeds is None else {"inputs_embeds": embeds[None]}
     lm = model.language_model
-    hidden = decoder_and_head(lm)[0](**inputs, use_cache=False)[0][0]
+    copies = {name: tensor.clone() for name, tensor in inputs.items()}  # CTRL scales embeddings in place
+    hidden = decoder_and_head(lm)[0](**copies, use_cache=False)[0][0]
     return lm(**inputs, use_cache=False).logits[0].log_softmax(-1), hidden
 
 

@@ -6,12 +6,15 @@ two halves are taken out; here a mark behind a token's first character parts it.
 """
 
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
 
 _MARKS = re.compile(f"[{_CONTROL_TOKEN_START}{_CONTROL_TOKEN_END}]")
+_PIECES = re.compile(f"{_MARKS.pattern}|[^{_CONTROL_TOKEN_START}{_CONTROL_TOKEN_END}]+")  # what marks part, and marks
 _CHANGES_CASE = re.compile(r"[|.]\s*(lower|upper|capitalize|title|swapcase|casefold)\b")  # of a template's text
 
 
@@ -47,26 +50,58 @@ class AnswerText(str):
         return [*pieces, (self[start:], False)]
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase, templates: list[str], own: tuple[str, ...]) -> re.Pattern:
-    """What [`as_text`] takes apart: the tokenizer's special tokens, what else `templates` write as a token, and `own`.
+@dataclass(frozen=True)
+class ControlTokens:
+    """What no text may become: special tokens.
 
-    Matches the first character of each, so that those that overlap or hold others are found too; as a group where it
-    is all of the token.
+    Attributes:
+        pattern: Matches the first character of each, so that those that overlap or hold others are found too; as a
+            group where it is all of the token.
+        normalize: What the tokenizer does to a text before it looks for tokens that are `normalized`, where it does.
+        normalized: Matches those tokens in a text that was normalised.
     """
+
+    pattern: re.Pattern
+    normalize: Callable[[str], str] | None
+    normalized: re.Pattern
+
+    def part(self, text: str) -> str:
+        """`text` with marks that take the tokens in it apart."""
+        text = self.pattern.sub(_mark, _MARKS.sub("", _valid(text)))
+        if self.normalize is None:
+            return text
+        return "".join(_mark_each(piece) if self._appears_in(piece) else piece for piece in _PIECES.findall(text))
+
+    def _appears_in(self, piece: str) -> bool:
+        """Whether a token comes of what spells none: of `</S>` where the tokenizer makes small letters of it."""
+        return self.normalized.search(self.normalize(piece)) is not None
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, templates: list[str], own: tuple[str, ...]) -> ControlTokens:
+    """The tokenizer's special tokens, what else `templates` write as a token, and `own`."""
     tokens = {*own}.union(*map(tokenizer._get_control_tokens, templates))
-    single, longer = (
-        "|".join(map(re.escape, sorted(token for token in tokens if (len(token) == 1) == is_single))) or "(?!)"
-        for is_single in (True, False)
-    )
+    single = _any_of(token for token in tokens if len(token) == 1)
+    longer = _any_of(token for token in tokens if len(token) > 1)
     # A template that changes the case of its messages would make tokens of what is none before.
     flags = re.IGNORECASE if any(map(_CHANGES_CASE.search, templates)) else re.NOFLAG
-    return re.compile(f"({single})|(?={longer}).", flags | re.DOTALL)
+    pattern = re.compile(f"({single})|(?={longer}).", flags | re.DOTALL)
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    found = [token.content for token in tokenizer.added_tokens_decoder.values() if token.normalized]
+    if normalizer is None or not tokens.intersection(found):
+        return ControlTokens(pattern, None, re.compile(_any_of([])))
+    normalized = {normalizer.normalize_str(token) for token in tokens.intersection(found)} - {""}
+    return ControlTokens(pattern, normalizer.normalize_str, re.compile(_any_of(normalized)))
 
 
-def as_text(value: Any, tokens: re.Pattern) -> Any:
+def _any_of(tokens: Iterable[str]) -> str:
+    """A regular expression for one of `tokens`; of none it matches nothing."""
+    return "|".join(map(re.escape, sorted(tokens))) or "(?!)"
+
+
+def as_text(value: Any, tokens: ControlTokens) -> Any:
     """`value`, a text or messages, with marks that take `tokens` in it apart; a text without any stays as it is."""
     if isinstance(value, str):
-        return tokens.sub(_mark, _MARKS.sub("", _valid(value)))
+        return tokens.part(value)
     if isinstance(value, dict):
         return {name: as_text(item, tokens) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -89,9 +124,13 @@ def _mark(match: re.Match) -> str:
     return whole + _CONTROL_TOKEN_END
 
 
+def _mark_each(text: str) -> str:
+    return "".join(character + _CONTROL_TOKEN_END for character in text)
+
+
 def is_marked(text: str) -> bool:
     """Whether a text has marks of [`as_text`], which the tokenizer is to heed and to leave out."""
     return _MARKS.search(text) is not None
 
 
-__all__ = ["AnswerText", "as_text", "control_tokens", "is_marked"]
+__all__ = ["AnswerText", "ControlTokens", "as_text", "control_tokens", "is_marked"]

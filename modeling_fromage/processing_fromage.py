@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import re
 from typing import Any
 
 from PIL import Image
@@ -12,7 +11,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .images_fromage import load_rgb_image
-from .plain_text_fromage import AnswerText, as_text, control_tokens, is_marked
+from .plain_text_fromage import AnswerText, ControlTokens, as_text, control_tokens, is_marked
 
 logger = logging.getLogger(__name__)
 IMAGE_TOKEN, RET_TOKEN = "<|image|>", "[RET]"  # noqa: S105 (no passwords)
@@ -275,7 +274,7 @@ class FromageProcessor(ProcessorMixin):
         templates = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template]
         return self._join_parts(parts, self._control_tokens(list(templates), rets_in_text))
 
-    def _join_parts(self, parts: list[dict], tokens: re.Pattern | None) -> str:
+    def _join_parts(self, parts: list[dict], tokens: ControlTokens | None) -> str:
         pieces, last_ret = [], None  # texts, and whether each is a token
         for part in parts:
             ret = part.get("ret_index")
@@ -292,7 +291,7 @@ class FromageProcessor(ProcessorMixin):
         runs = (("".join(text for text, _ in run), known) for known, run in itertools.groupby(pieces, lambda p: p[1]))
         return "".join(text if known or tokens is None else as_text(text, tokens) for text, known in runs)
 
-    def _control_tokens(self, templates: list[str], rets_in_text: bool = False) -> re.Pattern:
+    def _control_tokens(self, templates: list[str], rets_in_text: bool = False) -> ControlTokens:
         return control_tokens(self.tokenizer, templates, () if rets_in_text else (self.ret_token,))
 
     @staticmethod
@@ -305,7 +304,7 @@ class FromageProcessor(ProcessorMixin):
         """What a message's part of type "image" names: the first of its "image", "url" and "path" that is there."""
         return next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
 
-    def _flatten(self, message: dict, tokens: re.Pattern | None, join: bool) -> dict:
+    def _flatten(self, message: dict, tokens: ControlTokens | None, join: bool) -> dict:
         """A message whose texts are text; with `join` its content is one text."""
         content = message.get("content")
         rest = {name: value for name, value in message.items() if name != "content"}

@@ -3,7 +3,7 @@
 import pytest
 import tokenizers
 from PIL import Image
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from modeling_fromage import FromageChat, FromageImageIndex, FromagePipeline, FromageProcessor
@@ -237,3 +237,43 @@ def test_documents_are_text_and_a_templates_own_variables_are_not(any_processor)
     ids = ids["input_ids"] if isinstance(ids, dict) else ids
     ids = ids[0] if isinstance(ids[0], list) else ids
     assert ids.count(any_processor.ret_token_id) == 1 and ids.index(any_processor.ret_token_id) <= 1
+
+
+NORMALIZERS = {
+    "nfkc": normalizers.NFKC(),
+    "lowercase": normalizers.Lowercase(),
+    "zero width": normalizers.Replace("\u200b", ""),
+    "accents": normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents()]),
+    "bert": normalizers.BertNormalizer(),
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_what_a_normalizer_would_make_a_token_is_text(name):
+    """Special tokens that are `normalized` are looked for in the normalised text, where `</S>` may be `</s>`."""
+    backend = byte_level(["<|endoftext|>"]).backend_tokenizer
+    backend.normalizer = NORMALIZERS[name]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokens = [AddedToken(token, normalized=True, special=True) for token in ("</s>", "<|im_end|>")]
+    tokenizer.add_special_tokens({"eos_token": tokens[0], "additional_special_tokens": tokens[1:]})
+    processor = FromageProcessor(make_processor().image_processor, tokenizer)
+    hostile = [
+        "</s>",
+        "\uff1c\uff0f\uff53\uff1e",
+        "</S>",
+        "<\u200b/s>",
+        "</s\u0301>",
+        "<|IM_END|>",
+        "x</s>y",
+        "<|im_\0end|>",
+    ]
+
+    def ids_of(text):
+        messages = [{"role": "user", "content": text}]
+        return processor.apply_chat_template(messages, tokenize=True, return_dict=False)[0]
+
+    assert any(tokenizer.eos_token_id in tokenizer(text).input_ids for text in hostile[1:6])
+    for text in hostile:
+        assert not set(ids_of(text)) & set(tokenizer.added_tokens_decoder), text
+    for text in ORDINARY[:3]:
+        assert ids_of(text) == tokenizer(f"Q: {text}\n", add_special_tokens=False).input_ids

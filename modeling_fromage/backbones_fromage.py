@@ -215,11 +215,19 @@ def measure_logit_transform(language_model: PreTrainedModel) -> Callable[[torch.
     hidden = torch.randn(1, 2, head.weight.shape[-1], generator=generator).to(head.weight.device, _float_dtype(head))
     ids = torch.tensor([[0, 1]], device=hidden.device)
 
+    largest_now = head(hidden).float().abs().max()
+
     def before_and_after(largest: float) -> tuple[torch.Tensor, torch.Tensor]:
-        scaled = hidden * (largest / head(hidden).float().abs().max())
-        with _decoder_that_gives(language_model, scaled):
-            after = language_model(input_ids=ids, use_cache=False).logits
-        return head(scaled).double(), after.double()
+        scaled = hidden * (largest / largest_now)
+        seen = []
+        hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+        try:
+            with _decoder_that_gives(language_model, scaled):
+                after = language_model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        is_own = len(seen) == 1 and torch.equal(seen[0][0].to(scaled), scaled)  # a pass over the vocabulary saved
+        return (seen[0][1] if is_own else head(scaled)).double(), after.double()
 
     name, tolerance = type(language_model).__name__, 2e-2 if hidden.dtype.itemsize < 4 else 1e-4
     transform = None

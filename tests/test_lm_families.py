@@ -87,7 +87,7 @@ def gradients(model, loss):
     found = dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True), strict=True))
     for name, matrix in matrices.items():
         if matrix.requires_grad:
-            found[name] = torch.autograd.grad(loss, matrix, retain_graph=True)[0][RET:]
+            found[name] = torch.autograd.grad(loss, matrix, retain_graph=True)[0][RET : RET + 1]
     return found
 
 

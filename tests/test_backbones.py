@@ -332,3 +332,36 @@ def test_every_layer_is_asked_for_its_gradient():
     first.fc1.rounds = True
     with pytest.raises(ValueError, match="Quantised layers of OPTForCausalLM.* lose the gradient"):
         check_gradient_passes(lm)
+
+
+def test_texts_beyond_a_window_that_no_trial_reaches():
+    """Packed rows have masks without a window: longer texts take the ordinary pass, though the trials went well."""
+    lm, vision = make_lm("mistral", spread=6.0, sliding_window=16), AutoModel.from_config(VISION_CONFIGS["clip"]())
+    config = FromageConfig.from_vision_text_configs(vision.config, lm.config, image_token_id=96, ret_token_id=97,
+                                                    tie_ret_embedding=False)  # fmt: skip
+    model = FromageForConditionalGeneration(config, lm, vision).train()
+    assert model._takes("packed rows")
+    ids = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(lm(ids).logits[0, :-1], ids[0, 1:])
+    torch.testing.assert_close(model(ids, labels=ids).captioning_loss, expected, rtol=1e-5, atol=0)
+    texts = torch.cat([ids, torch.tensor([[97]])], dim=1)
+    found = model(retrieval_input_ids=texts, pooled_image_features=torch.randn(1, 24)).text_embeds
+    torch.testing.assert_close(found, model.get_text_embeds(texts), rtol=1e-4, atol=1e-5)
+
+
+def test_an_lm_that_takes_no_padding_sees_none():
+    model = make_model("opt_clip").train()
+    texts = pad([[2, 5, 6, 7, RET], [2, 8, RET], [2, 9, 10, 11, RET]], "right")
+    batch = {f"retrieval_{name}": value for name, value in texts.items()}
+    batch["pooled_image_features"] = torch.randn(3, 24)
+    expected, masks = model(**batch), []
+    for ability in ("packed rows", "cached prefixes", "left padding", "right padding"):
+        model._abilities["sdpa", ability] = False
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    found = model(**batch)
+    assert [tuple(mask.shape) for mask in masks] == [(1, 3), (2, 5)] and all(bool(mask.all()) for mask in masks)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.text_embeds, expected.text_embeds)

@@ -553,7 +553,6 @@ class FromageForConditionalGeneration(
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_logits: bool | None = None,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> FromageOutput:
         """
@@ -564,7 +563,8 @@ class FromageForConditionalGeneration(
             pixel_values (N, channels, height, width) or pooled_image_features (N, vision width):
                 The images, in the order of their placeholders; in retrieval, image i is the match of text i.
             labels (B, L): Targets of the captioning loss, -100 where there is none. Shifted here.
-            shift_labels (B, L): The same, shifted already: entry t is the target of token t. Goes before `labels`.
+            shift_labels (B, L): The same, shifted already: entry t is the target of token t. Goes before `labels`. By
+                keyword, as transformers has it: a Trainer asks every batch for what the signature calls labels.
             inputs_embeds (B, L, D): Take the place of tokens. With `input_ids`, whose placeholders tell where they go,
                 images are put into them.
             retrieval_input_ids, retrieval_attention_mask (N, L'): Texts that end in `[RET]`, for the retrieval losses.
@@ -575,6 +575,7 @@ class FromageForConditionalGeneration(
                 with `inputs_embeds` alone, a layer of the LM that is to train with loses the gradient, or in training
                 the labels of captioning rows beside retrieval texts are missing.
         """
+        shift_labels: torch.LongTensor | None = kwargs.pop("shift_labels", None)
         has_rows = input_ids is not None and retrieval_input_ids is not None
         if self.training and has_rows and labels is None and shift_labels is None:
             raise ValueError(

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from training.files import replace_file
 from training.provenance import ROOT
 
 RESULTS = ROOT / "training" / "results"
@@ -21,9 +22,7 @@ def results_file(text: str) -> Path:
 def write_results(path: Path, results: dict[str, Any]):
     """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def read_results(pattern: str) -> list[dict[str, Any]]:

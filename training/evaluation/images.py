@@ -1,7 +1,6 @@
 """The images of an evaluation: found, encoded once, and counted where they cannot be used."""
 
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from modeling_fromage.fetching_fromage import DEFAULT_LIMITS, fetch, is_url
 from modeling_fromage.images_fromage import load_rgb_image
 from modeling_fromage.index_sources_fromage import ImageSource, read_ahead
 from training.evaluation.dual_encoder import DualEncoder
+from training.files import replace_file
 
 SQUASHED_SIZE = (224, 224)  # the authors' evaluations resize to it before CLIP's own preprocessing
 
@@ -123,7 +123,5 @@ def _download(url: str, path: Path) -> Image.Image:
     image = load_rgb_image({"bytes": data, "path": url})
     with Image.open(io.BytesIO(data), formats=DEFAULT_LIMITS.formats) as opened:
         suffix = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(opened.format, opened.format.lower())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path.with_name(f"{path.name}.{suffix}"))
+    replace_file(path.with_name(f"{path.name}.{suffix}"), data)
     return image

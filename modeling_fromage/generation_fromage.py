@@ -116,8 +116,8 @@ class FromageGenerationMixin:
         needed = "left padding" if is_padded else "a cache"
         if self._takes(needed):
             return
-        asked = [name for name in ("use_cache", "cache_implementation", "past_key_values") if kwargs.get(name)]
-        asked += [name for name in ("inputs_embeds",) if kwargs.get(name) is not None]
+        needs_cache = ("use_cache", "cache_implementation", "past_key_values", "inputs_embeds")
+        asked = [name for name in needs_cache if kwargs.get(name) is not None]  # an empty cache is asked for, too
         if asked:
             padded, equal = (" where prompts are padded", " or give prompts of one length") if is_padded else ("", "")
             raise ValueError(

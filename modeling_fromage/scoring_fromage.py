@@ -9,7 +9,7 @@ import torch
 
 from .backbone_probes_fromage import holds_attention_alone
 from .backbones_fromage import context_length
-from .packing_fromage import additive_mask
+from .packing_fromage import additive_mask, tokens_first
 
 TOKENS_AT_A_TIME = 512  # of candidates, side by side in a row: attention within a row costs more with its square
 
@@ -131,7 +131,7 @@ class FromageScoringMixin:
 
     def _one_by_one(self, cache, mask, ids, candidate_mask, layout) -> torch.Tensor:
         """[`_side_by_side`] for an LM that takes no packed rows: each candidate in a row with a copy of the cache."""
-        order = (~candidate_mask).long().argsort(dim=-1, stable=True)  # padding goes to the right
+        order = tokens_first(candidate_mask)
         candidate_mask, ids = candidate_mask.gather(-1, order), ids.gather(-1, order)
         count, length = ids.shape[1:]
         copies = copy.deepcopy(cache)
@@ -156,7 +156,7 @@ def side_by_side_layout(ids: torch.LongTensor, mask: torch.BoolTensor) -> tuple[
         Tokens, places in their candidates (-1 for padding, at the end), and numbers of their candidates, (B, T) each.
     """
     flat = mask.flatten(1)
-    order = (~flat).long().argsort(dim=-1, stable=True)[:, : int(flat.sum(-1).max())]  # (B, T): tokens first
+    order = tokens_first(flat)[:, : int(flat.sum(-1).max())]  # (B, T)
     is_token = flat.gather(-1, order)
     place = (mask.long().cumsum(-1) - 1).flatten(1).gather(-1, order).masked_fill(~is_token, -1)
     candidate = order // ids.shape[2]

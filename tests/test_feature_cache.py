@@ -290,3 +290,8 @@ def test_files_have_the_users_mode(config, tmp_path):
     finally:
         os.umask(umask)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "cache").iterdir()} == {0o640}
+
+
+def test_files_whose_names_are_not_utf8_are_told_apart():
+    names = [os.fsdecode(name) for name in (b"/pictures/caf\xe9.png", b"/pictures/caf\xe8.png")]
+    assert features.source_digest(names[0]) != features.source_digest(names[1])

@@ -80,7 +80,7 @@ def name_of(image: Any) -> str:
 
 
 def source_digest(place: str | None) -> bytes:
-    return hashlib.blake2b((place or "").encode(), digest_size=16).digest()
+    return hashlib.blake2b(os.fsencode(place or ""), digest_size=16).digest()
 
 
 def record_tensors(records: list[ImageRecord]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
-	$(BIN)/python -m tests.fetch_transformers_tests
+	$(BIN)/python -m tests.helpers.fetch_transformers_tests
 	touch $@
 
 test: $(VENV)/dev.stamp

@@ -10,13 +10,13 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_fromage import FromageConfig
-from .data_collator_fromage import FromageDataCollator
-from .fetching_fromage import ImageLimits, UnreadableImageError
+from .images_fromage import ImageLimits, UnreadableImageError
+from .index.index import FromageImageIndex
 from .modeling_fromage import FromageForConditionalGeneration, FromageOutput
 from .pipeline_fromage import TASK, FromageChat, FromagePipeline
 from .processing_fromage import FromageProcessor
-from .retrieval_fromage import FromageImageIndex
-from .trainer_fromage import FromageTrainer, NormalizeRetEmbeddingCallback
+from .trainer.data_collator import FromageDataCollator
+from .trainer.trainer import FromageTrainer, NormalizeRetEmbeddingCallback
 from .version import __version__
 from .vision_efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 

@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.peft import maybe_load_adapters
 
-from .assembly_fromage import (
+from .backbone_loading_fromage import (
     HUB_KWARGS,
     PARTS,
     ROLES,
@@ -34,6 +34,7 @@ from .checkpoint_files_fromage import (
     tensor_names,
     weight_files_of,
 )
+from .checkpoint_origin_fromage import backbone_references, difference_from_origin
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import trained_fingerprint
 from .peft_layers_fromage import (
@@ -43,7 +44,6 @@ from .peft_layers_fromage import (
     names_without_peft,
     own_parameters,
 )
-from .verification_fromage import backbone_references, difference_from_origin
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Reading images of every common kind, from files, memory or the web, as RGB."""
+"""Reading images of every common kind as RGB, and what an image may cost."""
 
 import contextlib
 import io
@@ -6,12 +6,11 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
-
-from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, fetch, is_url
 
 # What Pillow raises, and why, where it is not that the file is broken; the first kind that fits counts.
 _REASONS = {
@@ -23,6 +22,54 @@ _REASONS = {
 }
 _PIXELS_AT_ONCE = 50_000_000  # that all threads of a process decode together
 _STRIP_PIXELS = 1 << 20  # that are converted at a time: some conversions take 24 bytes a pixel
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may cost at most.
+
+    Attributes:
+        timeout: Seconds for a whole download, redirects included.
+        max_bytes: Size of a downloaded file.
+        max_pixels: Width times height. Decoding takes up to 20 bytes a pixel; all threads together decode no more than
+            50 million pixels at a time, and an image of more than that by itself.
+        max_aspect_ratio: The longer side over the shorter: resizing the shorter one blows a thin image up.
+        formats: Formats that are decoded, by Pillow's names, whatever a file is called and wherever it comes from.
+            Pillow reads others too (`"JPEG2000"`, `"TGA"`, or `"HEIF"` with the pillow-heif plugin); for `"EPS"` it
+            starts Ghostscript.
+        allow_private_addresses: Whether a host may be this machine or one of its network (loopback, 10.0.0.0/8, the
+            cloud's metadata service, ...).
+    """
+
+    timeout: float = 10.0
+    max_bytes: int = 20_000_000
+    max_pixels: int = 50_000_000
+    max_aspect_ratio: float = 100.0
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
+    allow_private_addresses: bool = False
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def printable(text: str) -> str:
+    """`text` with what cannot be printed (control characters, line breaks, invalid Unicode) as backslash escapes, so
+    that a name from elsewhere cannot write lines of its own into a log or a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be had; `reason` says why in few words, alike for alike causes."""
+
+    def __init__(self, name: str, reason: str, detail: str = ""):
+        self.name, self.reason, self.detail = name, reason, detail
+        detail = f" ({detail})" if detail else ""
+        super().__init__(printable(f"Cannot read the image {name}: {reason}{detail}. Replace it or leave it out."))
+
+
+def is_url(source: object) -> bool:
+    """Whether `source` is a web address or a `data:` URL."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://", "data:"))
 
 
 class _PixelBudget:
@@ -88,7 +135,7 @@ def load_rgb_image(
     if not isinstance(source, (str, os.PathLike, io.BytesIO, Image.Image)):
         raise UnreadableImageError(name, "no image", f"it is a {type(source).__name__}")
     if is_url(source):
-        source = io.BytesIO(fetch(source, limits))
+        source = io.BytesIO(_fetch(source, name, limits))
     elif isinstance(source, str) and source.lower().startswith("file:"):
         raise UnreadableImageError(name, "file: URLs are refused", "give a path for a local file")
     try:
@@ -103,6 +150,22 @@ def load_rgb_image(
         if reason == "no image":
             detail = f"of {', '.join(limits.formats)}; `ImageLimits(formats=...)` allows others"
         raise UnreadableImageError(name, reason, detail) from error
+
+
+def _fetch(url: str, name: str, limits: ImageLimits) -> bytes:
+    """What stands behind a URL, where the package is installed: a checkpoint's code fetches nothing by itself."""
+    try:
+        from modeling_fromage.io.fetching import fetch
+    except ImportError as error:
+        raise UnreadableImageError(
+            name, "URLs are fetched by the package alone", "pip install modeling-fromage, or download the image"
+        ) from error
+    try:
+        return fetch(url, limits)
+    except ValueError as error:  # the package's own kind, where this is a checkpoint's code
+        if isinstance(error, UnreadableImageError):
+            raise
+        raise UnreadableImageError(name, error.reason, error.detail) from error
 
 
 def _decode(source: Any, name: str, limits: ImageLimits) -> Image.Image:
@@ -189,4 +252,12 @@ def _turned(rgb: Image.Image, orientation: int) -> Image.Image:
     return rgb
 
 
-__all__ = ["load_rgb_image", "to_rgb"]
+__all__ = [
+    "DEFAULT_LIMITS",
+    "ImageLimits",
+    "UnreadableImageError",
+    "is_url",
+    "load_rgb_image",
+    "printable",
+    "to_rgb",
+]

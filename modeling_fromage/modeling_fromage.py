@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .assembly_fromage import PARTS, assemble_from_vision_text
+from .backbone_loading_fromage import PARTS, assemble_from_vision_text
 from .backbone_probes_fromage import check_decoder
 from .backbones_fromage import (
     allow_activation_checkpointing,
@@ -31,6 +31,7 @@ from .backbones_fromage import (
 )
 from .branches_fromage import FromageBranchesMixin
 from .checkpoint_fromage import FromageCheckpointMixin
+from .checkpoint_origin_fromage import weights_digest
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import trained_fingerprint
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
@@ -38,7 +39,6 @@ from .losses_fromage import mean_over_targets
 from .packing_fromage import next_tokens, padding_side, positions, tokens_first
 from .peft_layers_fromage import own_parameters, set_peft_training_mode
 from .scoring_fromage import FromageScoringMixin
-from .verification_fromage import weights_digest
 
 
 @dataclass

@@ -13,12 +13,10 @@ from transformers import Pipeline
 from transformers.utils.chat_template_utils import Chat
 
 from .backbones_fromage import context_length
-from .fetching_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, is_url
-from .images_fromage import load_rgb_image
-from .index_values_fromage import as_ids
-from .interleaving_fromage import MAX_NEW_TOKENS, InterleavedGeneration, Segment
+from .image_ids_fromage import as_ids
+from .images_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, is_url, load_rgb_image
+from .interleaved_generation_fromage import MAX_NEW_TOKENS, InterleavedGeneration, Segment
 from .processing_fromage import FromageProcessor
-from .retrieval_fromage import FromageImageIndex
 
 logger = logging.getLogger(__name__)
 TASK = "interleaved-generation"
@@ -118,7 +116,7 @@ class FromagePipeline(Pipeline):
             "rets_in_text": None if max_new_tokens is None else max_new_tokens == 0,
         }
         if isinstance(index, (str, os.PathLike)):
-            index = FromageImageIndex.from_pretrained(index, image_root=image_root)
+            index = _open_index(index, image_root)
         elif image_root is not None:
             raise ValueError(
                 f"`image_root` goes with an index that is given as a folder or repository, got {type(index)}. Set it "
@@ -256,6 +254,18 @@ class FromageChat:
             forgotten += kept[start : turns[0]]
             kept = kept[:start] + kept[turns[0] :]
         return kept, forgotten
+
+
+def _open_index(name: str | os.PathLike, image_root: str | os.PathLike | None) -> Any:
+    """The index of a folder or repository, where the package is installed: a checkpoint does not carry its code."""
+    try:
+        from modeling_fromage.index import FromageImageIndex
+    except ImportError as error:
+        raise ImportError(
+            f"An index by its name ({name}) is opened by the package alone: pip install modeling-fromage. Or give "
+            "`index` an object with `search` and `load_image`."
+        ) from error
+    return FromageImageIndex.from_pretrained(name, image_root=image_root)
 
 
 def _wrap(prompt: Any) -> Chat | _Interleaved:

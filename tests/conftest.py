@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.backbones import BACKBONES, make_model, make_processor
+from tests.helpers.backbones import BACKBONES, make_model, make_processor
 
 
 @pytest.fixture(autouse=True)

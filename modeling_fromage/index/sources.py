@@ -1,0 +1,212 @@
+"""Images for an index, from wherever they are: folders, tables, datasets, lists; read ahead by threads."""
+
+import contextlib
+import csv
+import hashlib
+import itertools
+import math
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.utils import is_datasets_available
+
+from ..image_ids_fromage import as_ids, storable
+from ..images_fromage import UnreadableImageError, is_url
+
+if is_datasets_available():
+    import datasets
+
+_IMAGE_COLUMNS = ("image", "url", "path", "file_name")  # of tables and rows, in this order
+
+
+@dataclass
+class ImageSource:
+    """One image to be indexed: what [`load_rgb_image`] takes, its id, and facts to be kept with it."""
+
+    image: Any
+    id: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its address or path, or what it is."""
+        if isinstance(self.image, dict):
+            return str(self.image.get("path") or "in memory")
+        return str(self.image)[:1000] if isinstance(self.image, (str, os.PathLike)) else type(self.image).__name__
+
+
+def image_sources(
+    images: Any, ids: Sequence[str] | None = None, metadata: Sequence[dict[str, Any]] | None = None
+) -> tuple[Iterator[ImageSource], int | None, str | None]:
+    """The images of a folder, of a TSV or CSV file with a header, of a `datasets` dataset, or of any iterable of PIL
+    images, paths, URLs or rows (dicts with an "image"); how many they are, where that is known; and the folder that
+    metadata's relative paths start from.
+
+    An id is that of `ids`, else the row's "id", else the file's path below the folder, else the image's number. Paths
+    and URLs, and a table's other columns, become metadata; `metadata` adds to it.
+
+    Raises:
+        ValueError: `images` is none of these, or there are not as many `ids` or `metadata` as images.
+    """
+    root, ids = None, None if ids is None else as_ids(ids)
+    if isinstance(images, (str, os.PathLike)):
+        path = Path(images).absolute()
+        root = path if path.is_dir() else path.parent
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if _may_be_image(file))
+            rows = [{"image": str(file), "id": file.relative_to(path).as_posix()} for file in found]
+        elif path.suffix.lower() in (".tsv", ".csv"):
+            rows = _read_table(path)
+        else:
+            raise ValueError(f"Expected a folder, a .tsv or .csv file, a dataset or a list of images, got {images!r}.")
+    else:
+        rows = _undecoded(images)
+    count = len(rows) if isinstance(rows, Sized) else None
+    for name, given in (("ids", ids), ("metadata entries", metadata)):
+        if given is not None and len(given) != count:
+            got = "a stream of images; let its rows carry them" if count is None else f"{count} images"
+            raise ValueError(f"Got {len(given)} {name} for {got}.")
+    ids, metadata = (
+        itertools.repeat(default) if given is None else given for given, default in ((ids, None), (metadata, {}))
+    )
+    columns = zip(rows, ids, metadata, strict=False)
+    sources = (_source(number, *row, root) for number, row in enumerate(columns))
+    return sources, count, None if root is None else str(root)
+
+
+def _may_be_image(file: Path) -> bool:
+    """By its name, and no folder, device or pipe, which could be read for ever; a broken link is a missing image."""
+    return file.suffix.lower() in Image.registered_extensions() and (file.is_file() or not file.exists())
+
+
+def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], root: Path | None) -> ImageSource:
+    if not isinstance(row, dict):
+        row = {"image": row}
+    columns = [name for name in _IMAGE_COLUMNS if row.get(name) is not None]
+    column = next((name for name in columns if row[name] != ""), None) or next(iter(columns), None)
+    if column is None:
+        raise ValueError(f"Row {number} has none of the columns {_IMAGE_COLUMNS}; it has {sorted(row)}.")
+    image = row[column]
+    if root is not None and isinstance(image, str) and image and not is_url(image):
+        image = str(Path(root) / image)  # a table's are relative to it
+    metadata = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+    metadata = {name: value for name, value in metadata.items() if name not in (column, "id") and _is_fact(value)}
+    where = image if not isinstance(image, dict) else None if image.get("bytes") else image.get("path")
+    if is_url(where):
+        metadata["url"] = where
+    elif isinstance(where, (str, os.PathLike)):
+        path = Path(where).absolute()
+        metadata["path"] = (path.relative_to(root) if root and path.is_relative_to(root) else path).as_posix()
+    image_id = given_id if given_id is not None else row.get("id")
+    image_id = storable(str(number if image_id is None else image_id))
+    return ImageSource(image, image_id, {**metadata, **facts})
+
+
+def _is_fact(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, bool)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a TSV or CSV file; relative image paths are relative to it."""
+    is_tsv = path.suffix.lower() == ".tsv"
+    # A quote in a TSV is a quote: captions have single ones. `datasets` and spreadsheets quote a CSV's.
+    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
+        reader = csv.DictReader(file, **quoting)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path) from error
+    if rows and not any(name in rows[0] for name in _IMAGE_COLUMNS):
+        raise ValueError(f"{path} needs a header with one of the columns {_IMAGE_COLUMNS}; it has {list(rows[0])}.")
+    for row in rows:
+        for name in _IMAGE_COLUMNS:
+            if name in row:
+                row[name] = row[name] or ""  # of a short row: left out like a missing file, not for all to fail
+    return rows
+
+
+def _not_utf8(path: Path) -> ValueError:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return ValueError(f"{path}, line {number} is not UTF-8 ({error}). Save the table as UTF-8.")
+    return ValueError(f"{path} is not UTF-8. Save the table as UTF-8.")  # it has just changed
+
+
+def _undecoded(images: Any) -> Any:
+    """`images`; of a dataset, with its image column not decoded, so that a broken file costs that file alone."""
+    if is_datasets_available() and isinstance(images, (datasets.Dataset, datasets.IterableDataset)):
+        for name, feature in (images.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                images = images.cast_column(name, datasets.Image(decode=False))
+                return images if name in _IMAGE_COLUMNS else images.rename_column(name, "image")
+        return images
+    if isinstance(images, Iterable) and not isinstance(images, (bytes, dict)):
+        return images
+    raise ValueError(f"Expected a folder, a .tsv or .csv file, a dataset or a list of images, got {type(images)}.")
+
+
+def read_ahead(
+    sources: Iterable[ImageSource], load: Callable[[Any], Any], workers: int, ahead: int
+) -> Iterator[tuple[ImageSource, Any, UnreadableImageError | None]]:
+    """Each source with what `load` makes of its image, or with why it cannot be read; in order, loaded by threads."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        pending: deque = deque()
+        try:
+            for source in sources:
+                pending.append((source, pool.submit(load, source.image)))
+                if len(pending) > ahead:
+                    yield _result(*pending.popleft())
+            while pending:
+                yield _result(*pending.popleft())
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _result(source, future):
+    try:
+        return source, future.result(), None
+    except UnreadableImageError as error:
+        return source, None, error
+
+
+def _content(image: Any) -> str:
+    """What tells an image from another of the same name; nothing for a URL, and for one that cannot be read."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        if isinstance(image, Image.Image):
+            return f"{image.size} {image.mode} {zlib.crc32(image.tobytes())}"
+        if isinstance(image, dict) and image.get("bytes"):
+            return str(zlib.crc32(image["bytes"]))
+        path = image.get("path") if isinstance(image, dict) else image
+        if isinstance(path, (str, os.PathLike)) and not is_url(path):
+            found = os.stat(path)
+            return f"{found.st_size} {found.st_mtime_ns}"
+    return ""
+
+
+class SourceDigest:
+    """A running digest of the images that were seen, to tell whether a build goes on with them: of their ids, and of
+    their bytes, their pixels, their file's size and time of change, or their address."""
+
+    def __init__(self):
+        self._hash = hashlib.sha256()
+
+    def update(self, source: ImageSource):
+        self._hash.update(f"{source.id}\0{source.name}\0{_content(source.image)}\n".encode(errors="surrogatepass"))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()

@@ -1,0 +1,1 @@
+"""What the authors' code returns, to compare with."""

@@ -1,0 +1,358 @@
+"""Training with the HF Trainer: the `[RET]` norm callback, separate losses in the log, recall in evaluation."""
+
+import logging
+import os
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import get_total_norm
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+
+from ..processing_fromage import FromageProcessor
+from .data_collator import FromageDataCollator
+from .ranking import gallery_ranks, recall_at_k
+
+logger = logging.getLogger(__name__)
+
+LOSS_PARTS = ("captioning_loss", "ret_token_loss", "contrastive_loss")
+# A gradient scaler starts at 2 ** 16 and halves at every step that it skips: by now it has skipped 30.
+SMALLEST_LOSS_SCALE = 2.0**-14
+
+WHAT_TO_CHECK = (
+    "Check the learning rate, the image features, and the dtype of the backbones: float16 overflows where bfloat16 and "
+    "float32 do not."
+)
+
+# Arguments with which something else would be trained, or nothing: the value that is off, and why.
+UNSUPPORTED_IN_TRAINING = {
+    "label_smoothing_factor": (
+        0.0,
+        "it replaces the model's three losses by one cross-entropy of labels that are not shifted. Set it to 0",
+    ),
+    "neftune_noise_alpha": (
+        None,
+        "the frozen language model stays in eval mode, where NEFTune adds no noise. Leave it out; "
+        "`image_feature_dropout` of FromageConfig regularises the images",
+    ),
+    "use_liger_kernel": (
+        False,
+        "Liger has no kernels for this model, which builds no whole logits anyway. Leave it out",
+    ),
+    "torch_compile": (
+        False,
+        "a step packs its texts by their lengths, so that nearly every batch would be compiled anew. Compile the "
+        "frozen encoder: `model.vision_model.compile()`, or `compile_vision_model: true` of `training.train`",
+    ),
+}
+UNSUPPORTED_IN_EVALUATION = {
+    "batch_eval_metrics": (
+        False,
+        "recall ranks the whole evaluation set, not a batch. Leave it out: embeddings are kept, never logits",
+    ),
+    "eval_do_concat_batches": (True, "recall ranks the whole evaluation set, not a batch. Leave it out"),
+}
+
+
+class NormalizeRetEmbeddingCallback(TrainerCallback):
+    """After each optimiser step, rescale `[RET]` to the mean norm of the LM's other embeddings (authors' code).
+
+    It also keeps a plain `Trainer` from training something else than the model's losses, and from going on with numbers
+    that are not finite.
+
+    Raises:
+        ValueError: An argument with which something else would be trained, such as `label_smoothing_factor`.
+        FloatingPointError: A gradient is NaN or infinite, before the optimiser takes the step; or a trained parameter,
+            after it. Names the step.
+    """
+
+    def on_init_end(self, args, state, control, **kwargs: Any):
+        refuse_arguments(args, UNSUPPORTED_IN_TRAINING)
+
+    def on_train_begin(self, args, state, control, **kwargs: Any):  # of a callback that was added later
+        refuse_arguments(args, UNSUPPORTED_IN_TRAINING)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs: Any):
+        if args.fp16:  # the gradient scaler skips such a step, and tries a smaller scale
+            return
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        refuse_non_finite(gradients, state, "was not taken, for gradients that are not finite:")
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs: Any):
+        unwrapped = getattr(model, "module", model)
+        unwrapped.normalize_ret_embedding()
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        refuse_non_finite(trained, state, "left numbers that are not finite:")
+
+
+def refuse_non_finite(tensors: dict[str, torch.Tensor], state: TrainerState, what: str):
+    """
+    Raises:
+        FloatingPointError: Names those of `tensors` with a NaN or an infinity.
+    """
+    if not get_total_norm(tensors.values(), float("inf")).isfinite():  # one wait for the device
+        names = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        raise FloatingPointError(f"Step {state.global_step + 1} {what} {', '.join(names)}. {WHAT_TO_CHECK}")
+
+
+def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, str]]):
+    """
+    Raises:
+        ValueError: One of `args` is not at the value that is off.
+    """
+    for name, (off, reason) in unsupported.items():
+        value = getattr(args, name)
+        if value != off:
+            raise ValueError(f"`{name}={value}` does not work with FROMAGe: {reason}.")
+
+
+class FromageTrainer(Trainer):
+    """The HF Trainer with [`NormalizeRetEmbeddingCallback`], the three losses in the log, and recall over the whole
+    evaluation set, both directions, as `eval_text_to_image_R@1`, ..., beside their number of pairs.
+
+    Without a `data_collator` it makes a [`FromageDataCollator`] of `processing_class`. It sets
+    `remove_unused_columns=False`, since the collator reads the raw columns, and
+    `accelerator_config={"dispatch_batches": False}`: of a streamed data set each process collates its own batches, as
+    a batch whose captions were concatenated has fewer captioning rows than images and cannot be cut.
+
+    `train(resume_from_checkpoint=True)` goes on after the last complete checkpoint, and starts from the beginning where
+    there is none yet, so that a run that may be killed at any moment has one command.
+
+    A run's checkpoints hold the trained parts and the optimiser's state. They name the backbones by Hub id and commit,
+    else by absolute path; on another machine `from_pretrained(checkpoint, text_model_id=..., vision_model_id=...)`
+    loads them, and `train(resume_from_checkpoint=...)` goes on with a model that was assembled there. A backbone whose
+    weights have changed is in them whole. With the plain Trainer, whose checkpoints are those of `save_pretrained`, so
+    are backbones that are on no Hub and lie more than two folders up.
+
+    Raises:
+        ValueError: An argument would train something else than the model's losses (`label_smoothing_factor`,
+            `compute_loss_func`, ...), there is neither a collator nor a [`FromageProcessor`] to make one of, or the
+            collator's processor has other token ids than the model, or lays captions out in another way than
+            `processing_class`, which is saved. In `train`: checkpoints of the run are to be pushed and name folders of
+            this machine, or would leave out what PEFT trains.
+        FloatingPointError: A loss, gradient or trained parameter is NaN or infinite; names the step.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        *more: Any,
+        **kwargs: Any,
+    ):
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        refuse_arguments(args, UNSUPPORTED_IN_TRAINING | UNSUPPORTED_IN_EVALUATION)
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches=True` cuts every tensor of a batch alike, but a batch of concatenated captions has "
+                "fewer captioning rows than images. Leave it out."
+            )
+        args.accelerator_config.dispatch_batches = False
+        args.remove_unused_columns = False
+        super().__init__(model, args, data_collator, *more, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` would replace the model's three losses. Weight them in FromageConfig "
+                "(`captioning_loss_weight`, ...), or override `compute_loss` in a subclass."
+            )
+        if data_collator is None:
+            if not isinstance(self.processing_class, FromageProcessor):
+                raise ValueError(
+                    f"Without a `data_collator`, `processing_class` must be a FromageProcessor, got "
+                    f"{type(self.processing_class).__name__}. Give `data_collator=FromageDataCollator(processor)` or "
+                    "`processing_class=processor`."
+                )
+            self.data_collator = FromageDataCollator(self.processing_class, seed=args.seed)
+        processor, config = getattr(self.data_collator, "processor", None), getattr(self.model, "config", None)
+        if processor is not None and config is not None:
+            processor.check_config(config)
+        if isinstance(self.data_collator, FromageDataCollator) and isinstance(self.processing_class, FromageProcessor):
+            self.data_collator.check_format(self.processing_class)
+        self.add_callback(NormalizeRetEmbeddingCallback())
+        self._parts: dict[str, torch.Tensor] = {}  # of the last batch
+        self._logged_parts = LossParts()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        given = str(resume_from_checkpoint).lower()
+        if given in ("true", "false") and not os.path.exists(given):  # as YAML and command lines have it
+            resume_from_checkpoint = given == "true"
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning(
+                    "%s has no complete checkpoint yet: training starts from the beginning.", self.args.output_dir
+                )
+        self._logged_parts = LossParts()
+        # What could not be saved or pushed is refused before the first step.
+        if self.args.save_strategy != SaveStrategy.NO and isinstance(self._unwrapped, PreTrainedModel):
+            self._unwrapped.refuse_unsaved_peft()
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # which pushes checkpoints of the run
+            self._refuse_local_backbones()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _unwrapped(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank has the weights
+
+    def _refuse_local_backbones(self):
+        if hasattr(self._unwrapped, "refuse_local_backbones"):
+            self._unwrapped.refuse_local_backbones(compare_weights=not self._is_sharded)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any):
+        """As the Trainer's; backbones are named, if by a path of this machine, rather than copied."""
+        unwrapped = self._unwrapped
+        with unwrapped.absolute_paths() if hasattr(unwrapped, "absolute_paths") else nullcontext():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None):
+        if not self._restore_adapter(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._restore_adapter(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _restore_adapter(self, checkpoint: str) -> bool:
+        """Load an adapter that `add_adapter` has put in, which the Trainer does not know of; whether there is one."""
+        has_adapter = getattr(self._unwrapped, "_hf_peft_config_loaded", False) and not self._is_sharded
+        if has_adapter:
+            self._unwrapped.restore_adapter(checkpoint)
+        return has_adapter
+
+    def push_to_hub(self, *args: Any, **kwargs: Any):
+        self._refuse_local_backbones()
+        return super().push_to_hub(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs: Any):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            values = {name: outputs.get(name) for name in LOSS_PARTS}
+            self._parts = {name: value.detach().mean() for name, value in values.items() if value is not None}
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        step = self.state.global_step + 1
+        if not loss.isfinite().all():
+            values = ", ".join(f"{name} {value.item():g}" for name, value in self._parts.items())
+            raise FloatingPointError(
+                f"Step {step} was not taken, for a loss of {loss.item():g} ({values}). {WHAT_TO_CHECK}"
+            )
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < SMALLEST_LOSS_SCALE:
+            raise FloatingPointError(
+                f"Step {step} was not taken: the gradients have not been finite for many steps, whatever the loss was "
+                f"scaled by ({scaler.get_scale():g} by now). {WHAT_TO_CHECK}"
+            )
+        self._logged_parts.add(self._parts, 1 / self.current_gradient_accumulation_steps)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any):
+        if "loss" in logs and self._logged_parts.steps:
+            logs = {**logs, **self._logged_parts.means(self.accelerator)}
+            self._logged_parts = LossParts()
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As the Trainer's, with each loss part's mean and the recall among all N pairs.
+
+        Raises:
+            ValueError: Several processes share a streamed data set, of which none knows which examples fill the others'
+                last batch: they would count twice.
+        """
+        if isinstance(dataloader.dataset, IterableDataset) and self.args.world_size > 1:
+            raise ValueError(
+                f"{description} on a streamed data set in {self.args.world_size} processes would count examples twice. "
+                "Give a data set with a length, or evaluate in one process."
+            )
+        collator = self.data_collator
+        was_training = getattr(collator, "training", None)
+        if was_training is not None:
+            collator.training = False  # no concatenated captions
+        try:
+            output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        finally:
+            if was_training is not None:
+                collator.training = was_training
+        values = dict(zip(self._output_names, output.predictions, strict=True))
+        for name in (
+            "loss",
+            *LOSS_PARTS,
+        ):  # the loop's own mean takes a last, smaller batch of a stream for a whole one
+            if name in values:
+                output.metrics[f"{metric_key_prefix}_{name}"] = float(torch.as_tensor(values[name]).float().mean())
+        if "image_embeds" in values:
+            output.metrics.update(self._recall(values, metric_key_prefix))
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = {**self._prepare_inputs(inputs), "return_logits": False}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        names = (*LOSS_PARTS, "image_embeds", "text_embeds", "loss")
+        self._output_names = [name for name in names if outputs.get(name) is not None]
+        count = len(inputs["input_ids"])
+        predictions = [outputs[name].detach() for name in self._output_names]
+        predictions = tuple(p.repeat(count) if p.dim() == 0 else p for p in predictions)  # a loss counts once a row
+        return loss.detach(), predictions, inputs.get("labels")
+
+    @staticmethod
+    def _recall(values: dict[str, Any], prefix: str) -> dict[str, float]:
+        images = torch.as_tensor(values["image_embeds"]).float()
+        texts = torch.as_tensor(values["text_embeds"]).float()
+        metrics: dict[str, float] = {f"{prefix}_num_pairs": len(images)}
+        for direction, pair in (("text_to_image", (texts, images)), ("image_to_text", (images, texts))):
+            recall = recall_at_k(gallery_ranks(*pair))
+            metrics.update({f"{prefix}_{direction}_{name}": value for name, value in recall.items()})
+        return metrics
+
+
+class LossParts:
+    """The three losses since the last log, weighted as the Trainer weights the loss that it logs: a batch counts as one
+    of those that its optimiser step accumulates, and the mean is over processes."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = 0.0
+
+    def add(self, parts: dict[str, torch.Tensor], weight: float):
+        self.steps += weight
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0) + weight * value
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Of all processes, which must call this together, as they log together."""
+        if not self.sums:
+            return {}
+        means = accelerator.reduce(torch.stack(list(self.sums.values())) / self.steps, "mean")
+        return dict(zip(self.sums, means.tolist(), strict=True))
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint of a run with a whole `trainer_state.json`, the last file that the Trainer writes into one;
+    `None` where there is none."""
+    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := name.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        try:
+            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and passed over.", path)
+        else:
+            return str(path)
+    return None
+
+
+__all__ = ["FromageTrainer", "NormalizeRetEmbeddingCallback"]

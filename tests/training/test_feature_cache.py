@@ -1,0 +1,297 @@
+"""The cache of frozen features: the same training with it as without, refusals, and interrupted or shared work."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from modeling_fromage import FromageDataCollator
+from tests.helpers.backbones import PARITY, make_processor
+from tests.training.test_resume import losses
+from training import cache_features, features, train
+from training.data import load_captioned_images
+from training.features import CachedFeatures
+
+
+@pytest.fixture(autouse=True)
+def _errors_as_they_are_raised(monkeypatch):
+    monkeypatch.setenv("FROMAGE_TRACEBACK", "1")
+
+
+@pytest.fixture
+def config(tmp_path):
+    for name in ("language_model", "vision_model"):
+        shutil.copytree(PARITY / "case_a_opt_tied" / name, tmp_path / "backbones" / name)
+    images = (PARITY / "common" / "images").resolve()
+    lines = [f"a picture of thing {i}\t{images}/img_{i:03d}.png" for i in range(22)]
+    (tmp_path / "train.tsv").write_text("caption\timage\n" + "\n".join(lines) + "\n")
+    backbones = tmp_path / "backbones"
+    (tmp_path / "config.yaml").write_text(
+        f"language_model: {backbones / 'language_model'}\nvision_model: {backbones / 'vision_model'}\n"
+        f"projection_dim: 16\ntrain_data: {tmp_path / 'train.tsv'}\nmax_steps: 4\nlogging_steps: 1\n"
+        "per_device_train_batch_size: 4\nlearning_rate: 0.01\nsave_strategy: 'no'\nreport_to: none\nuse_cpu: true\n"
+    )
+    return tmp_path / "config.yaml"
+
+
+def run(config, folder, *options) -> int:
+    return cache_features.main([str(config), str(folder), *options, "--shard-size", "5", "--batch-size", "3"])
+
+
+def opened(dataset: Dataset | Path, folder: Path) -> CachedFeatures:
+    """The cache in `folder` as its own encoder's."""
+    dataset = dataset if isinstance(dataset, Dataset) else load_captioned_images(str(dataset))
+    expected = json.loads((folder / "manifest.json").read_text())
+    return CachedFeatures(dataset, folder, {name: expected[name] for name in expected if name != "shard_size"})
+
+
+def picture(colour: str, size: int = 8) -> bytes:
+    with io.BytesIO() as file:
+        Image.new("RGB", (size, size), colour).save(file, "BMP")  # of one size, whatever the colour
+        return file.getvalue()
+
+
+def make_pictures(folder: Path, colours: list[str]) -> Path:
+    """A table of pictures `0.bmp`, `1.bmp`, ..., all of one size and time."""
+    folder.mkdir(parents=True)
+    for number, colour in enumerate(colours):
+        path = folder / f"{number}.bmp"
+        path.write_bytes(picture(colour))
+        os.utime(path, (10**9, 10**9))
+    rows = [f"picture {i}\t{i}.bmp" for i in range(len(colours))]
+    (folder / "train.tsv").write_text("caption\timage\n" + "\n".join(rows) + "\n")
+    return folder / "train.tsv"
+
+
+def test_training_with_the_cache_equals_training_without(config, tmp_path):
+    assert run(config, tmp_path / "cache") == 5
+    first = load_file(tmp_path / "cache" / "features-00000.safetensors")["features"]
+    assert first.dtype == torch.float16 and first.shape == (5, 32)
+    train.main([str(config), f"output_dir={tmp_path / 'live'}"])
+    train.main([str(config), f"output_dir={tmp_path / 'cached'}", f"feature_cache={tmp_path / 'cache'}",
+                "dataloader_num_workers=2"])  # fmt: skip
+    live, cached = losses(tmp_path / "live"), losses(tmp_path / "cached")
+    assert list(cached) == [1, 2, 3, 4]
+    assert cached == pytest.approx(live, abs=2e-2)  # features in half precision
+
+
+def test_interrupted_and_shared_work(config, tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    run(config, whole)
+    assert run(config, shared, "--rank", "0", "--world-size", "2") == 3
+    with pytest.raises(ValueError, match="2 of its 5 shards, the first of them features-00001"):
+        train.main([str(config), f"output_dir={tmp_path / 'out'}", f"feature_cache={shared}"])
+    (shared / "features-00002.safetensors").write_bytes(b"half a file")
+    assert run(config, shared, "--rank", "1", "--world-size", "2") == 2
+    assert run(config, shared, "--rank", "0", "--world-size", "2") == 1  # the damaged one
+    assert run(config, shared) == 0
+    for number in range(5):
+        name = f"features-{number:05d}.safetensors"
+        assert torch.equal(load_file(whole / name)["features"], load_file(shared / name)["features"])
+    assert sorted(path.name for path in shared.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_caches_of_something_else_are_refused(config, tmp_path):
+    folder = tmp_path / "cache"
+    run(config, folder)
+    arguments = [str(config), f"output_dir={tmp_path / 'out'}", f"feature_cache={folder}"]
+    for key, value, message in [
+        ("vision_model_weights", {}, "vision_model_weights"),
+        ("num_images", 21, "num_images 21, not 22"),
+        ("preprocessing", {}, "preprocessing"),
+        ("vision_pooling", "cls", "vision_pooling 'cls', not 'pooler'"),
+    ]:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+        with pytest.raises(ValueError, match=message):
+            train.main(arguments)
+        with pytest.raises(ValueError, match=message):
+            run(config, folder)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="no feature cache"):
+        train.main([*arguments[:2], f"feature_cache={tmp_path}"])
+
+
+def test_rows_are_those_of_the_data_set(config, tmp_path):
+    run(config, tmp_path / "cache")
+    dataset = load_captioned_images(str(tmp_path / "train.tsv"))
+    expected = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    expected.pop("shard_size")
+    cached = CachedFeatures(dataset, tmp_path / "cache", expected)
+    assert len(cached) == 22 and cached[17]["caption"] == "a picture of thing 17"
+    row = load_file(tmp_path / "cache" / "features-00003.safetensors")["features"][2]
+    assert torch.equal(cached[17]["pooled_image_features"], row)
+
+
+def test_other_pictures_of_the_same_names_are_refused(config, tmp_path):
+    """Names, sizes and times are alike, as of files from an archive: the contents decide."""
+    red = make_pictures(tmp_path / "red", ["red"] * 7)
+    blue = make_pictures(tmp_path / "blue", ["red"] * 5 + ["blue"] * 2)
+    cache = tmp_path / "cache"
+    assert run(config, cache, f"train_data={red}") == 2
+    message = r"of other images: image 5, .*blue/5.bmp, is not that of features-00001.*training.cache_features CONFIG"
+    with pytest.raises(ValueError, match=message):
+        train.main([str(config), f"output_dir={tmp_path / 'out'}", f"train_data={blue}", f"feature_cache={cache}"])
+    with pytest.raises(ValueError, match=message):
+        run(config, cache, f"train_data={blue}")
+    (cache / "features-00001.safetensors").unlink()
+    assert run(config, cache, f"train_data={blue}") == 1  # a folder for red ones may go on with what is alike
+    opened(blue, cache)
+    with pytest.raises(ValueError, match=r"image 5, .*red/5.bmp"):
+        opened(red, cache)
+
+
+def test_only_what_differs_is_read(config, tmp_path, monkeypatch):
+    table, cache = make_pictures(tmp_path / "images", ["red", "green", "blue", "red", "white", "black"]), tmp_path / "c"
+    run(config, cache, f"train_data={table}")
+    read = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(features.hashlib, "file_digest", lambda f, kind: read.append(f.name) or digest(f, kind))
+    opened(table, cache)
+    assert read == []
+    os.utime(tmp_path / "images" / "2.bmp")
+    opened(table, cache)
+    assert [Path(name).name for name in read] == ["2.bmp"]
+    shutil.move(tmp_path / "images", tmp_path / "moved")
+    opened(tmp_path / "moved" / "train.tsv", cache)
+    assert len(read) == 7
+
+    moved = load_captioned_images(str(tmp_path / "moved" / "train.tsv"))
+    with pytest.raises(ValueError, match="image 0, .*5.bmp"):
+        opened(moved.select(range(5, -1, -1)), cache)
+    (tmp_path / "moved" / "3.bmp").write_bytes(picture("red", 9))
+    read.clear()
+    with pytest.raises(ValueError, match="image 3, .*3.bmp"):
+        opened(moved, cache)
+    assert [Path(name).name for name in read] == ["0.bmp", "1.bmp", "2.bmp"]  # its size tells
+
+
+def test_files_that_are_gone_are_known_by_their_paths(config, tmp_path):
+    table, cache = make_pictures(tmp_path / "images", ["red"] * 6), tmp_path / "cache"
+    run(config, cache, f"train_data={table}")
+    elsewhere = Path(shutil.copytree(tmp_path / "images", tmp_path / "elsewhere")) / "train.tsv"
+    for folder in ("images", "elsewhere"):
+        (tmp_path / folder / "4.bmp").unlink()
+    assert len(opened(table, cache)) == 6
+    with pytest.raises(ValueError, match="image 4, .*elsewhere/4.bmp"):
+        opened(elsewhere, cache)
+
+
+def test_images_within_the_data_set_and_behind_addresses(config, tmp_path, monkeypatch):
+    model_args, _, _ = train.parse_config(str(config), [f"output_dir={tmp_path}"])
+
+    def dataset(*images):
+        return Dataset.from_list([{"image": image, "caption": "a picture"} for image in images])
+
+    held = [{"bytes": picture(colour), "path": "same.bmp"} for colour in ("red", "green", "blue")]
+    assert cache_features.cache_features(model_args, dataset(*held), tmp_path / "held") == 1
+    opened(dataset(*held), tmp_path / "held")
+    with pytest.raises(ValueError, match="image 1, same.bmp"):
+        opened(dataset(held[0], held[2], held[1]), tmp_path / "held")
+    (tmp_path / "here.bmp").write_bytes(picture("red"))
+    opened(dataset({"bytes": None, "path": str(tmp_path / "here.bmp")}, *held[1:]), tmp_path / "held")
+
+    fetched = []
+    monkeypatch.setattr(cache_features, "fetch", lambda url: fetched.append(url) or picture("red"))
+    addresses = ["https://example.org/a.bmp", "https://example.org/b.bmp"]
+    cache_features.cache_features(model_args, dataset(*addresses), tmp_path / "fetched")
+    opened(dataset(*addresses), tmp_path / "fetched")
+    with pytest.raises(ValueError, match="image 1, https://example.org/c.bmp"):
+        opened(dataset(addresses[0], "https://example.org/c.bmp"), tmp_path / "fetched")
+    opened(dataset(addresses[0], str(tmp_path / "here.bmp")), tmp_path / "fetched")  # its own copy
+    assert fetched == addresses
+    monkeypatch.setattr(cache_features, "fetch", lambda url: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match="https://example.org/a.bmp: no image"):
+        cache_features.cache_features(model_args, dataset(*addresses), tmp_path / "script")
+    for image, reason in (
+        ({"bytes": None, "path": None}, "in memory: no image"),
+        (str(tmp_path / "none.bmp"), "none.bmp: No such file"),
+        ({"bytes": b"no picture", "path": "x.bmp"}, "x.bmp: no image"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            cache_features.cache_features(model_args, dataset(image), tmp_path / "unreadable")
+
+
+def test_caches_that_know_names_alone_are_refused(config, tmp_path):
+    cache = tmp_path / "cache"
+    run(config, cache)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    del manifest["image_digests"]
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "images": "0" * 64}))
+    for number in range(5):
+        path = cache / f"features-{number:05d}.safetensors"
+        save_file({"features": load_file(path)["features"]}, path)
+    message = "by their names alone.*python -m training.cache_features CONFIG.yaml DIR"
+    with pytest.raises(ValueError, match=message):
+        train.main([str(config), f"output_dir={tmp_path / 'out'}", f"feature_cache={cache}"])
+    with pytest.raises(ValueError, match=message):
+        run(config, cache)
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e-9])
+def test_features_that_half_precision_does_not_hold(config, tmp_path, scale):
+    """They trained on infinities, or zeros. Shards of two dtypes make one batch."""
+    path = tmp_path / "backbones" / "vision_model" / "model.safetensors"
+    weights = load_file(path)
+    for name, value in weights.items():
+        if "post_layernorm" in name:
+            value.mul_(scale)
+    save_file(weights, path, metadata={"format": "pt"})
+    cache = tmp_path / "cache"
+    run(config, cache)
+    stored = [load_file(cache / f"features-{number:05d}.safetensors")["features"] for number in range(5)]
+    assert {shard.dtype for shard in stored} == {torch.float32}
+    assert all(shard.isfinite().all() and (shard != 0).any(-1).all() for shard in stored)
+    halves = load_file(cache / "features-00001.safetensors")
+    save_file({**halves, "features": torch.rand(5, 32).half()}, cache / "features-00001.safetensors")
+    rows = opened(tmp_path / "train.tsv", cache)
+    batch = FromageDataCollator(make_processor())([rows[4], rows[5]])["pooled_image_features"]
+    assert batch.dtype == torch.float32 and torch.equal(batch[0], stored[0][4])
+
+
+def test_features_that_are_not_finite_are_refused(config, tmp_path, monkeypatch):
+    cache, pool = tmp_path / "cache", cache_features.pool_vision_output
+    batches = []
+
+    def overflowing(*arguments):
+        batches.append(pool(*arguments))
+        if len(batches) == 4:  # the second of the second shard, of images 8 and 9
+            batches[-1][1, 3] = float("inf")
+        return batches[-1]
+
+    monkeypatch.setattr(cache_features, "pool_vision_output", overflowing)
+    with pytest.raises(ValueError, match=r"features of image 9, .*img_009.png, are not finite in float32"):
+        run(config, cache)
+    assert [path.name for path in sorted(cache.iterdir())] == ["features-00000.safetensors", "manifest.json"]
+    run(config, cache)
+    path = cache / "features-00003.safetensors"
+    damaged = load_file(path)
+    damaged["features"][2, 7] = float("nan")
+    save_file(damaged, path)
+    rows = opened(tmp_path / "train.tsv", cache)
+    assert rows[16]["pooled_image_features"].isfinite().all()
+    with pytest.raises(ValueError, match="row 2 of .*features-00003.safetensors, of image 17, are not finite"):
+        rows[17]
+
+
+def test_files_have_the_users_mode(config, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        run(config, tmp_path / "cache")
+    finally:
+        os.umask(umask)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "cache").iterdir()} == {0o640}
+
+
+def test_files_whose_names_are_not_utf8_are_told_apart():
+    names = [os.fsdecode(name) for name in (b"/pictures/caf\xe9.png", b"/pictures/caf\xe8.png")]
+    assert features.source_digest(names[0]) != features.source_digest(names[1])

@@ -9,10 +9,11 @@ import argparse
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from hub_scripts.original_embeddings import read_original_embeddings
 from modeling_fromage import FromageImageIndex, ImageLimits
-from modeling_fromage.commands_fromage import at_least, device_option, errors_in_one_line
-from modeling_fromage.fetching_fromage import is_url
+from modeling_fromage.images_fromage import is_url
+from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
+
+from .original_embeddings import read_original_embeddings
 
 
 def from_original_embeddings(paths: list[str], model) -> FromageImageIndex:

@@ -22,11 +22,12 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.hub import resolve_revision
 
-from hub_scripts.build_image_index import from_original_embeddings
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
-from modeling_fromage.assembly_fromage import saved_dtype, take_ids_from, vision_half
+from modeling_fromage.backbone_loading_fromage import saved_dtype, take_ids_from, vision_half
 from modeling_fromage.checkpoint_fromage import TRAINED_PREFIX
-from modeling_fromage.commands_fromage import errors_in_one_line
+from modeling_fromage.io.command_line import errors_in_one_line
+
+from .build_image_index import from_original_embeddings
 
 RELEASES = {"fromage": "fromage_model", "fromage_vis4": "fromage_model/fromage_vis4"}  # k = 1, the paper's; k = 4
 RELEASE_URL = "https://github.com/kohjingyu/fromage/raw/b36a1889e16cb9486e83e1853dce68ab653068c9"

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
-from modeling_fromage.commands_fromage import at_least, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, errors_in_one_line
 
 _SPECIAL_TOKENS = ["<pad>", "</s>"]
 

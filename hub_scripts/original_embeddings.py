@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling_fromage.fetching_fromage import is_url
+from modeling_fromage.images_fromage import is_url
 
 # What arrays and tensors are pickled as. Nothing else is looked up, so nothing else can be called.
 _ALLOWED = {

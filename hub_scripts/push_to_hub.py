@@ -19,8 +19,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 
 from modeling_fromage import FromageForConditionalGeneration, FromagePipeline, FromageProcessor
-from modeling_fromage.commands_fromage import errors_in_one_line
-from modeling_fromage.fetching_fromage import printable
+from modeling_fromage.images_fromage import printable
+from modeling_fromage.io.command_line import errors_in_one_line
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _RESULTS, _SPEEDS = "all_results.json", ("_runtime", "_per_second", "total_flos")  # of training.train

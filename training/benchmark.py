@@ -26,14 +26,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_fromage.commands_fromage import device_option, errors_in_one_line
+from modeling_fromage.io.command_line import device_option, errors_in_one_line
 from modeling_fromage.packing_fromage import PackedRows
-from training import benchmark_answers, benchmark_index
-from training.baseline import PlainFromage
-from training.measuring import choose_device, memory_counter, seconds_of
-from training.provenance import ROOT, provenance
-from training.shapes import IMAGE_ID, MAX_LENGTH, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
-from training.tables import RESULTS, read_results, replace_between, results_file, write_results
+
+from . import benchmark_answers, benchmark_index
+from .baseline import PlainFromage
+from .measuring import choose_device, memory_counter, seconds_of
+from .provenance import ROOT, provenance
+from .shapes import IMAGE_ID, MAX_LENGTH, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
+from .tables import RESULTS, read_results, replace_between, results_file, write_results
 
 MODES = ("baseline", "live", "cached")
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from modeling_fromage.commands_fromage import at_least, device_option, errors_in_one_line
-from training.baseline import PlainFromage
-from training.measuring import choose_device, seconds_of
-from training.provenance import provenance
-from training.shapes import IMAGE_ID, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
-from training.tables import RESULTS, results_file, write_results
+from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
+
+from .baseline import PlainFromage
+from .measuring import choose_device, seconds_of
+from .provenance import provenance
+from .shapes import IMAGE_ID, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
+from .tables import RESULTS, results_file, write_results
 
 IMAGES, PROMPT_TOKENS, DIALOGUE_TOKENS, CANDIDATES, BATCH, ROUNDS = 4, 56, 120, 100, 8, 10
 RANKING = f"{ROUNDS} x {CANDIDATES} answers"

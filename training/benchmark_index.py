@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil
 
 from modeling_fromage import FromageImageIndex
-from modeling_fromage.commands_fromage import at_least, errors_in_one_line
-from training.measuring import memory_counter
-from training.provenance import ROOT, provenance
-from training.shapes import PRESETS, join, make_backbones
-from training.tables import RESULTS, results_file, write_results
+from modeling_fromage.io.command_line import at_least, errors_in_one_line
+
+from .measuring import memory_counter
+from .provenance import ROOT, provenance
+from .shapes import PRESETS, join, make_backbones
+from .tables import RESULTS, results_file, write_results
 
 TOP_K, DIM = 10, 256
 

@@ -25,13 +25,14 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 from transformers.utils.hub import resolve_revision
 
-from modeling_fromage.assembly_fromage import load_backbone
+from modeling_fromage.backbone_loading_fromage import load_backbone
 from modeling_fromage.backbones_fromage import pool_vision_output
-from modeling_fromage.commands_fromage import at_least, device_option, errors_in_one_line
-from modeling_fromage.fetching_fromage import UnreadableImageError, fetch, is_url
-from modeling_fromage.images_fromage import load_rgb_image
-from training.data import load_captioned_images
-from training.features import (
+from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
+from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
+from modeling_fromage.io.fetching import fetch
+
+from .data import load_captioned_images
+from .features import (
     MANIFEST,
     ImageRecord,
     check_images,
@@ -46,8 +47,8 @@ from training.features import (
     shard_name,
     source_digest,
 )
-from training.files import replace_file
-from training.train import ModelArguments, parse_config
+from .files import replace_file
+from .train import ModelArguments, parse_config
 
 
 def read_image(image: Any) -> tuple[Image.Image, ImageRecord]:

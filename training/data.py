@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from modeling_fromage.fetching_fromage import is_url
+from modeling_fromage.images_fromage import is_url
 
 _CAPTION_COLUMNS = ("caption", "text", "captions", "title")
 

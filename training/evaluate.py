@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
-from modeling_fromage.commands_fromage import at_least, device_option, dtype_option, errors_in_one_line
-from training.evaluation import captioning, visdial, vist
-from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.table import table
-from training.provenance import ROOT, digest_of, provenance
-from training.tables import replace_between, results_file, write_results
+from modeling_fromage.io.command_line import at_least, device_option, dtype_option, errors_in_one_line
+
+from .evaluation import captioning, visdial, vist
+from .evaluation.dual_encoder import DualEncoder
+from .evaluation.table import table
+from .provenance import ROOT, digest_of, provenance
+from .tables import replace_between, results_file, write_results
 
 OUTPUT = Path("outputs/evaluate")
 _OF_THE_COMMAND = {"task", "model", "output", "dual_encoder", "device", "dtype"}  # what no evaluation takes

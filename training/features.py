@@ -16,8 +16,8 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 
-from modeling_fromage.fetching_fromage import UnreadableImageError, is_url
 from modeling_fromage.fingerprint_fromage import fingerprint, weight_files
+from modeling_fromage.images_fromage import UnreadableImageError, is_url
 
 MANIFEST = "manifest.json"
 DIGESTS = "sha256"

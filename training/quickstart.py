@@ -29,14 +29,14 @@ from modeling_fromage import (
     FromageTrainer,
     UnreadableImageError,
 )
-from modeling_fromage.commands_fromage import at_least, errors_in_one_line
-from modeling_fromage.fetching_fromage import is_url
-from modeling_fromage.images_fromage import load_rgb_image
-from training import report
-from training.data import load_captioned_images
-from training.evaluation.captioning import generate_captions, read_through
-from training.provenance import provenance
-from training.train import assemble, describe_parameters, make_collator, parse_config
+from modeling_fromage.images_fromage import is_url, load_rgb_image
+from modeling_fromage.io.command_line import at_least, errors_in_one_line
+
+from . import report
+from .data import load_captioned_images
+from .evaluation.captioning import generate_captions, read_through
+from .provenance import provenance
+from .train import assemble, describe_parameters, make_collator, parse_config
 
 logger = logging.getLogger(__name__)
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -200,7 +200,7 @@ def prepare(options: argparse.Namespace, output: Path) -> tuple[str, str, Datase
     """Backbones and data: the given ones, else those of the packages (imported only where they are needed)."""
     language_model, vision_model = options.language_model, options.vision_model
     if not (language_model and vision_model and options.data):
-        from training import emoji
+        from . import emoji
 
         language_model = language_model or str(emoji.convert_language_model(output / "backbones/language_model"))
         vision_model = vision_model or str(emoji.convert_vision_model(output / "backbones/vision_model"))

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.files import replace_file
-from training.provenance import ROOT
+from .files import replace_file
+from .provenance import ROOT
 
 RESULTS = ROOT / "training" / "results"
 

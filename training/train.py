@@ -8,10 +8,11 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
-from modeling_fromage.commands_fromage import dtype_name, errors_in_one_line
-from training.config import read_config, to_dataclasses
-from training.data import load_captioned_images
-from training.features import with_cached_features
+from modeling_fromage.io.command_line import dtype_name, errors_in_one_line
+
+from .config import read_config, to_dataclasses
+from .data import load_captioned_images
+from .features import with_cached_features
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from training.evaluation.dialogues import ROUNDS, Dialogue, Turn, VisdialProtocol
-from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.images import EncodedImages
-from training.evaluation.metrics import ndcg, rank_metrics, target_ranks
-from training.evaluation.partial import PartialScores
-from training.evaluation.prompts import image_text, tokenize
+from .dialogues import ROUNDS, Dialogue, Turn, VisdialProtocol
+from .dual_encoder import DualEncoder
+from .images import EncodedImages
+from .metrics import ndcg, rank_metrics, target_ranks
+from .partial import PartialScores
+from .prompts import image_text, tokenize
 
 
 def context(processor: Any, turns: Sequence[Turn], protocol: VisdialProtocol) -> str:

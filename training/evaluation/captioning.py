@@ -16,14 +16,15 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_fromage import FromageDataCollator
-from modeling_fromage.index_sources_fromage import ImageSource, image_sources
-from modeling_fromage.original_fromage import truncate_caption
-from training.data import load_captioned_images
-from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.files import read_json
-from training.evaluation.images import encode_images
-from training.evaluation.metrics import retrieval_metrics
-from training.evaluation.prompts import has_special_token, image_embeds
+from modeling_fromage.index.sources import ImageSource, image_sources
+from modeling_fromage.original.inference import truncate_caption
+
+from ..data import load_captioned_images
+from .dual_encoder import DualEncoder
+from .files import read_json
+from .images import encode_images
+from .metrics import retrieval_metrics
+from .prompts import has_special_token, image_embeds
 
 TASKS = ("captions", "perplexity", "retrieval")
 DIRECTIONS = ("text_to_image", "image_to_text")

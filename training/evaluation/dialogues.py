@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.files import find_images, read_json
-from training.evaluation.images import EncodedImages, encode_images
+from .files import find_images, read_json
+from .images import EncodedImages, encode_images
 
 ROUNDS = 10
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from modeling_fromage.ranking_fromage import gallery_ranks, recall_at_k
+from modeling_fromage.trainer.ranking import gallery_ranks, recall_at_k
 
 
 def target_ranks(scores: torch.Tensor, targets: torch.LongTensor) -> torch.LongTensor:

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from training.files import replace_file
+from ..files import replace_file
 
 logger = logging.getLogger(__name__)
 

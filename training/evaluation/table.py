@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from training.evaluation.vist import MASKS
-from training.tables import RESULTS, read_results
+from ..tables import RESULTS, read_results
+from .vist import MASKS
 
 _TASKS = {"vist": "VIST, fifth image", "visdial": "VisDial"}
 _SETTINGS = {"answers": "rank answers", "image_to_dialogue": "image to dialogue, 10 rounds"}

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from training.evaluation.answers import context, rank_answers
-from training.evaluation.dialogues import (
+from ..provenance import digest_of
+from .answers import context, rank_answers
+from .dialogues import (
     PROTOCOLS,
     ROUNDS,
     Dialogue,
@@ -23,12 +24,11 @@ from training.evaluation.dialogues import (
     encode_dialogue_images,
     read_dialogues,
 )
-from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.images import EncodedImages
-from training.evaluation.metrics import retrieval_metrics
-from training.evaluation.partial import PartialScores
-from training.evaluation.prompts import embed_prompts, has_special_token, image_embeds, is_too_long
-from training.provenance import digest_of
+from .dual_encoder import DualEncoder
+from .images import EncodedImages
+from .metrics import retrieval_metrics
+from .partial import PartialScores
+from .prompts import embed_prompts, has_special_token, image_embeds, is_too_long
 
 TASKS = ("answers", "retrieval")
 DIRECTIONS = ("dialogue_to_image", "image_to_dialogue")

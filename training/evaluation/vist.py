@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from training.evaluation.dual_encoder import DualEncoder
-from training.evaluation.files import find_images, read_json
-from training.evaluation.images import EncodedImages, encode_images
-from training.evaluation.metrics import rank_metrics, target_ranks
-from training.evaluation.prompts import embed_prompts, has_special_token, image_embeds, image_text, is_too_long
+from .dual_encoder import DualEncoder
+from .files import find_images, read_json
+from .images import EncodedImages, encode_images
+from .metrics import rank_metrics, target_ranks
+from .prompts import embed_prompts, has_special_token, image_embeds, image_text, is_too_long
 
 LENGTH = 5  # sentences and photos of a story
 SETTINGS = {"1 caption": (1, 0), "5 captions": (5, 0), "5 captions + 4 images": (5, 4)}  # captions, images of a prompt

@@ -36,6 +36,7 @@ from .checkpoint_files_fromage import (
 )
 from .checkpoint_origin_fromage import backbone_references, difference_from_origin
 from .configuration_fromage import FromageConfig
+from .file_writing_fromage import move_into_place
 from .fingerprint_fromage import trained_fingerprint
 from .peft_layers_fromage import (
     has_merged_layers,
@@ -118,7 +119,7 @@ class FromageCheckpointMixin:
                     super().save_pretrained(staging, state_dict=state_dict, **only_local)
             if with_peft:
                 super().save_pretrained(staging, state_dict=whole_state, **kwargs)
-            _move_into_place(Path(staging), directory)
+            _replace_checkpoint(Path(staging), directory)
 
     @contextmanager
     def _as_saved(self, config: FromageConfig):
@@ -406,16 +407,10 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return rounded
 
 
-def _move_into_place(staging: Path, directory: Path):
-    """Replace the files of `directory` by those of `staging`, and drop weight files of an earlier, longer save."""
+def _replace_checkpoint(staging: Path, directory: Path):
+    """Move a new checkpoint's files into `directory`, and remove weight files of an earlier, longer one."""
     stale = {path.name for path in directory.glob("model*.safetensors*")} if any(staging.glob("model*")) else set()
-    (staging / _STAGING).touch()
-    mode = (staging / _STAGING).stat().st_mode  # as the umask has it; safetensors writes 0600
-    (staging / _STAGING).unlink()
-    # The configuration last: it is what makes a folder a checkpoint.
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        path.chmod(mode)
-        os.replace(path, directory / path.name)
-        stale.discard(path.name)
+    stale -= {path.name for path in staging.iterdir()}
+    move_into_place(staging, directory, last="config.json")  # which makes a folder a checkpoint
     for name in stale:
         (directory / name).unlink()

@@ -27,6 +27,7 @@ from transformers.utils.hub import resolve_revision
 
 from modeling_fromage.backbone_loading_fromage import load_backbone
 from modeling_fromage.backbones_fromage import pool_vision_output
+from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
 from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
 from modeling_fromage.io.fetching import fetch
@@ -47,7 +48,6 @@ from .features import (
     shard_name,
     source_digest,
 )
-from .files import replace_file
 from .train import ModelArguments, parse_config
 
 

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .files import replace_file
+from modeling_fromage.file_writing_fromage import replace_file
+
 from .provenance import ROOT
 
 RESULTS = ROOT / "training" / "results"

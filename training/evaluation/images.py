@@ -14,11 +14,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_fromage import UnreadableImageError
+from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import DEFAULT_LIMITS, is_url, load_rgb_image
 from modeling_fromage.index.sources import ImageSource, read_ahead
 from modeling_fromage.io.fetching import fetch
 
-from ..files import replace_file
 from .dual_encoder import DualEncoder
 
 SQUASHED_SIZE = (224, 224)  # the authors' evaluations resize to it before CLIP's own preprocessing

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from modeling_fromage.file_writing_fromage import replace_file
 
 logger = logging.getLogger(__name__)
 

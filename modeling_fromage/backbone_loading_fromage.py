@@ -3,6 +3,8 @@
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,24 @@ SHARED_LOADER_KWARGS = (*HUB_KWARGS, "dtype", "trust_remote_code", "device_map",
                         "offload_buffers")  # fmt: skip
 ROLES = {"text": "language model", "vision": "vision model"}
 PARTS = {"text": "language_model", "vision": "vision_model"}
+
+
+@dataclass
+class BackboneOrigin:
+    """Where one backbone of a model came from.
+
+    Attributes:
+        loader_kwargs: What it takes to find its files again.
+        digest: Of its weights, while they are known to be those of its files.
+    """
+
+    loader_kwargs: dict[str, Any] = field(default_factory=dict)
+    digest: dict[str, list[int]] | None = None
+
+    def remember_loading(self, kwargs: dict[str, Any]) -> None:
+        """Keep what matters of the keyword arguments that the backbone was loaded with."""
+        names = ("cache_dir", "trust_remote_code")
+        self.loader_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
 def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwargs: dict[str, Any]):
@@ -62,7 +82,8 @@ def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwarg
             config_kwargs.setdefault(f"{prefix}_model_revision", getattr(revision, "resolved", revision))
     config = FromageConfig.from_vision_text_configs(models["vision"].config, models["text"].config, **config_kwargs)
     model = cls(config, language_model=models["text"], vision_model=models["vision"])
-    model.remember_loading(loaded_with)
+    for prefix, own in loaded_with.items():
+        model.origins[prefix].remember_loading(own)
     return model.eval()
 
 
@@ -158,7 +179,8 @@ def join_backbones(cls, config: FromageConfig, kwargs: dict[str, Any], load: Cal
         placed = models[part].__dict__.get("hf_device_map", {})
         device_map.update({f"{part}.{module}".rstrip("."): device for module, device in placed.items()})
     model = cls(config, **models, new_adapter=False)
-    model.remember_loading(dict.fromkeys(PARTS, kwargs))
+    for origin in model.origins.values():
+        origin.remember_loading(kwargs)
     if device_map:  # of a backbone that is spread over devices
         device = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
         model.hf_device_map = {**device_map, "adapter": device}
@@ -218,7 +240,7 @@ def is_relative(name: str) -> bool:
     return name.split(os.sep)[0] in (os.curdir, os.pardir)
 
 
-def backbone_files(prefix: str, config: FromageConfig, cache_dir: str | None = None) -> list:
+def backbone_files(prefix: str, config: FromageConfig, cache_dir: str | None = None) -> list[Path]:
     """The weight files of the backbone that `config` names."""
     gguf_file = config.text_gguf_file if prefix == "text" else None
     return weight_files(

@@ -7,6 +7,7 @@ dtype. What its own weights, dtype and attention kernels make of it is then trie
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,7 +15,13 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .backbones_fromage import decoder_and_head, in_eval_mode, undisturbed
+from .backbones_fromage import (
+    check_gradient_passes,
+    decoder_and_head,
+    in_eval_mode,
+    measure_logit_transform,
+    undisturbed,
+)
 from .packing_fromage import PackedRows, positions
 
 logger = logging.getLogger(__name__)
@@ -99,14 +106,14 @@ class Trial:
             return self.run(packed.lay(embeds[:, :width]), packed.attention_mask(embeds.dtype), packed.position_ids)
 
         def queries(cache, tokens):
-            rows = tokens.new_zeros(packed.rows, packed.laps, tokens.shape[-1])
+            rows = tokens.new_zeros(packed.rows, packed.slots, tokens.shape[-1])
             hidden = self.run(
-                rows.index_put((packed.row, packed.lap), tokens),
+                rows.index_put((packed.row, packed.slot), tokens),
                 packed.query_mask(tokens.dtype),
                 packed.lay_queries(packed.lengths),
                 cache,
             )[0]
-            return hidden[packed.row, packed.lap]
+            return hidden[packed.row, packed.slot]
 
         for embeds, loud in self.disturbed():
             prefix = prefix_of(embeds)
@@ -202,6 +209,55 @@ ABILITIES = {
 }
 _TRAINING = ("packed rows", "cached prefixes")  # shortcuts of training: in doubt, the ordinary pass
 _GENERATION = ("left padding", "a cache")
+
+
+_ONE_TRIAL = threading.Lock()
+
+
+class LanguageModelTraits:
+    """What trials have shown of one model's language model. Each trial runs once, when its result is first needed."""
+
+    def __init__(self) -> None:
+        self.abilities: dict[tuple[str, str], bool] = {}  # by attention implementation and ability
+        self.logit_transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.mean_row_norm: float | None = None  # of the input embeddings before `[RET]`
+        self.passes_gradient = False  # shown; a linear layer that loses it raises
+        self.logged_fallbacks: set[str] = set()
+
+    def takes(self, language_model: PreTrainedModel, ability: str) -> bool:
+        """Whether the LM has one of `ABILITIES` with its present attention implementation."""
+        attention = language_model.config._attn_implementation
+        if (attention, ability) not in self.abilities:
+            self._try(language_model, attention, ability)
+        return self.abilities[attention, ability]
+
+    @torch.compiler.disable
+    def _try(self, language_model: PreTrainedModel, attention: str, ability: str) -> None:
+        with _ONE_TRIAL:
+            if (attention, ability) in self.abilities:
+                return
+            found = has_ability(language_model, ability)
+            self.abilities[attention, ability] = found
+        verb = "takes" if found else "does not take"
+        logger.info("%s (%s) %s %s.", type(language_model).__name__, attention, verb, ability)
+
+    def logit_transform_of(self, language_model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What the LM does to its head's output, elementwise."""
+        if self.logit_transform is None:
+            self.logit_transform = measure_logit_transform(language_model)
+        return self.logit_transform
+
+    def require_gradient(self, language_model: PreTrainedModel) -> None:
+        """Raise a `ValueError` where a linear layer of the LM loses the gradient that the trained parts need."""
+        if not self.passes_gradient:
+            check_gradient_passes(language_model)
+            self.passes_gradient = True
+
+    def log_fallback(self, reason: str) -> None:
+        """Log once why the retrieval losses take an ordinary pass."""
+        if torch.is_grad_enabled() and reason not in self.logged_fallbacks:
+            self.logged_fallbacks.add(reason)
+            logger.info("The retrieval losses take an ordinary pass: %s.", reason)
 
 
 def holds_attention_alone(cache: Cache | None) -> bool:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,9 @@ from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import check_fingerprint, fingerprint
 from .peft_layers_fromage import own_parameters
 
+if TYPE_CHECKING:
+    from .pretrained_fromage import FromagePreTrainedModel
+
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20  # bytes that are hashed at a time, so that what is computed of them stays in the cache
@@ -31,8 +34,19 @@ _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 BESIDE = 2  # folders up from a checkpoint to where backbones still count as lying beside it: RUN/checkpoint-10
 
 
-def backbone_references(model, directory: Path, state_dict: dict[str, torch.Tensor], required: bool) -> dict[str, Any]:
+def backbone_references(
+    model: "FromagePreTrainedModel",
+    directory: Path,
+    state_dict: dict[str, torch.Tensor],
+    required: bool,
+    absolute_paths: bool,
+) -> dict[str, Any]:
     """The configuration's fields that name a model's backbones in a checkpoint in `directory`; empty: save them too.
+
+    Args:
+        state_dict: The model's.
+        required: Whether they must be named.
+        absolute_paths: Whether folders of this machine are named by their absolute paths.
 
     Raises:
         ValueError: They are `required`, and a backbone cannot be named.
@@ -52,7 +66,7 @@ def backbone_references(model, directory: Path, state_dict: dict[str, torch.Tens
                 raise ValueError(f"Cannot save the trained parts alone: the {role} {problem}. Use save_backbones=True.")
             logger.warning("The %s %s: the checkpoint in %s will hold it whole.", role, problem, directory)
             return {}
-        if os.path.isdir(name) and model._names_absolute_paths:
+        if os.path.isdir(name) and absolute_paths:
             name = os.path.abspath(name)
         elif os.path.isdir(name):
             name = os.path.relpath(os.path.realpath(name), os.path.realpath(directory))
@@ -66,12 +80,14 @@ def backbone_references(model, directory: Path, state_dict: dict[str, torch.Tens
             name = name if is_relative(name) else os.path.join(os.curdir, name)
         fields[f"{prefix}_model_id"] = name
         if getattr(model.config, f"{prefix}_model_fingerprint") is None:  # taken once; the digest reads whole files
-            files = backbone_files(prefix, model.config, model._reload_kwargs[prefix].get("cache_dir"))
+            files = backbone_files(prefix, model.config, model.origins[prefix].loader_kwargs.get("cache_dir"))
             setattr(model.config, f"{prefix}_model_fingerprint", fingerprint(files))
     return fields
 
 
-def difference_from_origin(model, prefix: str, state_dict: dict[str, torch.Tensor]) -> str | None:
+def difference_from_origin(
+    model: "FromagePreTrainedModel", prefix: str, state_dict: dict[str, torch.Tensor]
+) -> str | None:
     """What keeps a checkpoint from naming a backbone: how it differs from what its files hold, in words.
 
     Args:
@@ -91,8 +107,8 @@ def difference_from_origin(model, prefix: str, state_dict: dict[str, torch.Tenso
     return problem
 
 
-def _find_difference(model, prefix: str, state_dict: dict[str, torch.Tensor]) -> str | None:
-    part, config, kwargs = PARTS[prefix], model.config, model._reload_kwargs[prefix]
+def _find_difference(model: "FromagePreTrainedModel", prefix: str, state_dict: dict[str, torch.Tensor]) -> str | None:
+    part, config, kwargs = PARTS[prefix], model.config, model.origins[prefix].loader_kwargs
     name, known = (getattr(config, f"{prefix}_model_{field}") for field in ("id", "fingerprint"))
     backbone = getattr(model, part)
     if os.path.isabs(name) and not os.path.isdir(name):
@@ -108,7 +124,7 @@ def _find_difference(model, prefix: str, state_dict: dict[str, torch.Tensor]) ->
         return None
     digest = weights_digest(state)
     try:
-        if digest == model._unchanged_weights.get(prefix):
+        if digest == model.origins[prefix].digest:
             if known:
                 check_fingerprint(backbone_files(prefix, config, kwargs.get("cache_dir")), known, ROLES[prefix], name)
             return None
@@ -119,7 +135,7 @@ def _find_difference(model, prefix: str, state_dict: dict[str, torch.Tensor]) ->
         return None if known == {} else f"cannot be compared with its files ({error})"
     if differing:
         return f"has other weights than {name}, in {len(differing)} tensors ({', '.join(differing[:3])}, ...)"
-    model._unchanged_weights[prefix] = digest
+    model.origins[prefix].digest = digest
     return None
 
 

@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -73,13 +73,20 @@ class FromageConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "logits", "hidden_states", "attentions", "logits_per_image",
                                    "logits_per_text"]  # fmt: skip
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what `__post_init__` makes of them
+        text_config: PreTrainedConfig
+        vision_config: PreTrainedConfig
+        text_embed_layers: list[int]
+        image_token_id: int
+        ret_token_id: int
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        vision_config: dict | PreTrainedConfig | None = None
+        text_embed_layers: list[int] | None = None
+        image_token_id: int | None = None
+        ret_token_id: int | None = None
     num_image_tokens: int = 1
     projection_dim: int = 256
-    text_embed_layers: list[int] | None = None
-    image_token_id: int | None = None
-    ret_token_id: int | None = None
     num_ret_tokens: int = 1
     tie_ret_embedding: bool = True
     ret_embedding_scale: float = 1.0

@@ -85,6 +85,29 @@ def trained_fingerprint(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+class TrainedFingerprint:
+    """The digest of a model's trained tensors, taken anew when one of them has changed."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._fingerprint = ""
+
+    def of(self, state: dict[str, torch.Tensor]) -> str:
+        """[`trained_fingerprint`] of `state`."""
+        if self._tensors.keys() == state.keys() and self._tensors:
+            # Compared with a copy: 5 ms at the paper's shapes on a CPU, and unlike `_version` it sees edits of `.data`.
+            known = {name: tensor.to(state[name]) for name, tensor in self._tensors.items()}
+            if all(torch.equal(tensor, known[name]) for name, tensor in state.items()):
+                self._tensors = known  # on the device where it is asked for
+                return self._fingerprint
+        self.remember(state, trained_fingerprint(state))
+        return self._fingerprint
+
+    def remember(self, state: dict[str, torch.Tensor], fingerprint: str) -> None:
+        """Let `fingerprint` be that of `state`, until it changes."""
+        self._tensors, self._fingerprint = {name: tensor.clone() for name, tensor in state.items()}, fingerprint
+
+
 def _sample(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

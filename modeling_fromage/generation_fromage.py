@@ -4,11 +4,13 @@ import copy
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .backbones_fromage import check_length, context_length
+from .configuration_fromage import FromageConfig
+from .frozen_lm_fromage import FrozenLM
 
 RET_GENERATION_DEFAULTS = {
     "ret_scale_factor": 1.0,
@@ -30,14 +32,22 @@ class RetLogitsProcessor(LogitsProcessor):
         max_num_rets (`int`, *optional*): No more than that many generated [RET]; `None` is no limit.
     """
 
-    def __init__(self, config, prompt_length, ret_scale_factor, ret_bias, min_tokens_before_ret, max_num_rets):
+    def __init__(
+        self,
+        config: FromageConfig,
+        prompt_length: int,
+        ret_scale_factor: float,
+        ret_bias: float,
+        min_tokens_before_ret: int,
+        max_num_rets: int | None,
+    ):
         self.rets = slice(config.ret_token_id, config.ret_token_id + config.num_ret_tokens)
         self.image_token_id = config.image_token_id
         self.prompt_length = prompt_length
         self.ret_scale_factor, self.ret_bias = ret_scale_factor, ret_bias
         self.min_tokens_before_ret, self.max_num_rets = min_tokens_before_ret, max_num_rets
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         scores[:, self.image_token_id] = float("-inf")
         scores[:, self.rets] = scores[:, self.rets] * self.ret_scale_factor + self.ret_bias
@@ -60,10 +70,20 @@ def extend_generation_config(model: PreTrainedModel, language_model: PreTrainedM
     model.generation_config = generation_config
 
 
-class FromageGenerationMixin:
-    """What [`FromageForConditionalGeneration`] adds to transformers' `GenerationMixin`."""
+class FromageGenerationMixin(GenerationMixin):
+    """transformers' `GenerationMixin` with `[RET]`: its options, and the embeddings of those that were generated."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
+    config: FromageConfig
+
+    def frozen_lm(self) -> FrozenLM:
+        raise NotImplementedError
+
+    def _visual_tokens(
+        self, pixel_values: torch.Tensor | None, pooled_image_features: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        raise NotImplementedError
+
+    def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.Tensor:
         """transformers' `generate`, with four more options: `ret_scale_factor`, `ret_bias`, `min_tokens_before_ret`
         and `max_num_rets` (see [`RetLogitsProcessor`]). Images are given as `pixel_values` or
         `pooled_image_features`, in the order of their placeholders, and are encoded once.
@@ -95,7 +115,7 @@ class FromageGenerationMixin:
         copies = len(output.sequences) // len(prompt)
         mask = kwargs["attention_mask"].repeat_interleave(copies, dim=0)
         mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - prompt.shape[1]), value=1)
-        is_ret = self._is_ret(output.sequences)
+        is_ret = self.frozen_lm().is_ret(output.sequences)
         is_ret[:, : prompt.shape[1]] = False
         if visual is not None:
             visual = self._repeat_images(prompt, visual, copies)
@@ -114,20 +134,21 @@ class FromageGenerationMixin:
             return
         is_padded = mask is not None and bool((mask[:, 0] == 0).any())
         needed = "left padding" if is_padded else "a cache"
-        if self._takes(needed):
+        lm = self.frozen_lm()
+        if lm.takes(needed):
             return
         needs_cache = ("use_cache", "cache_implementation", "past_key_values", "inputs_embeds")
         asked = [name for name in needs_cache if kwargs.get(name) is not None]  # an empty cache is asked for, too
         if asked:
             padded, equal = (" where prompts are padded", " or give prompts of one length") if is_padded else ("", "")
             raise ValueError(
-                f"{type(self.language_model).__name__} does not continue from transformers' caches as from whole texts"
+                f"{type(lm.language_model).__name__} does not continue from transformers' caches as from whole texts"
                 f"{padded}, so `{asked[0]}` would give other tokens. Leave it out{equal}: generation then runs the "
                 "whole text anew for each token."
             )
         kwargs["use_cache"] = False
 
-    def _mask_of_prompt(self, prompt: torch.LongTensor, kwargs: dict[str, Any]) -> torch.LongTensor:
+    def _mask_of_prompt(self, prompt: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The mask of a prompt that comes without one, by transformers' rule: pad tokens are padding, unless they end
         sequences too."""
         defaults = kwargs.get("generation_config") or self.generation_config
@@ -141,35 +162,31 @@ class FromageGenerationMixin:
     @torch.no_grad()
     def _encode_once(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Put the visual tokens (N, k, D) of the images among `kwargs` in the place of the images."""
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "pooled_image_features")}
-        pooled = self._pooled_or_none(**images)
-        if pooled is None:
-            return None
-        visual = self._visual_tokens(pooled)
-        kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=visual)}
+        visual = self._visual_tokens(kwargs.pop("pixel_values", None), kwargs.pop("pooled_image_features", None))
+        if visual is not None:
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=visual)}
         return visual
 
     @torch.no_grad()
     def get_ret_embeds(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pooled_image_features: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Unit-norm embeddings (number of [RET], q) of every `[RET]` of each row of `input_ids` (B, L), in order."""
-        pooled = self._pooled_or_none(pixel_values, pooled_image_features)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        visual = None if pooled is None else self._visual_tokens(pooled)
-        return self.embed_positions(input_ids, mask, visual, self._is_ret(input_ids))
+        visual = self._visual_tokens(pixel_values, pooled_image_features)
+        return self.embed_positions(input_ids, mask, visual, self.frozen_lm().is_ret(input_ids))
 
     @torch.no_grad()
     def embed_positions(
         self,
-        sequences: torch.LongTensor,
+        sequences: torch.Tensor,
         attention_mask: torch.Tensor,
         visual: torch.Tensor | None,
-        at: torch.BoolTensor,
+        at: torch.Tensor,
     ) -> list[torch.Tensor]:
         """The unit-norm text embeddings at the places `at` (B, L), usually those of `[RET]`: one (places, q) tensor a
         row.
@@ -180,9 +197,9 @@ class FromageGenerationMixin:
         Args:
             visual: (N, k, D), the visual tokens of all rows' images.
         """
-        counts = at.sum(-1).tolist()
+        counts, lm = at.sum(-1).tolist(), self.frozen_lm()
         if not any(counts):
-            return list(self.adapter.logit_scale.new_zeros(0, self.config.projection_dim).split(counts))
+            return list(lm.adapter.logit_scale.new_zeros(0, self.config.projection_dim).split(counts))
         rows = at.any(-1)
         if visual is not None:
             visual = visual[rows.repeat_interleave(self._image_counts(sequences)).to(visual.device)]
@@ -190,20 +207,20 @@ class FromageGenerationMixin:
         check_length(sequences, self.config.text_config)
         needed = (at | (sequences == self.config.image_token_id)).any(0)
         length = int(needed.nonzero().max()) + 1
-        output = self._decode(
-            self._embed(sequences[:, :length], None, visual),
+        output = lm.decode(
+            lm.embed(sequences[:, :length], visual),
             mask[:, :length].to(sequences.device),
-            output_hidden_states=self._needs_all_layers,
+            output_hidden_states=lm.needs_all_layers,
         )
         row, column = at.nonzero(as_tuple=True)
-        embeds = self._project_text([hidden[row, column] for hidden in self._text_layers(output)])
+        embeds = lm.adapter.text_embeds([hidden[row, column] for hidden in lm.text_layers(output)])
         return list(embeds.split(counts))
 
-    def _image_counts(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def _image_counts(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B,) images of each row."""
         return (input_ids == self.config.image_token_id).sum(-1) // self.config.num_image_tokens
 
-    def _repeat_images(self, input_ids: torch.LongTensor, images: torch.Tensor, copies: int) -> torch.Tensor:
+    def _repeat_images(self, input_ids: torch.Tensor, images: torch.Tensor, copies: int) -> torch.Tensor:
         """Repeat each row's images (N, ...) `copies` times, row by row, for rows with different numbers of images."""
         rows = images.split(self._image_counts(input_ids).tolist())
         return torch.cat([row for row in rows for _ in range(copies)])

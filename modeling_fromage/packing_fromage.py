@@ -1,4 +1,7 @@
-"""Padding-free passes: several sequences in one row of the language model, each blind to the others."""
+"""Sequence packing with block-diagonal attention: several sequences share a row of the language model.
+
+Axes: B sequences of up to L tokens, T tokens without padding, R rows of C positions, S sequences a row at most.
+"""
 
 import math
 
@@ -8,20 +11,20 @@ ROW_LENGTH = 64  # about how many tokens a row takes: attention within a row cos
 
 
 class PackedRows:
-    """Where the tokens of B padded sequences (B, L) stand in R rows of C places.
+    """Packs B padded sequences (B, L) into R rows of C positions.
 
-    Sequences are dealt to the rows from the longest to the shortest, to and fro, so that rows fill evenly.
+    The longest sequences are dealt first, and the rows in turn from left to right and back, so that they fill evenly.
 
     Args:
-        mask (`torch.Tensor`): (B, L), 1 for tokens, 0 for padding on either side.
-        window (`float`): Tokens that the LM's attention reaches back; a row and its queries are no longer.
+        mask (`torch.Tensor` of shape `(B, L)`): 1 for tokens, 0 for padding on either side.
+        window (`float`): Tokens that the LM's attention reaches back. A row and its queries are no longer.
 
     Attributes:
-        places (T,): of every token, batch row by batch row, its place in the flattened rows.
-        sequence (R, C): which sequence a place belongs to; -1 where it is empty.
-        position_ids (R, C): position within the sequence.
-        row (B,), lap (B,): which row a sequence is in, and as which of the row's sequences.
-        lengths (B,): tokens of each sequence.
+        flat_positions (`torch.Tensor` of shape `(T,)`): Position of each token in the flattened rows.
+        sequence (`torch.Tensor` of shape `(R, C)`): Which sequence a position belongs to; -1 where it is empty.
+        position_ids (`torch.Tensor` of shape `(R, C)`): Position within the sequence.
+        row, slot (`torch.Tensor` of shape `(B,)`): The row of a sequence, and its number within the row.
+        lengths (`torch.Tensor` of shape `(B,)`): Tokens of each sequence.
     """
 
     def __init__(self, mask: torch.Tensor, window: float = math.inf):
@@ -33,22 +36,22 @@ class PackedRows:
         self.rows = min(count, math.ceil(total / max(longest, min(ROW_LENGTH, window))))
         deal = torch.arange(count, device=device)
         while True:
-            self.laps = math.ceil(count / self.rows)
-            lap, slot = deal // self.rows, deal % self.rows
-            row = torch.where(lap % 2 == 0, slot, self.rows - 1 - slot)
-            lengths = torch.zeros(self.laps, self.rows, dtype=torch.long, device=device)
-            lengths[lap, row] = self.lengths[order]
+            self.slots = math.ceil(count / self.rows)
+            slot, column = deal // self.rows, deal % self.rows
+            row = torch.where(slot % 2 == 0, column, self.rows - 1 - column)
+            lengths = torch.zeros(self.slots, self.rows, dtype=torch.long, device=device)
+            lengths[slot, row] = self.lengths[order]
             self.length = int(lengths.sum(0).max())  # C
-            if self.length + self.laps <= window or self.rows == count:
+            if self.length + self.slots <= window or self.rows == count:
                 break
             self.rows += 1
         starts = lengths.cumsum(0) - lengths
-        self.row, self.lap, start = (torch.empty(count, dtype=torch.long, device=device) for _ in range(3))
-        self.row[order], self.lap[order], start[order] = row, lap, starts[lap, row]
+        self.row, self.slot, start = (torch.empty(count, dtype=torch.long, device=device) for _ in range(3))
+        self.row[order], self.slot[order], start[order] = row, slot, starts[slot, row]
 
         position = mask.long().cumsum(-1) - 1  # (B, L)
         self._tokens = mask.flatten().nonzero()[:, 0]
-        self.places = ((self.row * self.length + start)[:, None] + position).flatten()[self._tokens]
+        self.flat_positions = ((self.row * self.length + start)[:, None] + position).flatten()[self._tokens]
         sequence = torch.arange(count, device=device)[:, None].expand_as(mask)
         self.sequence = self.lay(sequence, -1)
         self.position_ids = self.lay(position, 0)
@@ -57,15 +60,15 @@ class PackedRows:
         """(B, L, ...) -> (R, C, ...)."""
         flat = padded.flatten(0, 1)[self._tokens]
         rows = flat.new_full((self.rows * self.length, *flat.shape[1:]), empty)
-        return rows.index_copy(0, self.places, flat).unflatten(0, (self.rows, self.length))
+        return rows.index_copy(0, self.flat_positions, flat).unflatten(0, (self.rows, self.length))
 
     def at_tokens(self, rows: torch.Tensor) -> torch.Tensor:
         """(R, C, ...) -> (T, ...), batch row by batch row."""
-        return rows.flatten(0, 1)[self.places]
+        return rows.flatten(0, 1)[self.flat_positions]
 
     def lay_queries(self, values: torch.Tensor) -> torch.Tensor:
-        """One value a sequence (B,) -> (R, laps), for one more token of each behind the row."""
-        return values.new_zeros(self.rows, self.laps).index_put((self.row, self.lap), values)
+        """One value per sequence (B,) -> (R, S): the next token of each, behind its row."""
+        return values.new_zeros(self.rows, self.slots).index_put((self.row, self.slot), values)
 
     def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask (R, 1, C, C): causal, within a sequence."""
@@ -73,16 +76,16 @@ class PackedRows:
         return additive_mask(same.tril(), dtype)
 
     def query_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask (R, 1, laps, C + laps): a query sees its own sequence and itself."""
+        """Additive mask (R, 1, S, C + S): a query sees its own sequence and itself."""
         count = len(self.row)
         sequences = torch.arange(1, count + 1, device=self.row.device)
-        query = self.lay_queries(sequences) - 1  # (R, laps); -1 where there is none
+        query = self.lay_queries(sequences) - 1  # (R, S); -1 where there is none
         own = (query[:, :, None] == self.sequence[:, None, :]) & (query[:, :, None] >= 0)
-        itself = torch.eye(self.laps, dtype=torch.bool, device=own.device).expand(self.rows, -1, -1)
+        itself = torch.eye(self.slots, dtype=torch.bool, device=own.device).expand(self.rows, -1, -1)
         return additive_mask(torch.cat([own, itself], dim=-1), dtype)
 
 
-def additive_mask(allowed: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(R, Q, K), True where a query sees a key -> (R, 1, Q, K), 0 or the dtype's minimum."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
@@ -115,7 +118,7 @@ def padding_side(mask: torch.Tensor | dict | None, embeds: torch.Tensor) -> str 
     return "right" if bool(is_padding.any()) else None
 
 
-def tokens_first(mask: torch.Tensor) -> torch.LongTensor:
+def tokens_first(mask: torch.Tensor) -> torch.Tensor:
     """(B, L) -> the order of the columns, (B, L), that puts each row's padding on the right."""
     return (~mask.bool()).long().argsort(dim=-1, stable=True)
 

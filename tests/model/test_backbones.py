@@ -115,12 +115,12 @@ def test_embedding_scale_is_measured_and_saved(family, tmp_path):
     config = FromageConfig.from_vision_text_configs(vision.config, lm.config, image_token_id=96, ret_token_id=97)
     model = FromageForConditionalGeneration(config, lm, vision)
     ids = torch.tensor([[5, 97]])
-    embeds = model._embed(ids, None)
+    embeds = model.frozen_lm().embed(ids)
     torch.testing.assert_close(embeds, lm.get_input_embeddings()(ids))  # `[RET]` starts as the LM's own row 97
     model.save_pretrained(tmp_path)
     again = FromageForConditionalGeneration.from_pretrained(tmp_path)
     assert again.config.ret_embedding_scale == model.config.ret_embedding_scale
-    torch.testing.assert_close(again._embed(ids, None), embeds)
+    torch.testing.assert_close(again.frozen_lm().embed(ids), embeds)
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def test_images_and_embeddings_together(model):
     rows, images = interleaved(model)
     batch = pad(rows, "right")
     expected = model(**batch, pixel_values=images).logits
-    embeds = model._embed(batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 0), None)
+    embeds = model.frozen_lm().embed(batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 0))
     found = model(**batch, inputs_embeds=embeds, pixel_values=images).logits
     assert torch.equal(found, expected)
     mask = batch["attention_mask"]
@@ -249,7 +249,8 @@ def test_measuring_the_head_disturbs_no_other_thread(tmp_path):
         assert lm(ids[:, :2]).logits.abs().max() == 0
     assert torch.equal(lm(ids).logits, expected)
     make_model("opt_clip").save_pretrained(tmp_path)
-    assert FromageForConditionalGeneration.from_pretrained(tmp_path)._logit_transform is not None  # before first use
+    loaded = FromageForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.traits.logit_transform is not None  # before its first use
 
 
 def test_trials_know_no_dropout():
@@ -260,7 +261,7 @@ def test_trials_know_no_dropout():
     )
     model.train()
     state, training = torch.get_rng_state(), [module.training for module in model.modules()]
-    assert model._takes("packed rows")
+    assert model.frozen_lm().takes("packed rows")
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == training
 
@@ -340,7 +341,7 @@ def test_texts_beyond_a_window_that_no_trial_reaches():
     config = FromageConfig.from_vision_text_configs(vision.config, lm.config, image_token_id=96, ret_token_id=97,
                                                     tie_ret_embedding=False)  # fmt: skip
     model = FromageForConditionalGeneration(config, lm, vision).train()
-    assert model._takes("packed rows")
+    assert model.frozen_lm().takes("packed rows")
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
         expected = nn.functional.cross_entropy(lm(ids).logits[0, :-1], ids[0, 1:])
@@ -357,7 +358,7 @@ def test_an_lm_that_takes_no_padding_sees_none():
     batch["pooled_image_features"] = torch.randn(3, 24)
     expected, masks = model(**batch), []
     for ability in ("packed rows", "cached prefixes", "left padding", "right padding"):
-        model._abilities["sdpa", ability] = False
+        model.traits.abilities["sdpa", ability] = False
     model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )

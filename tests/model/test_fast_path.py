@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from modeling_fromage.losses_fromage import ChunkedTokenLoss, contrastive_loss, token_losses
 from modeling_fromage.packing_fromage import PackedRows, length_groups
+from modeling_fromage.training_losses_fromage import why_not_ret_only
 from tests.helpers.backbones import BACKBONES, VOCAB, make_model
 from tests.model.test_model import pad
 
@@ -62,7 +63,7 @@ def plain_double_pass(model, pixels, indices, concatenated=False):
                 ids += part
         out = lm(inputs_embeds=torch.stack(rows)[None], output_hidden_states=True, use_cache=False)
         hidden, frozen = out.hidden_states[-1][0], out.logits[0][:, :RET]
-        ret = model.logit_transform(hidden @ ret_out.t())
+        ret = model.frozen_lm().transform(hidden @ ret_out.t())
         filler = frozen.new_full((len(frozen), RET - frozen.shape[1]), torch.finfo(frozen.dtype).min)
         return out, torch.cat([frozen, filler, ret], 1).log_softmax(-1), ids
 
@@ -106,21 +107,21 @@ def test_step_equals_a_plain_double_pass(name, variant):
     pixels = torch.rand(len(CAPTIONS), 3, 32, 32, dtype=torch.float64)
     attention = model.language_model.config._attn_implementation
     if variant == "grouped":
-        model._abilities[attention, "packed rows"] = False
+        model.traits.abilities[attention, "packed rows"] = False
     if variant == "checkpointed":
         model.activation_checkpointing_enable()
     concatenated, side = variant == "concatenated", "left" if variant == "left padding" else "right"
     parts = [[0, 1, 2], [3, 4, 5]] if variant == "accumulated" else [[0, 1, 2, 3, 4, 5]]
     batches = [make_batch(model, pixels, part, concatenated, side) for part in parts]
     losses = [model(**batch).loss for batch in batches]
-    assert model._abilities[attention, "packed rows"] == (variant != "grouped")
-    assert not model._reasons  # the [RET]-only backward was used
+    assert model.traits.abilities[attention, "packed rows"] == (variant != "grouped")
+    assert not model.traits.logged_fallbacks  # the [RET]-only backward was used
     assert_same_step(model, losses, [plain_double_pass(model, pixels, part, concatenated) for part in parts])
 
 
 @pytest.mark.parametrize("name", ["opt_clip", "llama_clip"])
 def test_step_with_lora(name, caplog):
-    caplog.set_level(logging.INFO, logger="modeling_fromage.branches_fromage")
+    caplog.set_level(logging.INFO, logger="modeling_fromage")
     model = double_model(name)
     target = r"language_model\..*\.(q_proj|v_proj)"
     model.add_adapter(LoraConfig(r=2, target_modules=target, modules_to_save=["adapter"], init_lora_weights=False))
@@ -133,7 +134,7 @@ def test_step_with_lora(name, caplog):
 
 
 def test_step_with_a_window_shorter_than_the_batch(caplog):
-    caplog.set_level(logging.INFO, logger="modeling_fromage.branches_fromage")
+    caplog.set_level(logging.INFO, logger="modeling_fromage")
     model = double_model("mistral_vit")
     assert model.config.text_config.sliding_window == 4
     pixels = torch.rand(len(CAPTIONS), 3, 32, 32, dtype=torch.float64)
@@ -146,19 +147,19 @@ def test_ordinary_pass_takes_over_where_it_must():
     model = make_model("gemma2_vit").train()
     ids = torch.tensor([[2, 5, 6, RET]])
     mask = torch.ones_like(ids)
-    assert model._only_ret_needs_gradient(ids, mask)
-    assert not model._only_ret_needs_gradient(torch.tensor([[2, RET, 6, RET]]), mask)
-    assert not model._only_ret_needs_gradient(torch.tensor([[2, 5, RET, 6]]), mask)
-    assert not model._only_ret_needs_gradient(torch.tensor([[RET]]), mask[:, :1])
+    assert why_not_ret_only(model.frozen_lm(), ids, mask) is None
+    assert why_not_ret_only(model.frozen_lm(), torch.tensor([[2, RET, 6, RET]]), mask)
+    assert why_not_ret_only(model.frozen_lm(), torch.tensor([[2, 5, RET, 6]]), mask)
+    assert why_not_ret_only(model.frozen_lm(), torch.tensor([[RET]]), mask[:, :1])
     model.config.text_config.sliding_window = 3
-    assert not model._only_ret_needs_gradient(ids, mask)
+    assert why_not_ret_only(model.frozen_lm(), ids, mask)
     model.config.text_config.sliding_window = 64
     next(model.language_model.parameters()).requires_grad_(True)
-    assert not model._only_ret_needs_gradient(ids, mask)
+    assert why_not_ret_only(model.frozen_lm(), ids, mask)
 
 
 def test_a_backbone_that_takes_no_packed_rows_is_found_out(caplog):
-    caplog.set_level(logging.INFO, logger="modeling_fromage.branches_fromage")
+    caplog.set_level(logging.INFO, logger="modeling_fromage")
     model = double_model("opt_clip")
     decoder = model.language_model.get_decoder()
     original = decoder.forward
@@ -170,7 +171,7 @@ def test_a_backbone_that_takes_no_packed_rows_is_found_out(caplog):
     decoder.forward = ignores_masks
     pixels = torch.rand(len(CAPTIONS), 3, 32, 32, dtype=torch.float64)
     losses = [model(**make_batch(model, pixels, [0, 1, 2])).loss]
-    assert not model._abilities["sdpa", "packed rows"] and "does not take packed rows" in caplog.text
+    assert not model.traits.abilities["sdpa", "packed rows"] and "does not take packed rows" in caplog.text
     decoder.forward = original
     assert_same_step(model, losses, [plain_double_pass(model, pixels, [0, 1, 2])])
 
@@ -190,7 +191,7 @@ def test_no_whole_logits_with_gradient_in_training(monkeypatch):
                     self.found = max(self.found, len(tensor))
             return result
 
-    for module in ("losses_fromage", "branches_fromage"):
+    for module in ("losses_fromage", "frozen_lm_fromage"):
         monkeypatch.setattr(f"modeling_fromage.{module}.LOGITS_AT_A_TIME", 2 * (VOCAB + 1))
     model = make_model("gpt2_resnet").train()
     head = model.get_output_embeddings()
@@ -222,20 +223,20 @@ def test_packed_rows(side):
     packed = PackedRows(batch["attention_mask"], window=40)
     rows = packed.lay(batch["input_ids"], -1)
     assert sorted(rows[rows >= 0].tolist()) == sorted(100 * i + t for i, n in enumerate(lengths) for t in range(n))
-    assert packed.length + packed.laps <= 40
+    assert packed.length + packed.slots <= 40
     assert (rows >= 0).float().mean() > 0.7  # not mostly air
     assert torch.equal(packed.at_tokens(rows), batch["input_ids"][batch["attention_mask"].bool()])
     assert torch.equal(packed.position_ids[rows >= 0], rows[rows >= 0] % 100)
     allowed = packed.attention_mask(torch.float32)[:, 0] == 0
     queries = packed.query_mask(torch.float32)[:, 0] == 0
     for i, n in enumerate(lengths):
-        r, m = packed.row[i].item(), packed.lap[i].item()
+        r, m = packed.row[i].item(), packed.slot[i].item()
         for t in range(n):
             place = (rows[r] == 100 * i + t).nonzero().item()
             assert rows[r][allowed[r, place]].tolist() == list(range(100 * i, 100 * i + t + 1))
         assert rows[r][queries[r, m, : packed.length]].tolist() == list(range(100 * i, 100 * i + n))
         assert queries[r, m, packed.length :].nonzero().flatten().tolist() == [m]
-    assert torch.equal(packed.lay_queries(torch.arange(37))[packed.row, packed.lap], torch.arange(37))
+    assert torch.equal(packed.lay_queries(torch.arange(37))[packed.row, packed.slot], torch.arange(37))
 
 
 def test_length_groups():

@@ -62,7 +62,7 @@ def test_from_embeddings(model):
     expected = model.generate(**batch, **OPTIONS)
     width = batch["input_ids"].shape[1]
     pooled = model.get_pooled_image_features(batch["pixel_values"])
-    embeds = model._embed(batch["input_ids"], pooled)
+    embeds = model.frozen_lm().embed(batch["input_ids"], model.adapter.visual_tokens(pooled))
     found = model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **OPTIONS)
     assert torch.equal(found, expected[:, width:])
     logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits

@@ -116,7 +116,7 @@ def test_step(family, spread, side):
     for name, theirs in gradients(model, expected).items():
         difference = ((found[name] - theirs).norm() / theirs.norm()).item()
         assert difference < 1e-4, f"{name} is off by {difference:.1e}"
-    packs = model._abilities.get((model.language_model.config._attn_implementation, "packed rows"), False)
+    packs = model.traits.abilities.get((model.language_model.config._attn_implementation, "packed rows"), False)
     assert packs == (family in PACKED)
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, NormalizeRetEmbeddingCallback
+from modeling_fromage.training_losses_fromage import ordinary_pass, why_not_ret_only
 from tests.model.test_checkpoints import assemble, assert_equal, backbones, outputs  # noqa: F401 (a fixture)
 
 TARGETS = r"language_model\..*\.(q_proj|v_proj)"
@@ -48,7 +49,7 @@ def test_get_peft_model(checkpoint, tmp_path):
         assert torch.equal(value, before[name]) != is_trained(name), name
     ret = peft_model.base_model.model.adapter.ret_embedding.weight  # through the wrapper: the trained copy
     assert ret.requires_grad and ret.norm().item() == pytest.approx(
-        peft_model.base_model.model._ret_norm_target, rel=1e-5
+        peft_model.base_model.model.traits.mean_row_norm, rel=1e-5
     )
     expected = outputs(peft_model.eval().base_model.model)
     peft_model.save_pretrained(tmp_path / "lora")
@@ -87,8 +88,9 @@ def test_the_ordinary_pass_takes_over_under_lora(checkpoint):
     model.add_adapter(lora())
     model.train()
     ids = torch.tensor([[2, 5, 6, 501]])
-    assert not model._only_ret_needs_gradient(ids, torch.ones_like(ids))
-    loss, embeds = model._text_branch(ids, torch.ones_like(ids))
+    lm = model.frozen_lm()
+    assert why_not_ret_only(lm, ids, torch.ones_like(ids))
+    loss, embeds = ordinary_pass(lm, ids, torch.ones_like(ids))
     (loss + embeds.sum()).backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_fromage import scoring_fromage
+from modeling_fromage.frozen_lm_fromage import FrozenLM
 from tests.helpers.backbones import BACKBONES, make_model
 from tests.model.test_model import IMAGE, RET, interleaved, pad
 
@@ -50,9 +51,9 @@ def test_both_ways_of_running_candidates_agree(monkeypatch):
     rows, images = interleaved(model)
     batch = {**pad(rows, "left"), "pixel_values": images}
     ids, mask = candidates_for(1, "right")
-    assert model._packs_rows(torch.ones(1, 12))
+    assert model.frozen_lm().can_pack(torch.ones(1, 12))
     together = model.score_candidates(**batch, candidate_ids=ids[0], candidate_attention_mask=mask[0])
-    monkeypatch.setattr(model, "_packs_rows", lambda mask: False)
+    monkeypatch.setattr(FrozenLM, "can_pack", lambda lm, mask: False)
     apart = model.score_candidates(**batch, candidate_ids=ids[0], candidate_attention_mask=mask[0])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 

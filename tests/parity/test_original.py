@@ -75,9 +75,9 @@ def test_prompts_and_greedy_tokens(inference):
     for number, item in enumerate(inference.golden["prompts"]):
         ids, pixels, _ = original_prompt(inference.model, inference.processor, inference.prompt(item["prompt"]))
         assert ids.shape[1] == item["prompt_len"]
-        pooled = inference.model._pooled_or_none(pixels, None)
+        visual = inference.model._visual_tokens(pixels, None)
         expected = inference.tensors[f"p{number}.{item['name']}.prompt_embs"]
-        torch.testing.assert_close(inference.model._embed(ids, pooled), expected, atol=LOGITS, rtol=0)
+        torch.testing.assert_close(inference.model.frozen_lm().embed(ids, visual), expected, atol=LOGITS, rtol=0)
         for short, factor, golden in (
             ("f1", 1.0, item["factor_1"]),
             ("fr", item["ret_factor"], item["with_ret"]),

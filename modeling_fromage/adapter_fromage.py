@@ -1,0 +1,112 @@
+"""Everything that FROMAGe trains: the maps between the frozen backbones, and `[RET]` (sections 3.1 and 3.2).
+
+Axes: N images, k visual tokens per image, D the LM's input width, H its head's width, M texts, q the width of the
+shared image-text space.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from .backbones_fromage import hidden_state_width, vision_width
+from .configuration_fromage import FromageConfig
+
+
+class FromageMultiModalProjector(nn.Linear):
+    """Maps an image's pooled features to its `k` visual tokens, side by side: (N, vision width) -> (N, k * D)."""
+
+    def __init__(self, config: FromageConfig, input_width: int):
+        super().__init__(vision_width(config.vision_config), config.num_image_tokens * input_width)
+
+
+class FromageAdapter(nn.Module):
+    """All trained tensors. They stay in fp32 whatever the dtype of the backbones.
+
+    Args:
+        config ([`FromageConfig`]): The sizes.
+        input_width (`int`): D, the width of the LM's input embeddings.
+        head_width (`int`): H, the width of the hidden states that its output head takes.
+    """
+
+    def __init__(self, config: FromageConfig, input_width: int, head_width: int):
+        super().__init__()
+        self.num_image_tokens = config.num_image_tokens
+        self.feature_dropout = nn.Dropout(config.image_feature_dropout)
+        self.multi_modal_projector = FromageMultiModalProjector(config, input_width)
+        self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim)
+        self.text_projection = nn.ModuleList(
+            nn.Linear(hidden_state_width(config.text_config, layer, head_width), config.projection_dim)
+            for layer in config.text_embed_layers
+        )
+        self.ret_embedding = nn.Embedding(config.num_ret_tokens, input_width)
+        tied = config.tie_ret_embedding and input_width == head_width
+        self.ret_lm_head = None if tied else nn.Linear(head_width, config.num_ret_tokens, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FromageAdapter":
+        """Move tensors as in torch, but never below fp32: `half()` and `to(dtype)` are meant for the backbones."""
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            converted = fn(tensor)
+            is_narrower = tensor.is_floating_point() and converted.dtype.itemsize < min(tensor.dtype.itemsize, 4)
+            return tensor.to(converted.device, torch.float32) if is_narrower else converted
+
+        return super()._apply(convert, recurse)
+
+    # ---- images ---------------------------------------------------------------------------------------------------
+
+    def visual_tokens(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Pooled image features (N, vision width) -> visual tokens (N, k, D)."""
+        return self.multi_modal_projector(self._features(pooled)).unflatten(-1, (self.num_image_tokens, -1))
+
+    def image_embeds(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Pooled image features (N, vision width) -> unit-norm embeddings (N, q)."""
+        return nn.functional.normalize(self.visual_projection(self._features(pooled)), dim=-1)
+
+    def _features(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.feature_dropout(pooled.to(self.logit_scale))
+
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    def text_embeds(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Hidden states of `[RET]`, (M, width) for each of `text_embed_layers` -> unit-norm embeddings (M, q)."""
+        projected = [
+            projection(hidden.to(self.logit_scale))
+            for hidden, projection in zip(layers, self.text_projection, strict=True)
+        ]
+        return nn.functional.normalize(sum(projected[1:], projected[0]), dim=-1)
+
+    def ret_rows(self) -> torch.Tensor:
+        """Input embeddings of `[RET]`, (num_ret_tokens, D); looked up, so that the hooks of offloading run."""
+        return self.ret_embedding(torch.arange(self.ret_embedding.num_embeddings, device=self.logit_scale.device))
+
+    def ret_head_rows(self) -> torch.Tensor:
+        """Output-head rows of `[RET]`, (num_ret_tokens, H); those of a separate head by what it makes of unit
+        vectors."""
+        if self.ret_lm_head is None:
+            return self.ret_rows()
+        width = self.ret_lm_head.in_features
+        return self.ret_lm_head(torch.eye(width, device=self.logit_scale.device, dtype=self.logit_scale.dtype)).t()
+
+    @torch.no_grad()
+    def init_ret(self, input_embeddings: nn.Module, output_embeddings: nn.Module, ret_token_id: int) -> None:
+        """Start `[RET]` from the LM's row of that id where it has one (parity), else from its mean row."""
+        pairs = [(self.ret_embedding, input_embeddings)]
+        if self.ret_lm_head is not None:
+            pairs.append((self.ret_lm_head, output_embeddings))
+        for ours, theirs in pairs:
+            rows = theirs.weight
+            mean = rows.float().mean(dim=0)
+            ids = range(ret_token_id, ret_token_id + self.ret_embedding.num_embeddings)
+            ours.weight.copy_(torch.stack([rows[i].float() if i < len(rows) else mean for i in ids]))
+
+
+def trained_state(adapter: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by their plain names; those of the active copy where PEFT has wrapped it."""
+    if "modules_to_save" in dict(adapter.named_children()):
+        adapter = adapter.modules_to_save[adapter.active_adapters[0]]
+    return adapter.state_dict()
+
+
+__all__ = ["FromageAdapter", "FromageMultiModalProjector", "trained_state"]

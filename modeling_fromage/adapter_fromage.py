@@ -5,11 +5,12 @@ shared image-text space.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from .backbones_fromage import hidden_state_width, vision_width
+from .backbones_fromage import hidden_state_width, vision_width, weight_of
 from .configuration_fromage import FromageConfig
 
 
@@ -92,20 +93,21 @@ class FromageAdapter(nn.Module):
     @torch.no_grad()
     def init_ret(self, input_embeddings: nn.Module, output_embeddings: nn.Module, ret_token_id: int) -> None:
         """Start `[RET]` from the LM's row of that id where it has one (parity), else from its mean row."""
-        pairs = [(self.ret_embedding, input_embeddings)]
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.ret_embedding, input_embeddings)]
         if self.ret_lm_head is not None:
             pairs.append((self.ret_lm_head, output_embeddings))
         for ours, theirs in pairs:
-            rows = theirs.weight
+            rows = weight_of(theirs)
             mean = rows.float().mean(dim=0)
             ids = range(ret_token_id, ret_token_id + self.ret_embedding.num_embeddings)
-            ours.weight.copy_(torch.stack([rows[i].float() if i < len(rows) else mean for i in ids]))
+            weight_of(ours).copy_(torch.stack([rows[i].float() if i < len(rows) else mean for i in ids]))
 
 
 def trained_state(adapter: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors by their plain names; those of the active copy where PEFT has wrapped it."""
+    wrapper: Any = adapter
     if "modules_to_save" in dict(adapter.named_children()):
-        adapter = adapter.modules_to_save[adapter.active_adapters[0]]
+        return wrapper.modules_to_save[wrapper.active_adapters[0]].state_dict()
     return adapter.state_dict()
 
 

@@ -42,7 +42,9 @@ class BackboneOrigin:
         self.loader_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
-def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwargs: dict[str, Any]):
+def assemble_from_vision_text(
+    cls: Callable[..., Any], vision: str, text: str, processor: FromageProcessor | None, kwargs: dict[str, Any]
+) -> Any:
     """Body of `FromageForConditionalGeneration.from_vision_text_pretrained`, which documents it."""
     fields = set(inspect.signature(FromageConfig).parameters)
     config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
@@ -87,7 +89,7 @@ def assemble_from_vision_text(cls, vision: str, text: str, processor: Any, kwarg
     return model.eval()
 
 
-def take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]):
+def take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]) -> None:
     """Add the processor's token ids and `num_image_tokens` to a configuration's fields.
 
     Raises:
@@ -115,7 +117,7 @@ def load_backbone(prefix: str, name: str, kwargs: dict[str, Any], pooling: str) 
         for field in fields:  # which transformers sets where it loads the configuration itself
             setattr(config, field, kwargs[field])
         kwargs = {"config": config, **{key: value for key, value in kwargs.items() if key not in fields}}
-    auto_class = AutoModelForCausalLM if prefix == "text" else AutoModel
+    auto_class: Any = AutoModelForCausalLM if prefix == "text" else AutoModel
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"])
     if prefix == "vision" and pooling != "pooler":
@@ -161,7 +163,9 @@ def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) 
     return model
 
 
-def join_backbones(cls, config: FromageConfig, kwargs: dict[str, Any], load: Callable[..., PreTrainedModel]):
+def join_backbones(
+    cls: Callable[..., Any], config: FromageConfig, kwargs: dict[str, Any], load: Callable[..., PreTrainedModel]
+) -> Any:
     """Load both backbones, with what of `kwargs` concerns each, and put new trained parts between them."""
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     models, device_map = {}, {}
@@ -200,13 +204,15 @@ def _device_map_of(part: str, device_map: dict[str, Any]) -> dict[str, Any] | No
     return own or ({"": device_map[""]} if "" in device_map else None)
 
 
-def backbone_within(name, hub_kwargs: dict[str, Any], prefix: str, config: FromageConfig, kwargs: dict[str, Any]):
+def backbone_within(
+    name: str, hub_kwargs: dict[str, Any], prefix: str, config: FromageConfig, kwargs: dict[str, Any]
+) -> PreTrainedModel:
     """A backbone out of a self-contained checkpoint, by itself: the way to quantise the language model alone."""
     kwargs = {**kwargs, **hub_kwargs, "config": getattr(config, f"{prefix}_config")}
     return load_backbone(prefix, name, {**kwargs, "key_mapping": {rf"^{PARTS[prefix]}\.": ""}}, config.vision_pooling)
 
 
-def find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike):
+def find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike) -> None:
     """Make the paths of backbones that lie beside a checkpoint absolute.
 
     Raises:

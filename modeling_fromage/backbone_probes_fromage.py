@@ -7,21 +7,15 @@ dtype. What its own weights, dtype and attention kernels make of it is then trie
 
 import copy
 import logging
-import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .backbones_fromage import (
-    check_gradient_passes,
-    decoder_and_head,
-    in_eval_mode,
-    measure_logit_transform,
-    undisturbed,
-)
+from .backbones_fromage import decoder_and_head, in_eval_mode, undisturbed, weight_of
 from .packing_fromage import PackedRows, positions
 
 logger = logging.getLogger(__name__)
@@ -29,8 +23,8 @@ logger = logging.getLogger(__name__)
 LENGTHS = (6, 2, 4)  # of the sequences, which two more tokens follow
 # Of the norm, in fp32. What is wrong is off by more than 1e-2. A mixture of experts moves by 7e-7, as it runs batches
 # of other sizes; the steps of a state-space model are off by 1e-4 from its scan, in the LM's own `generate` as well.
-_TOLERANCE, _TOLERANCE_OF_STEPS = 1e-5, 1e-3
-_FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+TOLERANCE, _TOLERANCE_OF_STEPS = 1e-5, 1e-3
+FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _VOCAB = 64
 _LARGEST = 5e7  # parameters of a miniature: seconds on a CPU
 
@@ -45,7 +39,7 @@ class Trial:
         strict (`bool`): Whether to look for leaks and at gradients too.
     """
 
-    def __init__(self, decoder: nn.Module, embeds: torch.Tensor, tolerance: float, strict: bool):
+    def __init__(self, decoder: PreTrainedModel, embeds: torch.Tensor, tolerance: float, strict: bool):
         self.decoder, self.embeds, self.tolerance, self.strict = decoder, embeds, tolerance, strict
         self.lengths = torch.tensor(LENGTHS, device=embeds.device)
         self.columns = torch.arange(max(LENGTHS), device=embeds.device)
@@ -70,7 +64,14 @@ class Trial:
         """What transformers' `generate` starts from."""
         return DynamicCache(config=self.decoder.config.get_text_config(decoder=True))
 
-    def run(self, embeds: torch.Tensor, mask=None, position_ids=None, cache: Cache | None = None, use_cache=True):
+    def run(
+        self,
+        embeds: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool = True,
+    ) -> Any:
         # A cache is passed only where there is one: state-space models know no such argument.
         past = {} if cache is None else {"past_key_values": cache}
         return self.decoder(
@@ -102,10 +103,10 @@ class Trial:
         packed = PackedRows(self.columns < self.lengths[:, None])
         width = len(self.columns)
 
-        def prefix_of(embeds):
+        def prefix_of(embeds: torch.Tensor) -> Any:
             return self.run(packed.lay(embeds[:, :width]), packed.attention_mask(embeds.dtype), packed.position_ids)
 
-        def queries(cache, tokens):
+        def queries(cache: Cache, tokens: torch.Tensor) -> torch.Tensor:
             rows = tokens.new_zeros(packed.rows, packed.slots, tokens.shape[-1])
             hidden = self.run(
                 rows.index_put((packed.row, packed.slot), tokens),
@@ -133,10 +134,10 @@ class Trial:
         mask = self.columns < self.lengths[:, None]
         longer = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1).long()
 
-        def query(cache, tokens):
+        def query(cache: Cache, tokens: torch.Tensor) -> torch.Tensor:
             return self.run(tokens[:, None], longer, self.lengths[:, None], cache)[0][:, 0]
 
-        def prefix_of(fill):
+        def prefix_of(fill: float) -> Cache:
             embeds = torch.where(mask[..., None], self.embeds[:, : mask.shape[1]], fill * self.embeds[:, :1])
             return self.run(embeds, mask.long(), positions(mask)).past_key_values
 
@@ -211,55 +212,6 @@ _TRAINING = ("packed rows", "cached prefixes")  # shortcuts of training: in doub
 _GENERATION = ("left padding", "a cache")
 
 
-_ONE_TRIAL = threading.Lock()
-
-
-class LanguageModelTraits:
-    """What trials have shown of one model's language model. Each trial runs once, when its result is first needed."""
-
-    def __init__(self) -> None:
-        self.abilities: dict[tuple[str, str], bool] = {}  # by attention implementation and ability
-        self.logit_transform: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self.mean_row_norm: float | None = None  # of the input embeddings before `[RET]`
-        self.passes_gradient = False  # shown; a linear layer that loses it raises
-        self.logged_fallbacks: set[str] = set()
-
-    def takes(self, language_model: PreTrainedModel, ability: str) -> bool:
-        """Whether the LM has one of `ABILITIES` with its present attention implementation."""
-        attention = language_model.config._attn_implementation
-        if (attention, ability) not in self.abilities:
-            self._try(language_model, attention, ability)
-        return self.abilities[attention, ability]
-
-    @torch.compiler.disable
-    def _try(self, language_model: PreTrainedModel, attention: str, ability: str) -> None:
-        with _ONE_TRIAL:
-            if (attention, ability) in self.abilities:
-                return
-            found = has_ability(language_model, ability)
-            self.abilities[attention, ability] = found
-        verb = "takes" if found else "does not take"
-        logger.info("%s (%s) %s %s.", type(language_model).__name__, attention, verb, ability)
-
-    def logit_transform_of(self, language_model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What the LM does to its head's output, elementwise."""
-        if self.logit_transform is None:
-            self.logit_transform = measure_logit_transform(language_model)
-        return self.logit_transform
-
-    def require_gradient(self, language_model: PreTrainedModel) -> None:
-        """Raise a `ValueError` where a linear layer of the LM loses the gradient that the trained parts need."""
-        if not self.passes_gradient:
-            check_gradient_passes(language_model)
-            self.passes_gradient = True
-
-    def log_fallback(self, reason: str) -> None:
-        """Log once why the retrieval losses take an ordinary pass."""
-        if torch.is_grad_enabled() and reason not in self.logged_fallbacks:
-            self.logged_fallbacks.add(reason)
-            logger.info("The retrieval losses take an ordinary pass: %s.", reason)
-
-
 def holds_attention_alone(cache: Cache | None) -> bool:
     """Whether a cache is keys and values of attention and nothing else: a state mixes what stands in a row."""
     return type(cache) is DynamicCache and not any(
@@ -273,7 +225,7 @@ def has_ability(language_model: PreTrainedModel, ability: str) -> bool:
     """Try one of `ABILITIES` on a miniature of the LM and, for the shortcuts of training, on the LM itself."""
     decoder, _ = decoder_and_head(language_model)
     embedding = language_model.get_input_embeddings()
-    if embedding.weight.device.type == "meta":  # offloaded: not to be trained
+    if weight_of(embedding).device.type == "meta":  # offloaded: not to be trained
         return ability not in _TRAINING
     if ability == "packed rows" and language_model.config._attn_implementation not in ("sdpa", "eager"):
         return False  # other kernels take no masks
@@ -286,20 +238,21 @@ def has_ability(language_model: PreTrainedModel, ability: str) -> bool:
         return found
     if not found:
         return False
-    ids = torch.arange(24, device=embedding.weight.device).view(3, 8) * 7 % len(embedding.weight)
+    weight = weight_of(embedding)
+    ids = torch.arange(24, device=weight.device).view(3, 8) * 7 % len(weight)
     try:
         embeds = embedding(ids)
         tolerance = 2e-2 if embeds.dtype.itemsize < 4 else 1e-4
         with in_eval_mode(language_model):
             return ABILITIES[ability](Trial(decoder, embeds, tolerance, strict=False))
-    except _FAILURES:
+    except FAILURES:
         return False
 
 
 def _cache_of(config: PreTrainedConfig) -> Cache | None:
     try:
         return DynamicCache(config=config)
-    except _FAILURES:  # a kind of layer that transformers' caches do not know
+    except FAILURES:  # a kind of layer that transformers' caches do not know
         return None
 
 
@@ -310,67 +263,23 @@ def _shown_by_a_miniature(language_model: PreTrainedModel, ability: str) -> bool
         logger.info("No miniature of %s can be made to try %s on.", type(language_model).__name__, ability)
         return None
     generator = torch.Generator().manual_seed(1)
-    width = decoder.get_input_embeddings().weight.shape[-1]
+    width = weight_of(decoder.get_input_embeddings()).shape[-1]
     embeds = torch.randn(len(LENGTHS), max(LENGTHS) + 2, width, generator=generator)
-    tolerance = _TOLERANCE_OF_STEPS if ability in _GENERATION else _TOLERANCE
+    tolerance = _TOLERANCE_OF_STEPS if ability in _GENERATION else TOLERANCE
     # In fp64 where attention is so sharp that fp32's rounding is magnified; some kernels take no fp64.
     for dtype in (torch.float32, torch.float64):
         try:
-            if ABILITIES[ability](Trial(decoder.to(dtype), embeds.to(dtype), tolerance, strict=True)):
+            if ABILITIES[ability](Trial(nn.Module.to(decoder, dtype), embeds.to(dtype), tolerance, strict=True)):
                 return True
-        except _FAILURES:
+        except FAILURES:
             continue
     return False
-
-
-@undisturbed
-@torch.no_grad()
-def check_decoder(language_model: PreTrainedModel):
-    """Raise a `ValueError` where FROMAGe cannot give the LM what it takes.
-
-    Visual tokens and `[RET]` come as embeddings: the LM must not make more of token ids (Gemma 3n has inputs for each
-    layer, Falcon-H1 scales them), nor need them. And it must be causal, which XLNet and a BERT that is no decoder are
-    not.
-    """
-    decoder, tolerance = miniature(language_model), _TOLERANCE
-    if decoder is None:
-        decoder, _ = decoder_and_head(language_model)
-        tolerance = 2e-2 if language_model.dtype.itemsize < 4 else 1e-4
-    name, embedding = type(language_model).__name__, decoder.get_input_embeddings()
-    half = len(embedding.weight) // 2  # padding has other ids
-    ids = torch.arange(3, device=embedding.weight.device)[None] + half
-
-    def difference(found: torch.Tensor) -> float:
-        return ((found.float() - expected).norm() / expected.norm()).item()
-
-    expected = decoder(input_ids=ids[:, :2], use_cache=False)[0].float()
-    embeds = embedding(ids)
-    try:
-        without_ids = difference(decoder(inputs_embeds=embeds[:, :2].clone(), use_cache=False)[0])
-        longer = difference(decoder(inputs_embeds=embeds.clone(), use_cache=False)[0][:, :2])
-        decoder(inputs_embeds=-embeds, use_cache=False)  # of no token: Gemma 4 looks up whose embeddings they are
-    except _FAILURES as error:
-        raise ValueError(
-            f"{name} does not run from embeddings without token ids, and FROMAGe gives it embeddings. Take another LM. "
-            f"It says: {error}"
-        ) from error
-    if not without_ids <= tolerance:
-        raise ValueError(
-            f"{name} takes more from token ids than their input embeddings: its hidden states are off by "
-            f"{without_ids:.2g} without the ids, and FROMAGe gives it embeddings. Take another LM."
-        )
-    if not longer <= max(5 * tolerance, 1e-2):
-        raise ValueError(
-            f"{name} is not causal: its hidden states change by {longer:.2g} with what follows. Take another LM, or "
-            "load one that can be a decoder with `is_decoder=True` (`text_is_decoder=True` in "
-            "from_vision_text_pretrained)."
-        )
 
 
 # ---- the miniature -------------------------------------------------------------------------------------------------
 
 
-def miniature(language_model: PreTrainedModel) -> nn.Module | None:
+def miniature(language_model: PreTrainedModel) -> PreTrainedModel | None:
     """A decoder of the LM's class and configuration, on the CPU in fp32, with few layers and large random weights.
 
     As small as the class allows: what does not fit together is left as large as it is. `None` where that fails too.
@@ -391,9 +300,9 @@ def miniature(language_model: PreTrainedModel) -> nn.Module | None:
                 small.requires_grad_(False)
                 decoder, _ = decoder_and_head(small)
                 _enlarge(small)
-                width = small.get_input_embeddings().weight.shape[-1]
+                width = weight_of(small.get_input_embeddings()).shape[-1]
                 decoder(inputs_embeds=torch.randn(1, 3, width, dtype=torch.float32), use_cache=False)
-        except (AssertionError, ImportError, *_FAILURES):
+        except (AssertionError, ImportError, *FAILURES):
             continue
         return decoder
     return None
@@ -408,7 +317,7 @@ def _small_config(config: PreTrainedConfig, few: int | None, thin: bool) -> PreT
     of_layers = {key: value for key, value in fields.items() if isinstance(value, list) and len(value) == depth}
     kinds = list(zip(*(value for value in of_layers.values() if isinstance(value[0], str)), strict=True))
     kept = sorted({*range(min(2, depth)), *(kinds.index(kind) for kind in kinds)})
-    changes = {key: [value[i] for i in kept] for key, value in of_layers.items()}
+    changes: dict[str, Any] = {key: [value[i] for i in kept] for key, value in of_layers.items()}
     changes |= {key: len(kept) for key in ("decoder_layers", "encoder_layers", "num_blocks") if key in fields}
     sizes = {key: value for key, value in fields.items() if type(value) is int}
     changes |= {key: 0 for key, value in sizes.items() if key.endswith("token_id") and value >= _VOCAB}
@@ -440,7 +349,7 @@ def _small_config(config: PreTrainedConfig, few: int | None, thin: bool) -> PreT
     return config
 
 
-def _enlarge(model: nn.Module):
+def _enlarge(model: nn.Module) -> None:
     """Weights that keep the size of what they multiply, as after training, so that no part of the model is silent."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 TRAINED_PREFIX = "adapter."
 
 
-def load_trained_parts(model, files: list[Path]):
-    """Fill `model.adapter` from `files`, in fp32; raise a `ValueError` unless names and shapes are just its own."""
+def load_trained_parts(adapter: nn.Module, files: list[Path]) -> None:
+    """Fill `adapter` from `files`, in fp32; raise a `ValueError` unless names and shapes are just its own."""
     tensors = {}
     for file in files:
         with safe_open(file, "pt") as opened:
             tensors.update({key: opened.get_tensor(key) for key in opened.keys() if key.startswith(TRAINED_PREFIX)})  # noqa: SIM118
-    expected = {f"{TRAINED_PREFIX}{key}": tensor.shape for key, tensor in model.adapter.state_dict().items()}
+    expected = {f"{TRAINED_PREFIX}{key}": tensor.shape for key, tensor in adapter.state_dict().items()}
     problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
     problems += [f"{key} is unknown" for key in sorted(tensors.keys() - expected.keys())]
     problems += [
@@ -31,10 +32,10 @@ def load_trained_parts(model, files: list[Path]):
             f"The trained parts in {files[0].parent} do not fit the configuration beside them: {'; '.join(problems)}."
         )
     check_finite({key: tensors[key] for key in expected}, files[0].parent)
-    model.adapter.load_state_dict({key.removeprefix(TRAINED_PREFIX): tensors[key] for key in expected})
+    adapter.load_state_dict({key.removeprefix(TRAINED_PREFIX): tensors[key] for key in expected})
 
 
-def check_finite(tensors: dict[str, torch.Tensor], source: str | os.PathLike):
+def check_finite(tensors: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
     """Raise a `ValueError` where trained tensors hold NaN or infinities."""
     broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
     if broken:
@@ -61,9 +62,10 @@ def _add_variant(filename: str, variant: str | None) -> str:
 
 def _find(name: str | os.PathLike, filename: str, hub_kwargs: dict[str, Any]) -> Path | None:
     try:
-        return Path(cached_file(name, filename, **hub_kwargs))
+        path = cached_file(name, filename, **hub_kwargs)
     except OSError:
         return None
+    return None if path is None else Path(path)
 
 
 def tensor_names(file: Path) -> list[str]:

@@ -201,7 +201,7 @@ def load_checkpoint(
     Args:
         load_with_transformers: transformers' own `from_pretrained` of `cls`.
     """
-    hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
+    hub_kwargs: Any = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
     peft_path, name, adapter_kwargs = maybe_load_adapters(
         pretrained_model_name_or_path, hub_kwargs, **(kwargs.get("adapter_kwargs") or {})
     )
@@ -215,23 +215,25 @@ def load_checkpoint(
     options = {key: kwargs.pop(key) for key in list(kwargs) if key in _OPTIONS}
     loader_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in _BACKBONE_KWARGS}
     if isinstance(config, PreTrainedConfig):
-        config, unknown = copy.deepcopy(config), kwargs
+        config, left = copy.deepcopy(config), kwargs
     else:
         for prefix in ROLES:
             if f"{prefix}_model_id" in kwargs:  # the commit that the checkpoint names is of another repository
                 kwargs.setdefault(f"{prefix}_model_revision", None)
-        config, unknown = cls.config_class.from_pretrained(
+        config, left = cls.config_class.from_pretrained(
             name if config is None else config, return_unused_kwargs=True, **hub_kwargs, **kwargs
         )
-    if unknown := set(unknown) - {*HUB_KWARGS, "revision", "subfolder"}:
+    if unknown := set(left) - {*HUB_KWARGS, "revision", "subfolder"}:
         raise ValueError(f"{cls.__name__}.from_pretrained got unknown arguments {sorted(unknown)}.")
     loader_kwargs.update({key: value for key, value in hub_kwargs.items() if key in HUB_KWARGS})
     if holds_backbones:
-        model = join_backbones(cls, config, loader_kwargs, lambda *args: backbone_within(name, hub_kwargs, *args))
+        model = join_backbones(
+            cls, config, loader_kwargs, lambda *args: backbone_within(os.fspath(name), hub_kwargs, *args)
+        )
     else:
         find_local_backbones(config, name)
         model = join_backbones(cls, config, loader_kwargs, reload_backbone)
-    load_trained_parts(model, files)
+    load_trained_parts(model.adapter, files)
     take_saved_fingerprint(model)
     model.name_or_path = model.config.name_or_path = os.fspath(name)
     model.eval()
@@ -242,7 +244,7 @@ def load_checkpoint(
     if peft_path is not None:
         peft_name = options.get("adapter_name", "default")
         model.load_adapter(peft_path, adapter_name=peft_name, adapter_kwargs=adapter_kwargs)
-    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, info) if options.get("output_loading_info") else model
 
 
@@ -256,12 +258,13 @@ def _load_whole(
     **kwargs: Any,
 ) -> Any:
     """transformers' own loading, which must leave no weight at random; each backbone keeps its saved dtype."""
-    dtypes = {}
+    dtypes: dict[str, torch.dtype] = {}
     if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
         hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
         saved = config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(name, **hub_kwargs)
-        dtypes = {part: saved_dtype(getattr(saved, f"{prefix}_config")) for prefix, part in PARTS.items()}
-        if None in dtypes.values() or len(set(dtypes.values())) == 1:
+        found = {part: saved_dtype(getattr(saved, f"{prefix}_config")) for prefix, part in PARTS.items()}
+        dtypes = {part: dtype for part, dtype in found.items() if dtype is not None}
+        if len(dtypes) < len(found) or len(set(dtypes.values())) == 1:
             dtypes = {}
         else:
             kwargs["dtype"] = max(dtypes.values(), key=lambda dtype: dtype.itemsize)

@@ -226,7 +226,7 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Load without transformers' progress bar and report: they were shown when the model was loaded."""
     verbosity, has_progress_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

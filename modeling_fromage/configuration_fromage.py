@@ -32,7 +32,8 @@ class FromageConfig(PreTrainedConfig):
             Indices into the LM's `hidden_states` whose projections are summed at `[RET]`.
         image_token_id (`int`, *optional*): Id of `<|image|>`. Defaults to the LM's `vocab_size`.
         ret_token_id (`int`, *optional*): Id of the first `[RET]` token. Defaults to `image_token_id + 1`.
-        num_ret_tokens (`int`, defaults to 1): Number of `[RET]` tokens, with contiguous ids.
+        num_ret_tokens (`int`, defaults to 1): Number of `[RET]` tokens, with contiguous ids. No other number can be
+            trained yet.
         tie_ret_embedding (`bool`, defaults to `True`):
             One row serves as input embedding and as output-head row of `[RET]`. Where the LM's input and head widths
             differ a separate output row is trained whatever this says.
@@ -40,7 +41,7 @@ class FromageConfig(PreTrainedConfig):
             What `[RET]`'s row is multiplied by where it enters the LM: what the LM's embedding module multiplies its
             own rows by (the square root of the width in Gemma). Measured when a new model is assembled.
         logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Initial log of the contrastive temperature.
-        projector_type (`"linear"`): Kind of `multi_modal_projector`.
+        projector_type (`"linear"`): Kind of `multi_modal_projector`. There is no other yet.
         vision_pooling (`"pooler"`, `"cls"` or `"mean"`, defaults to `"pooler"`):
             What one vector stands for an image: the encoder's `pooler_output`, its first token, or the mean over its
             tokens (or pixels of the feature map).
@@ -109,7 +110,7 @@ class FromageConfig(PreTrainedConfig):
     retrieval_fingerprint: str | None = None
     tie_word_embeddings: bool = False  # the LM ties its own; nothing is tied across the parts
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("custom_pipelines"):
             kwargs["custom_pipelines"] = _CustomPipelines(kwargs["custom_pipelines"])
         super().__post_init__(**kwargs)
@@ -121,10 +122,14 @@ class FromageConfig(PreTrainedConfig):
             self.ret_token_id = self.image_token_id + 1
         self._check()
 
-    def _check(self):
+    def _check(self) -> None:
         for name in ("num_image_tokens", "projection_dim", "num_ret_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_ret_tokens != 1:
+            raise ValueError(
+                f"`num_ret_tokens` is {self.num_ret_tokens}, but only one `[RET]` token can be trained yet."
+            )
         if not self.text_embed_layers or len(set(self.text_embed_layers)) != len(self.text_embed_layers):
             raise ValueError(
                 f"`text_embed_layers` must be a non-empty list without repeats, got {self.text_embed_layers}."
@@ -142,7 +147,9 @@ class FromageConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def from_vision_text_configs(cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs: Any):
+    def from_vision_text_configs(
+        cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs: Any
+    ) -> "FromageConfig":
         """Build a [`FromageConfig`] from the configurations of its two backbones, which are copied."""
         return cls(vision_config=copy.deepcopy(vision_config), text_config=copy.deepcopy(text_config), **kwargs)
 
@@ -156,9 +163,11 @@ class FromageConfig(PreTrainedConfig):
         inner = self.text_config
         if not isinstance(inner, PreTrainedConfig):  # while the base class is still building the sub-configs
             return self
-        view = object.__new__(_full_width_class(type(inner), self.logit_width)) if self.ret_token_id else inner
-        if view is not inner:
-            object.__setattr__(view, "__dict__", inner.__dict__)  # shared: callers write to it
+        if not self.ret_token_id:
+            return inner
+        base: Any = type(inner)
+        view: PreTrainedConfig = object.__new__(_full_width_class(base, self.logit_width))
+        object.__setattr__(view, "__dict__", inner.__dict__)  # shared: callers write to it
         return view
 
 
@@ -170,9 +179,9 @@ class _CustomPipelines(dict):
         return super().__contains__(task) and task not in PIPELINE_REGISTRY.supported_tasks
 
 
-@functools.lru_cache
+@functools.cache
 def _full_width_class(base: type, width: int) -> type:
-    def refuse(self, value):
+    def refuse(self: PreTrainedConfig, value: int) -> None:
         raise NotImplementedError(
             "The vocabulary of a FROMAGe model cannot be resized: its language model is frozen. Add tokens to the "
             "language model first, then assemble the FROMAGe model from it."

@@ -22,8 +22,8 @@ def weight_files(name: str, revision: str | None, gguf_file: str | None, cache_d
     def find(filename: str) -> Path | None:
         if os.path.isdir(name):
             return path if (path := Path(name, filename)).is_file() else None
-        path = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
-        return Path(path) if isinstance(path, str) else None
+        cached = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
+        return Path(cached) if isinstance(cached, str) else None
 
     for single, index in (
         (gguf_file or SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
@@ -52,7 +52,7 @@ def fingerprint(files: list[Path]) -> dict[str, dict[str, Any]]:
     return prints
 
 
-def check_fingerprint(files: list[Path], expected: dict[str, dict[str, Any]], role: str, name: str):
+def check_fingerprint(files: list[Path], expected: dict[str, dict[str, Any]], role: str, name: str) -> None:
     """Compare sizes and sampled blocks, in milliseconds.
 
     Raises:
@@ -81,7 +81,7 @@ def trained_fingerprint(state: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(tensor.to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy())
+        digest.update(tensor.to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -5,14 +5,13 @@ logits, N images, k visual tokens per image, R `[RET]` tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .adapter_fromage import FromageAdapter
-from .backbone_probes_fromage import LanguageModelTraits
+from .backbone_checks_fromage import LanguageModelTraits
 from .backbones_fromage import attention_window, decoder_and_head
 from .configuration_fromage import FromageConfig
 from .losses_fromage import (
@@ -25,6 +24,16 @@ from .losses_fromage import (
 from .packing_fromage import PackedRows, groups_of_one_length, length_groups, padding_side, positions, tokens_first
 
 VisualTokens = torch.Tensor | Sequence[torch.Tensor]
+
+
+class DecoderOutput(Protocol):
+    """A decoder's output, by the fields that FROMAGe reads; those that were not asked for are `None`."""
+
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...]
+    past_key_values: Cache
+
+    def get(self, name: str) -> Any: ...
 
 
 class FrozenLM:
@@ -122,7 +131,7 @@ class FrozenLM:
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> DecoderOutput:
         """Run the LM without its head on `embeds` (B, L, D).
 
         Args:
@@ -149,7 +158,7 @@ class FrozenLM:
 
     def _decode_with_padding_last(
         self, embeds: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor | None, **kwargs: Any
-    ) -> BaseModelOutputWithPast:
+    ) -> DecoderOutput:
         captured = kwargs.get("use_cache") or kwargs.get("output_attentions")
         if captured or not self.takes("right padding"):
             raise ValueError(
@@ -173,7 +182,7 @@ class FrozenLM:
         """Whether `text_embed_layers` names others than the last, so that `decode` must return `hidden_states`."""
         return self.config.text_embed_layers != [-1]
 
-    def text_layers(self, output: BaseModelOutputWithPast) -> list[torch.Tensor]:
+    def text_layers(self, output: DecoderOutput) -> list[torch.Tensor]:
         """The hidden states (B, L, width) that `text_embed_layers` names."""
         layers = self.config.text_embed_layers
         return [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
@@ -193,7 +202,7 @@ class FrozenLM:
             The last hidden states (T, H) at the tokens of `mask` (B, L), row by row; and with `all_layers` those of
             `text_embed_layers`, (T, width) each.
         """
-        options = {"output_hidden_states": True} if all_layers and self.needs_all_layers else {}
+        options: dict[str, Any] = {"output_hidden_states": True} if all_layers and self.needs_all_layers else {}
         if self.can_pack(mask):
             packed = PackedRows(mask, attention_window(self.config.text_config))
             output = self.decode(

@@ -1,7 +1,7 @@
 """Generation with `[RET]`: its options as logits processors, and its embeddings beside the generated tokens."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -61,7 +61,7 @@ class RetLogitsProcessor(LogitsProcessor):
         return scores
 
 
-def extend_generation_config(model: PreTrainedModel, language_model: PreTrainedModel):
+def extend_generation_config(model: PreTrainedModel, language_model: PreTrainedModel) -> None:
     """Give `model` a copy of its LM's generation config with FROMAGe's options, which survives saving."""
     generation_config = copy.deepcopy(language_model.generation_config) or GenerationConfig()
     for name, value in RET_GENERATION_DEFAULTS.items():
@@ -83,7 +83,7 @@ class FromageGenerationMixin(GenerationMixin):
     ) -> torch.Tensor | None:
         raise NotImplementedError
 
-    def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.Tensor:
+    def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
         """transformers' `generate`, with four more options: `ret_scale_factor`, `ret_bias`, `min_tokens_before_ret`
         and `max_num_rets` (see [`RetLogitsProcessor`]). Images are given as `pixel_values` or
         `pooled_image_features`, in the order of their placeholders, and are encoded once.
@@ -96,10 +96,11 @@ class FromageGenerationMixin(GenerationMixin):
             ValueError: Prompt and new tokens exceed the language model's context, images and placeholders differ in
                 number, or an option does not go with images or with this language model.
         """
+        parent: Any = super()
         prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if prompt is None:  # from inputs_embeds alone the prompt's tokens are not known
             self._choose_cache(kwargs.get("attention_mask"), kwargs)
-            return super().generate(*args, **kwargs)
+            return parent.generate(*args, **kwargs)
         visual = self._encode_once(kwargs)
         if visual is not None and (kwargs.get("assistant_model") is not None or kwargs.get("assistant_early_exit")):
             raise ValueError(
@@ -109,9 +110,9 @@ class FromageGenerationMixin(GenerationMixin):
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
         self._choose_cache(kwargs["attention_mask"], kwargs)
-        output = super().generate(*args, **kwargs)
+        output: Any = parent.generate(*args, **kwargs)
         if isinstance(output, torch.Tensor):
-            return output
+            return cast(torch.LongTensor, output)
         copies = len(output.sequences) // len(prompt)
         mask = kwargs["attention_mask"].repeat_interleave(copies, dim=0)
         mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - prompt.shape[1]), value=1)
@@ -123,7 +124,7 @@ class FromageGenerationMixin(GenerationMixin):
         output["ret_positions"] = [row.nonzero().flatten() for row in is_ret]
         return output
 
-    def _choose_cache(self, mask: torch.Tensor | None, kwargs: dict[str, Any]):
+    def _choose_cache(self, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         """Generate without a cache, by whole passes, where the LM does not continue from one as from a whole text.
 
         Raises:
@@ -225,9 +226,18 @@ class FromageGenerationMixin(GenerationMixin):
         rows = images.split(self._image_counts(input_ids).tolist())
         return torch.cat([row for row in rows for _ in range(copies)])
 
-    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, *args: Any, **kwargs: Any):
-        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
-        options = {name: getattr(generation_config, name, default) for name, default in RET_GENERATION_DEFAULTS.items()}
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
+        parent: Any = super()
+        processors = parent._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
+        options: dict[str, Any] = {
+            name: getattr(generation_config, name, default) for name, default in RET_GENERATION_DEFAULTS.items()
+        }
         if options["ret_scale_factor"] != 1.0 and (generation_config.num_beams or 1) > 1:
             raise ValueError(
                 "`ret_scale_factor` multiplies logits, but beams see log-probabilities. Use `ret_bias` with beams."
@@ -235,8 +245,11 @@ class FromageGenerationMixin(GenerationMixin):
         ours = RetLogitsProcessor(self.config, input_ids_seq_length or 0, **options)
         return LogitsProcessorList([ours, *processors])
 
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        parent: Any = super()
+        parent._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         limit = context_length(self.config.text_config)
         if generation_config.max_length > limit:
             new = generation_config.max_length - input_ids_length

@@ -1,6 +1,7 @@
 """FROMAGe's training losses (section 3.3), as functions of logits and embeddings."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,9 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _losses_and_gradients(frozen, ret, targets, ret_token_id):
+def _losses_and_gradients(
+    frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """[`token_losses`] and their gradients, probability less one at the target, with one copy of the logits."""
     probabilities = frozen.to(torch.promote_types(frozen.dtype, torch.float32), copy=True)
     log_normalizer = probabilities.logsumexp(-1)
@@ -69,8 +72,16 @@ class ChunkedTokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, ret_rows, targets, logits_of: Callable, columns: int, ret_token_id: int):
-        total, grads, grad_rows = 0, [], torch.zeros_like(ret_rows)
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        ret_rows: torch.Tensor,
+        targets: torch.Tensor,
+        logits_of: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        columns: int,
+        ret_token_id: int,
+    ) -> torch.Tensor:
+        total, grads, grad_rows = torch.zeros((), device=hidden.device), [], torch.zeros_like(ret_rows)
         size = max(1, LOGITS_AT_A_TIME // columns)
         for chunk, chunk_targets in zip(hidden.split(size), targets.split(size), strict=True):
             # Hooks of its own: those of an enclosing checkpoint would recompute the branch for this small graph.
@@ -78,15 +89,15 @@ class ChunkedTokenLoss(torch.autograd.Function):
                 chunk, rows = chunk.detach().requires_grad_(), ret_rows.detach().requires_grad_()
                 frozen, ret = logits_of(chunk, rows)
             losses, gradients = _losses_and_gradients(frozen.detach(), ret.detach(), chunk_targets, ret_token_id)
-            torch.autograd.backward((frozen, ret), gradients, inputs=(chunk, rows))
+            grad_chunk, grad = torch.autograd.grad((frozen, ret), (chunk, rows), gradients)
             total = total + losses.sum()
-            grads.append(chunk.grad)
-            grad_rows += rows.grad
+            grads.append(grad_chunk)
+            grad_rows += grad
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden), grad_rows)
         return total if grads else _at_least_fp32(hidden.new_zeros(()))
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_rows = ctx.saved_tensors
         return grad_hidden * grad_output.to(grad_hidden), grad_rows * grad_output.to(grad_rows), None, None, None, None
 

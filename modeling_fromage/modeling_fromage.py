@@ -15,15 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapter_fromage import FromageAdapter
+from .backbone_checks_fromage import LanguageModelTraits, check_decoder, check_vision_model, measure_embedding_scale
 from .backbone_loading_fromage import assemble_from_vision_text
-from .backbone_probes_fromage import LanguageModelTraits, check_decoder
-from .backbones_fromage import (
-    allow_activation_checkpointing,
-    check_length,
-    check_vision_model,
-    measure_embedding_scale,
-    pool_vision_output,
-)
+from .backbones_fromage import allow_activation_checkpointing, check_length, pool_vision_output, weight_of
 from .checkpoint_origin_fromage import weights_digest
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
@@ -58,18 +52,18 @@ class FromageOutput(ModelOutput):
         past_key_values, hidden_states, attentions: As the language model returns them.
     """
 
-    loss: torch.FloatTensor | None = None
-    captioning_loss: torch.FloatTensor | None = None
-    ret_token_loss: torch.FloatTensor | None = None
-    contrastive_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    captioning_loss: torch.Tensor | None = None
+    ret_token_loss: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationMixin):
@@ -95,23 +89,25 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         new_adapter: bool = True,
     ):
         super().__init__(config)
-        given = language_model is not None
-        self.language_model = language_model if given else AutoModelForCausalLM.from_config(config.text_config)
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_model = vision_model or AutoModel.from_config(config.vision_config)
         self.language_model.eval()  # as it is tried, and stays
         self.vision_model.eval()
         config.text_config = self.language_model.config
         config.vision_config = self.vision_model.config
-        input_width = self.language_model.get_input_embeddings().weight.shape[-1]
-        head_width = self.language_model.get_output_embeddings().weight.shape[-1]
+        input_width, head_width = (
+            weight_of(module).shape[-1] for module in (self.get_input_embeddings(), self.get_output_embeddings())
+        )
         self.adapter = FromageAdapter(config, input_width, head_width)
         self.traits = LanguageModelTraits()
-        if given and hasattr(language_model, "hf_quantizer"):  # cannot be compared with files: they are not quantised
+        if language_model is not None and hasattr(
+            language_model, "hf_quantizer"
+        ):  # cannot be compared with files: they are not quantised
             self.origins["text"].digest = weights_digest(language_model.state_dict())
         self._is_stateful = self.language_model._is_stateful
         extend_generation_config(self, self.language_model)
         self.post_init()
-        if given and new_adapter:
+        if language_model is not None and new_adapter:
             self.init_ret_embedding()
             config.ret_embedding_scale = measure_embedding_scale(self.language_model)
             check_decoder(self.language_model)
@@ -159,7 +155,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
 
     def _measure_logit_transform(self) -> None:
         self.traits.logit_transform = None
-        if self.get_output_embeddings().weight.device.type != "meta":  # else when it is first needed
+        if weight_of(self.get_output_embeddings()).device.type != "meta":  # else when it is first needed
             self.traits.logit_transform_of(self.language_model)
 
     @classmethod
@@ -193,7 +189,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     def normalize_ret_embedding(self) -> None:
         """Rescale each `[RET]` row to the mean norm of the LM's other input rows, as the authors do after each step."""
         if self.traits.mean_row_norm is None:
-            rows = self.get_input_embeddings().weight[: self.config.ret_token_id]
+            rows = weight_of(self.get_input_embeddings())[: self.config.ret_token_id]
             self.traits.mean_row_norm = rows.float().norm(dim=-1).mean().item()
         weight = self.adapter.ret_embedding.weight
         weight.mul_(self.traits.mean_row_norm / weight.norm(dim=-1, keepdim=True))
@@ -218,18 +214,14 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     @torch.no_grad()
     def get_pooled_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The frozen encoder's pooled output: (N, channels, height, width) -> (N, vision width)."""
-        return self._encode_images(pixel_values).pooler_output
+        return self._pool(self._run_encoder(pixel_values))
 
     @torch.no_grad()
-    def _encode_images(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        output = self.vision_model(pixel_values.to(self.vision_model.dtype), return_dict=True, **kwargs)
-        pooled = pool_vision_output(output, self.config.vision_pooling, type(self.vision_model).__name__)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=output.last_hidden_state,
-            pooler_output=pooled,
-            hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
-        )
+    def _run_encoder(self, pixel_values: torch.Tensor, **kwargs: Any) -> ModelOutput:
+        return self.vision_model(pixel_values.to(self.vision_model.dtype), return_dict=True, **kwargs)
+
+    def _pool(self, output: ModelOutput) -> torch.Tensor:
+        return pool_vision_output(output, self.config.vision_pooling, type(self.vision_model).__name__)
 
     def _pooled_features(
         self, pixel_values: torch.Tensor | None, pooled_image_features: torch.Tensor | None
@@ -248,9 +240,13 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode images (N, channels, height, width) for the LM: `pooler_output` holds the visual tokens (N, k, D)."""
-        output = self._encode_images(pixel_values, **kwargs)
-        output.pooler_output = self.adapter.visual_tokens(output.pooler_output)
-        return output
+        output = self._run_encoder(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output["last_hidden_state"],
+            pooler_output=self.adapter.visual_tokens(self._pool(output)),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
 
     def get_image_embeds(
         self, pixel_values: torch.Tensor | None = None, pooled_image_features: torch.Tensor | None = None
@@ -375,20 +371,19 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             self._check_training(input_ids is None or retrieval_input_ids is None or has_labels)
         pooled = self._pooled_features(pixel_values, pooled_image_features)
         parts: dict[str, Any] = {}
-        if input_ids is not None or inputs_embeds is not None:
-            encoded = (mm_encoder_outputs or {}).get("image")
-            visual = None if encoded is None else encoded.pooler_output
-            if inputs_embeds is None and visual is None and pooled is not None:
-                visual = self.adapter.visual_tokens(pooled)
-            if inputs_embeds is None:
-                inputs_embeds = lm.embed(input_ids, visual, DISPATCH_HINT if across_processes else "")
-            elif visual is not None or pooled is not None:
-                inputs_embeds = self._images_in_embeds(inputs_embeds, input_ids, visual, pooled, retrieval_input_ids)
+        encoded = (mm_encoder_outputs or {}).get("image")
+        visual = None if encoded is None else encoded.pooler_output
+        if inputs_embeds is not None and (visual is not None or pooled is not None):
+            inputs_embeds = self._images_in_embeds(inputs_embeds, input_ids, visual, pooled, retrieval_input_ids)
+        elif inputs_embeds is None and input_ids is not None:
+            visual = self.adapter.visual_tokens(pooled) if visual is None and pooled is not None else visual
+            inputs_embeds = lm.embed(input_ids, visual, DISPATCH_HINT if across_processes else "")
+        if inputs_embeds is not None:
             targets = next_tokens(labels, shift_labels, inputs_embeds)
             wants_logits = targets is None or (not self.training if return_logits is None else return_logits)
             options = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache or None}
             options = {name: value for name, value in {**options, **kwargs}.items() if value is not None}
-            if wants_logits or options:
+            if targets is None or wants_logits or options:
                 keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 parts = _run_whole(lm, inputs_embeds, attention_mask, targets, across_processes, options)
                 hidden = parts.pop("last_hidden_state")
@@ -420,7 +415,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     ) -> torch.Tensor:
         """Put images into `inputs_embeds`; without `input_ids` they may be those of the retrieval texts alone."""
         if input_ids is not None:
-            visual = self.adapter.visual_tokens(pooled) if visual is None else visual
+            visual = self.adapter.visual_tokens(pooled) if visual is None and pooled is not None else visual
             return self.frozen_lm().place_images(embeds, input_ids, visual)
         if retrieval_input_ids is not None and visual is None:
             return embeds

@@ -100,9 +100,11 @@ def next_tokens(
     labels: torch.Tensor | None, shift_labels: torch.Tensor | None, embeds: torch.Tensor
 ) -> torch.Tensor | None:
     """The target (B, L) of each of `embeds` (B, L, D), -100 where it has none: `shift_labels`, or `labels` shifted."""
-    if shift_labels is None and labels is None:
+    targets = shift_labels
+    if targets is None and labels is not None:
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    if targets is None:
         return None
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
     if targets.shape != embeds.shape[:2]:
         raise ValueError(f"Expected one label a token, {tuple(embeds.shape[:2])}, got {tuple(targets.shape)}.")
     return targets

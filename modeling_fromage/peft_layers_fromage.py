@@ -54,7 +54,7 @@ def names_without_peft(module: nn.Module, state_dict: dict[str, torch.Tensor]) -
     return {names[key]: value for key, value in state_dict.items() if key in names}
 
 
-def set_peft_training_mode(module: nn.Module):
+def set_peft_training_mode(module: nn.Module) -> None:
     """Put the trainable modules that PEFT has put into `module` into training mode, so that their dropout fires."""
     for wrapper in module.modules():
         inner = _inner_name(wrapper)
@@ -68,7 +68,7 @@ def set_peft_training_mode(module: nn.Module):
                 child.train()
 
 
-def load_peft_tensors(model: PreTrainedModel, directory: str | os.PathLike):
+def load_peft_tensors(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     """Fill the active adapter of `model`, put in by its `add_adapter`, from the file that `save_pretrained` wrote.
 
     Raises:

@@ -29,7 +29,7 @@ class FromagePreTrainedModel(PreTrainedModel):
     config: FromageConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # a contrastive loss cannot be normalised by a count of tokens
     _keep_in_fp32_modules_strict = ["adapter"]
@@ -53,7 +53,7 @@ class FromagePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, FromageAdapter):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
@@ -77,7 +77,7 @@ class FromagePreTrainedModel(PreTrainedModel):
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # further options come by keyword
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -122,14 +122,15 @@ class FromagePreTrainedModel(PreTrainedModel):
         dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype
         save_checkpoint(self, directory, state_dict, save_backbones, dtype, self._names_absolute_paths, kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]  # options by keyword
         """transformers' `push_to_hub`, of the trained parts alone.
 
         Raises:
             ValueError: A backbone is a folder of this machine, or its weights are no longer those on the Hub.
         """
         self.refuse_local_backbones()
-        return super().push_to_hub(repo_id, **kwargs)
+        parent: Any = super()
+        return parent.push_to_hub(repo_id, **kwargs)
 
     @contextmanager
     def absolute_paths(self) -> Iterator[None]:
@@ -210,7 +211,9 @@ class FromagePreTrainedModel(PreTrainedModel):
                 "files that are complete are not downloaded twice."
             ) from error
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+    def load_adapter(  # type: ignore[override]  # further options come by keyword
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any
+    ) -> Any:
         """transformers' `load_adapter`, with DoRA's magnitudes, and with no tensor left at random or left over.
 
         Raises:
@@ -226,7 +229,7 @@ class FromagePreTrainedModel(PreTrainedModel):
         """
         load_peft_tensors(self, directory)
         if not all(is_wrapped for is_wrapped, _ in own_parameters(self.adapter)):
-            load_trained_parts(self, weight_files_of(directory, None, {}))
+            load_trained_parts(self.adapter, weight_files_of(directory, None, {}))
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """As in torch. Where PEFT has changed the model, a state dict without PEFT's tensors is refused."""

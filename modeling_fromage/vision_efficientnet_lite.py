@@ -32,7 +32,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config: EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)

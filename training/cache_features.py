@@ -32,8 +32,8 @@ from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_r
 from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
 from modeling_fromage.io.fetching import fetch
 
-from .data import load_captioned_images
-from .features import (
+from .data.captioned_images import load_captioned_images
+from .data.feature_cache import (
     MANIFEST,
     ImageRecord,
     check_images,

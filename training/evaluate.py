@@ -21,9 +21,9 @@ from modeling_fromage.io.command_line import at_least, device_option, dtype_opti
 
 from .evaluation import captioning, visdial, vist
 from .evaluation.dual_encoder import DualEncoder
-from .evaluation.table import table
-from .provenance import ROOT, digest_of, provenance
-from .tables import replace_between, results_file, write_results
+from .publishing.provenance import digest_of, provenance
+from .publishing.results import render_pages, results_file, write_results
+from .publishing.tables import table
 
 OUTPUT = Path("outputs/evaluate")
 _OF_THE_COMMAND = {"task", "model", "output", "dual_encoder", "device", "dtype"}  # what no evaluation takes
@@ -149,11 +149,6 @@ def _files(options: argparse.Namespace) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def render(readme: str) -> str:
-    """`readme` with the table of published results between its marks."""
-    return replace_between(readme, "evaluate", [table()], by="training.evaluate")
-
-
 def main(argv: list[str] | None = None):
     parser = make_parser()
     options = parser.parse_args(argv)
@@ -163,8 +158,7 @@ def main(argv: list[str] | None = None):
 
 def _main(options: argparse.Namespace):
     if options.task == "render":
-        readme = ROOT / "README.md"
-        readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        render_pages("evaluate", [table()], by="training.evaluate")
         return
     protocol = getattr(options, "protocol", None)
     output = options.output or OUTPUT / f"{options.task}{f'_{protocol}' if protocol else ''}.json"

@@ -32,10 +32,10 @@ from modeling_fromage import (
 from modeling_fromage.images_fromage import is_url, load_rgb_image
 from modeling_fromage.io.command_line import at_least, errors_in_one_line
 
-from . import report
-from .data import load_captioned_images
-from .evaluation.captioning import generate_captions, read_through
-from .provenance import provenance
+from .data.captioned_images import load_captioned_images
+from .evaluation.captioning import generate_captions, score_captions
+from .publishing.provenance import provenance
+from .quickstart_emoji import report
 from .train import assemble, describe_parameters, make_collator, parse_config
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def evaluate(model, processor, collator, trainer, held_out: Split) -> dict[str, 
         results[direction]["R@1_95%"] = wilson_interval(results[direction]["R@1"], n)
     rows = list(range(n))
     for name, order in (("caption_loss", rows), ("caption_loss_shuffled_images", rows[n // 2 :] + rows[: n // 2])):
-        results[name], _, _ = read_through(model, collator, held_out.features, order, held_out.captions)
+        results[name], _, _ = score_captions(model, collator, held_out.features, order, held_out.captions)
     results["captions"] = generate_captions(model, processor, held_out.features, max_new_tokens=16)
     return results
 
@@ -200,7 +200,7 @@ def prepare(options: argparse.Namespace, output: Path) -> tuple[str, str, Datase
     """Backbones and data: the given ones, else those of the packages (imported only where they are needed)."""
     language_model, vision_model = options.language_model, options.vision_model
     if not (language_model and vision_model and options.data):
-        from . import emoji
+        from .quickstart_emoji import emoji
 
         language_model = language_model or str(emoji.convert_language_model(output / "backbones/language_model"))
         vision_model = vision_model or str(emoji.convert_vision_model(output / "backbones/vision_model"))

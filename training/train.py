@@ -11,8 +11,8 @@ from modeling_fromage import FromageDataCollator, FromageForConditionalGeneratio
 from modeling_fromage.io.command_line import dtype_name, errors_in_one_line
 
 from .config import read_config, to_dataclasses
-from .data import load_captioned_images
-from .features import with_cached_features
+from .data.captioned_images import load_captioned_images
+from .data.feature_cache import with_cached_features
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ import base64
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +14,18 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
-from tests.docs.test_readme import README
 from tests.helpers.backbones import PARITY
 from tests.parity.test_original import IMAGES, Inference
 from tests.parity.test_parity import CASES
 from training import evaluate
-from training.evaluation import answers, captioning, dialogues, table, visdial, vist
+from training.evaluation import answers, captioning, dialogues, visdial, vist
 from training.evaluation.dual_encoder import DualEncoder
 from training.evaluation.metrics import retrieval_metrics
+from training.publishing import results as stored_results
+from training.publishing import tables as table
 
+ROOT = Path(__file__).parents[2]
+PAGES = [page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
 LOSSES = 5e-4  # a sum of up to ten tokens' losses, each within the logits' tolerance
 
 
@@ -550,7 +554,7 @@ def test_written_captions_are_read_with_their_images(scripts):
     features = torch.randn(3, 32)
     rows, captions = [2, 0, 0, 1], ["a red cat", "two dogs run", "a bird", "an old tree by the sea"]
     collator = captioning.FromageDataCollator(processor, training=False)
-    loss, count, embeds = captioning.read_through(model, collator, features, rows, captions, batch_size=3)
+    loss, count, embeds = captioning.score_captions(model, collator, features, rows, captions, batch_size=3)
     total, tokens = 0.0, 0
     bos, ret = processor.tokenizer.bos_token_id, processor.ret_token_id
     for row, text, embed in zip(rows, captions, embeds, strict=True):
@@ -725,11 +729,12 @@ def test_dual_encoder_is_transformers_own(checkpoint):
 
 
 def test_readme_table_is_rendered(tmp_path, monkeypatch):
-    assert evaluate.render(README) == README
-    published = read(table.RESULTS / "published.json")["rows"]
+    page = next(text for text in PAGES if "<!-- evaluate: rendered by training.evaluate -->" in text)
+    assert stored_results.replace_between(page, "evaluate", [table.table()], "training.evaluate") == page
+    published = read(stored_results.STORED / "published.json")["rows"]
     assert len(published) == 8
     rendered = table.table()
-    stored = list(table.RESULTS.glob("evaluate_*.json"))
+    stored = list(stored_results.STORED.glob("evaluate_*.json"))
     cells = [line.split("|")[-2].strip() for line in rendered.splitlines()[2:10]]
     assert any(cells) == bool(stored)  # nothing stands there without a run
 
@@ -753,8 +758,7 @@ def test_readme_table_is_rendered(tmp_path, monkeypatch):
               "dialogues": {"sampled": 1}, "answers": {"ours": {**metrics, "N": 1}}},
     }.items():  # fmt: skip
         (tmp_path / f"evaluate_{name}.json").write_text(json.dumps(result), encoding="utf-8")
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
-    monkeypatch.setattr("training.tables.RESULTS", tmp_path)
+    monkeypatch.setattr(stored_results, "STORED", tmp_path)
     rendered = table.table()
     assert "| 18.2 / 42.7 / 51.8 | 18.3 / 40.0 / 50.0 (N = 4,990) |" in rendered
     assert "16.6 / 22.0 / 18.3 / 40.0 / 50.0 (N = 4,990, corrected) |" in rendered and "(N = 1)" not in rendered

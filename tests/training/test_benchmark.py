@@ -1,29 +1,32 @@
 """The benchmark: its baseline computes what the model does, it runs, and the README has its numbers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.docs.test_readme import README
 from training import benchmark, benchmark_answers, benchmark_index
-from training.shapes import MAX_LENGTH, PRESETS
-from training.tables import read_results
+from training.benchmarks import answers, index, step
+from training.benchmarks.presets import MAX_LENGTH, PRESETS
+from training.publishing.results import read_results, replace_between
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_baseline_has_our_losses_and_gradients():
     preset = PRESETS["tiny"]
-    sides = benchmark_answers.Sides(preset, "cpu")
+    sides = answers.Sides(preset, "cpu")
     model, plain = sides.model.double().train(), sides.plain.double()
     adapter = model.adapter.double()
     plain.visual_fc.load_state_dict(adapter.visual_projection.state_dict())
     with torch.no_grad():
         plain.logit_scale.copy_(adapter.logit_scale)
 
-    batch = benchmark.make_batch(preset, "cpu", torch.float64)
+    batch = step.make_batch(preset, "cpu", torch.float64)
     expected = plain.loss(batch["pixel_values"], batch["tokens"], batch["lengths"])
     expected.backward()
-    loss = model(**benchmark.our_inputs(batch)).loss
+    loss = model(**step.our_inputs(batch)).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # the baseline takes logits in fp32
     for ours, theirs in [
@@ -39,7 +42,7 @@ def test_baseline_has_our_losses_and_gradients():
 def test_benchmark_runs(tmp_path, capsys):
     benchmark.main(["--preset", "tiny", "--output", str(tmp_path / "results.json")])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["seconds"]) == set(benchmark.MODES) and all(value > 0 for value in results["seconds"].values())
+    assert set(results["seconds"]) == set(step.MODES) and all(value > 0 for value in results["seconds"].values())
     assert results["ratios"]["cached"]["operations"] > results["ratios"]["live"]["operations"] > 2
     assert 1 <= results["ratios"]["live"]["operations_over_floor"] < 1.1
     assert results["places"]["tokens"] <= results["places"]["ours"] < results["places"]["baseline"]
@@ -70,15 +73,21 @@ def test_index_benchmark_runs(tmp_path, capsys):
 
 def test_readme_has_the_numbers_of_the_results():
     """And they keep what is claimed."""
-    assert benchmark.render(README) == README
-    steps, answers, indexes = (read_results(f"{name}_*.json") for name in ("benchmark", "answers", "index"))
-    assert steps and answers and indexes
+    pages = [page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
+    found = {}
+    for name, module in (("benchmark", step), ("answers", answers), ("index", index)):
+        found[name] = read_results(f"{name}_*.json")
+        tables = [module.table(results) for results in found[name]]
+        shown = [page for page in pages if f"<!-- {name}: rendered by training.benchmark -->" in page]
+        assert tables and shown
+        assert all(replace_between(page, name, tables, "training.benchmark") == page for page in shown)
+    steps, answered, indexes = found.values()
     for result in steps:
         assert result["ratios"]["live"]["time_over_operations"] >= 1.0
         assert result["ratios"]["cached"]["time_over_operations"] >= 0.9
         assert max(result["ratios"][mode]["memory"] for mode in ("live", "cached")) <= 0.6
         assert min(result["ratios"][mode]["loader_over_step"] for mode in ("live", "cached")) > 1
-    for result in answers:
+    for result in answered:
         least = {"32 tokens": 2, "128 tokens": 6, "32 tokens, batch 8": 8, "100 candidates": 8, "10 x 100 answers": 8}
         assert result["same_tokens"] and result["same_ranks"]
         assert all(result["ratios"][name] >= ratio for name, ratio in least.items())
@@ -91,5 +100,5 @@ def test_readme_has_the_numbers_of_the_results():
 
 def test_lengths_are_like_conceptual_captions():
     for count in (16, 180):
-        lengths = benchmark.caption_lengths(count)
+        lengths = step.caption_lengths(count)
         assert lengths.float().mean().item() == pytest.approx(11, abs=0.5) and lengths.max() <= MAX_LENGTH

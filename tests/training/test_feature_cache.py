@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from modeling_fromage import FromageDataCollator
 from tests.helpers.backbones import PARITY, make_processor
 from tests.training.test_resume import losses
-from training import cache_features, features, train
-from training.data import load_captioned_images
-from training.features import CachedFeatures
+from training import cache_features, train
+from training.data import feature_cache as features
+from training.data.captioned_images import load_captioned_images
+from training.data.feature_cache import CachedFeatures
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from tests.helpers.backbones import PARITY
 from training import quickstart
-from training.emoji import family, held_out_names
+from training.quickstart_emoji.emoji import family, held_out_names
 
 
 def test_quickstart_with_own_backbones_and_data(tmp_path, capsys):

@@ -11,8 +11,8 @@ from .dialogues import ROUNDS, Dialogue, Turn, VisdialProtocol
 from .dual_encoder import DualEncoder
 from .images import EncodedImages
 from .metrics import ndcg, rank_metrics, target_ranks
-from .partial import PartialScores
 from .prompts import image_text, tokenize
+from .score_cache import ScoreCache
 
 
 def context(processor: Any, turns: Sequence[Turn], protocol: VisdialProtocol) -> str:
@@ -113,16 +113,16 @@ def rank_answers(
     images: EncodedImages,
     protocol: VisdialProtocol,
     dual_encoder: DualEncoder | None = None,
-    partial: PartialScores | None = None,
+    score_cache: ScoreCache | None = None,
 ) -> tuple[dict[str, Any], Counter]:
     """[`answer_metrics`] of all dialogues with an image, of the model and of the baseline; and what is left out.
 
-    Scores are kept in `partial` after each dialogue; those that it has are not computed again.
+    Scores are kept in `score_cache` after each dialogue; those that it has are not computed again.
     """
     scores: dict[str, dict[tuple[int, int], torch.Tensor]] = {"ours": {}, "dual encoder": {}}
     left_out: Counter = Counter()
     empty = 0
-    partial = partial or PartialScores(None, {})
+    score_cache = score_cache or ScoreCache(None, {})
     for number, dialogue in enumerate(tqdm(dialogues, desc="Ranking answers")):
         if dialogue is None or dialogue.image not in images:
             continue
@@ -131,13 +131,13 @@ def rank_answers(
         empty += sum(not text.strip() for i in rounds for text in dialogue.turns[i].options)
         if not rounds:
             continue
-        if number not in partial.found:
+        if number not in score_cache.found:
             row = images.rows[dialogue.image]
             found = {"ours": score_answers(model, processor, dialogue, rounds, images.features[row], protocol)}
             if dual_encoder is not None:
                 found["dual encoder"] = score_answers_dual(dual_encoder, dialogue, rounds, images.dual_embeds[row])
-            partial.add(number, {who: [row.tolist() for row in rows] for who, rows in found.items()})
-        for who, rows in partial.found[number].items():
+            score_cache.add(number, {who: [row.tolist() for row in rows] for who, rows in found.items()})
+        for who, rows in score_cache.found[number].items():
             scores[who].update({(number, i): torch.tensor(row) for i, row in zip(rounds, rows, strict=True)})
     results: dict[str, Any] = {}
     for who in ("ours", "dual encoder"):

@@ -19,7 +19,7 @@ from modeling_fromage import FromageDataCollator
 from modeling_fromage.index.sources import ImageSource, image_sources
 from modeling_fromage.original.inference import truncate_caption
 
-from ..data import load_captioned_images
+from ..data.captioned_images import load_captioned_images
 from .dual_encoder import DualEncoder
 from .files import read_json
 from .images import encode_images
@@ -140,7 +140,7 @@ def generate_captions(
 
 
 @torch.no_grad()
-def read_through(
+def score_captions(
     model: Any,
     collator: FromageDataCollator,
     features: torch.Tensor,
@@ -231,7 +231,7 @@ def evaluate(
         manifest["captions"] = written
     if "perplexity" in tasks or "retrieval" in tasks:
         collator = FromageDataCollator(processor, training=False)
-        loss, count, embeds = read_through(model, collator, images.features, rows, captions, batch_size)
+        loss, count, embeds = score_captions(model, collator, images.features, rows, captions, batch_size)
     if "perplexity" in tasks:
         results["perplexity"] = {"perplexity": math.exp(loss), "loss": loss, "tokens": count}
     if "retrieval" in tasks:

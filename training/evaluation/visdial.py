@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..provenance import digest_of
+from ..publishing.provenance import digest_of
 from .answers import context, rank_answers
 from .dialogues import (
     PROTOCOLS,
@@ -27,8 +27,8 @@ from .dialogues import (
 from .dual_encoder import DualEncoder
 from .images import EncodedImages
 from .metrics import retrieval_metrics
-from .partial import PartialScores
 from .prompts import embed_prompts, has_special_token, image_embeds, is_too_long
+from .score_cache import ScoreCache
 
 TASKS = ("answers", "retrieval")
 DIRECTIONS = ("dialogue_to_image", "image_to_dialogue")
@@ -141,7 +141,7 @@ def evaluate(
             "dual_encoder": None if dual_encoder is None else dual_encoder.model.name_or_path,
         }
         results["answers"], uncounted = rank_answers(
-            model, processor, read.dialogues, images, rules, dual_encoder, PartialScores(scores, facts)
+            model, processor, read.dialogues, images, rules, dual_encoder, ScoreCache(scores, facts)
         )
         read.left_out += uncounted
     results |= {

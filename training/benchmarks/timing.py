@@ -1,12 +1,15 @@
-"""What the benchmarks measure with: a clock, a counter of memory, and the device that is asked for."""
+"""What the benchmarks measure with: a clock, a counter of memory, and a fresh process."""
 
-import argparse
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def seconds_of(step: Callable[[], Any], device: str) -> float:
@@ -23,9 +26,7 @@ def memory_counter(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def choose_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """The device of `--device`, by default a GPU for the paper's shapes alone; ends the program where there is none."""
-    device = options.device or ("cuda" if options.preset == "paper" else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--preset {options.preset} needs a GPU, and torch sees none.")
-    return device
+def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)` in a new Python process, whose memory holds nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()

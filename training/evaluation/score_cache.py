@@ -12,7 +12,7 @@ from modeling_fromage.file_writing_fromage import replace_file
 logger = logging.getLogger(__name__)
 
 
-class PartialScores:
+class ScoreCache:
     """Numbers by a key, a line of JSON each, in a file whose first line says what they are scores of.
 
     Nothing that was computed is lost: a line that was cut off is dropped from a copy that then takes the file's place,

@@ -1,10 +1,9 @@
 """The README's table "paper | original code | ours", from stored results; a cell without a run stays empty."""
 
-import json
 from typing import Any
 
-from ..tables import RESULTS, read_results
-from .vist import MASKS
+from ..evaluation.vist import MASKS
+from .results import read_results
 
 _TASKS = {"vist": "VIST, fifth image", "visdial": "VisDial"}
 _SETTINGS = {"answers": "rank answers", "image_to_dialogue": "image to dialogue, 10 rounds"}
@@ -15,7 +14,7 @@ _DATA = {"vist": ["val.story-in-sequence.json"], "visdial": ["visdial_1.0_val.js
 def table() -> str:
     """As Markdown, with a note on what the columns are."""
     rows = ["| | | paper | original code | ours |", "|---|---|---|---|---|"]
-    published = json.loads((RESULTS / "published.json").read_text(encoding="utf-8"))["rows"]
+    published = read_results("published.json")[0]["rows"]
     results = [found for found in read_results("evaluate_*.json") if _is_of_the_papers_kind(found)]
     for row in published:
         who = "" if row["who"] == "ours" else ", CLIP ViT-L/14"

@@ -1,11 +1,15 @@
 """The backbones' shapes that are measured, with random weights: what a pass costs does not depend on them."""
 
+import argparse
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, OPTConfig, PreTrainedModel
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
+from modeling_fromage.io.command_line import device_option
+
+from ..publishing.results import results_file, results_folder
 
 
 @dataclass
@@ -60,3 +64,25 @@ def join(language_model: PreTrainedModel, vision_model: PreTrainedModel) -> From
     model = FromageForConditionalGeneration(config, language_model, vision_model)
     model.adapter.to(language_model.device)
     return model.eval()
+
+
+def add_preset_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """What is measured, where, and into which file the results go."""
+    parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
+    parser.add_argument(
+        "--device", type=device_option, help="cpu or cuda; by default cuda for the paper's shapes alone"
+    )
+    default = f"{results_folder()}/{name}_PRESET.json"
+    parser.add_argument("--output", type=results_file, help=f"JSON file; by default {default}")
+
+
+def choose_device(preset: str, device: str | None) -> str:
+    """The device that is asked for, by default a GPU for the paper's shapes alone.
+
+    Raises:
+        ValueError: There is no such GPU.
+    """
+    device = device or ("cuda" if preset == "paper" else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--preset {preset} needs a GPU, and torch sees none.")
+    return device

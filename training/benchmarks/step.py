@@ -1,0 +1,282 @@
+"""A training step against the original's algorithm: seconds, operations, memory, and the loader's rate.
+
+Both train the same shapes on the same captions, of lengths like Conceptual Captions', in the same dtype, in turns.
+"""
+
+import ctypes
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import ByteLevelBPETokenizer
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from modeling_fromage import FromageDataCollator, FromageProcessor
+from modeling_fromage.packing_fromage import PackedRows
+
+from ..publishing.provenance import provenance
+from .baseline import PlainFromage
+from .presets import IMAGE_ID, MAX_LENGTH, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
+from .timing import in_new_process, memory_counter, seconds_of
+
+MODES = ("baseline", "live", "cached")
+
+
+def caption_lengths(count: int) -> torch.Tensor:
+    """Lengths of captions in tokens, BOS and `[RET]` included: a log-normal's quantiles with a mean of about 11 and a
+    limit of 24, as in Conceptual Captions, shuffled."""
+    quantiles = torch.distributions.Normal(2.33, 0.38).icdf((torch.arange(count) + 0.5) / count).exp()
+    lengths = quantiles.round().clamp(5, MAX_LENGTH).long()
+    return lengths[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+
+
+def make_batch(preset: Preset, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = caption_lengths(preset.batch_size)
+    tokens = torch.randint(4, VOCAB, (preset.batch_size, MAX_LENGTH), generator=generator)
+    place = torch.arange(MAX_LENGTH)
+    tokens = tokens.masked_fill(place >= lengths[:, None], 1).masked_fill(place == lengths[:, None] - 1, RET_ID)
+    tokens[:, 0] = 2
+    size = preset.vision["image_size"]
+    pixels = torch.rand(preset.batch_size, 3, size, size, generator=generator)
+    return {"tokens": tokens.to(device), "lengths": lengths.to(device), "pixel_values": pixels.to(device, dtype)}
+
+
+def make_step(mode: str, preset: Preset, device: str) -> Callable[[], torch.Tensor]:
+    """A whole training step (forward, backward, clipping, AdamW, `[RET]`'s norm) of one mode, on one batch."""
+    # The original trims OPT's 50,272 rows to the tokenizer's.
+    language_model, vision_model = make_backbones(preset, device, RET_ID + 1 if mode == "baseline" else 50_272)
+    batch = make_batch(preset, device, getattr(torch, preset.dtype))
+    make = _plain_step if mode == "baseline" else _our_step
+    return make(language_model, vision_model, batch, cached=mode == "cached")
+
+
+def _plain_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
+    model = PlainFromage(language_model, vision_model).to(batch["tokens"].device)
+    optimizer = torch.optim.AdamW(model.trained(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model.loss(batch["pixel_values"], batch["tokens"], batch["lengths"])
+        loss.backward()
+        model.mask_gradient()
+        torch.nn.utils.clip_grad_norm_(model.trained(), 1.0)
+        optimizer.step()
+        model.normalize_ret()
+        return loss.detach()
+
+    return step
+
+
+def our_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the collator would make of the batch's captions: inputs of `forward`."""
+    mask = (torch.arange(MAX_LENGTH, device=batch["tokens"].device) < batch["lengths"][:, None]).long()
+    # The captioning row of the collator: the image, then the caption without [RET].
+    image = torch.full_like(batch["tokens"][:, :1], IMAGE_ID)
+    input_ids = torch.cat([image, batch["tokens"]], dim=1)[:, :-1]
+    attention_mask = torch.cat([torch.ones_like(image), mask[:, 1:]], dim=1)  # without [RET]'s place
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": input_ids.masked_fill((attention_mask == 0) | (input_ids == IMAGE_ID), -100),
+        "retrieval_input_ids": batch["tokens"],
+        "retrieval_attention_mask": mask,
+        "pixel_values": batch["pixel_values"],
+    }
+
+
+def _our_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
+    model = join(language_model, vision_model).train()
+    inputs = our_inputs(batch)
+    if cached:
+        pixels = inputs.pop("pixel_values")
+        inputs["pooled_image_features"] = model.get_pooled_image_features(pixels)
+    trained = list(model.adapter.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        model.normalize_ret_embedding()
+        return loss.detach()
+
+    return step
+
+
+# ---- measuring ----
+
+
+def operations_of(step: Callable[[], torch.Tensor]) -> int:
+    """Floating-point operations of a step's matrix products and attention, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def floor_operations(preset: Preset) -> dict[str, int]:
+    """Operations that a step cannot do without, attention's own small part left out: see the comments."""
+    d, ffn, layers = preset.text["hidden_size"], preset.text["ffn_dim"], preset.text["num_hidden_layers"]
+    per_token = 2 * layers * (4 * d * d + 2 * d * ffn)  # of the blocks, forward
+    head = 2 * d * (RET_ID + 1)
+    lengths = caption_lengths(preset.batch_size)
+    n, text = preset.batch_size, int(lengths.sum())
+    captioning = 2 * per_token * (text - n)  # forward and backward: visual token, BOS, and words but the last
+    captioning += 2 * head * (text - n)  # targets: BOS and words, forward and backward
+    retrieval = per_token * (text - n) + head * (text - n)  # constant prefixes, forward
+    retrieval += 2 * per_token * n  # [RET], forward and backward
+    v = preset.vision
+    patches = (v["image_size"] // v["patch_size"]) ** 2 + 1
+    width, inner = v["hidden_size"], v["intermediate_size"]
+    vision = 2 * n * patches * v["num_hidden_layers"] * (4 * width * width + 2 * width * inner)
+    vision += 4 * n * patches**2 * width * v["num_hidden_layers"]  # attention
+    return {"cached": captioning + retrieval, "live": captioning + retrieval + vision}
+
+
+def places_of(preset: Preset) -> dict[str, int]:
+    """Tokens that there are in a step's two passes, and places that the language model computes for them."""
+    lengths = caption_lengths(preset.batch_size)
+    n, text = preset.batch_size, int(lengths.sum())
+    ours = n  # [RET] behind the cached prefixes
+    for tokens in (lengths - 1, lengths - 1):  # visual token, BOS and words but the last; BOS and words
+        packed = PackedRows(torch.arange(MAX_LENGTH) < tokens[:, None])
+        ours += packed.rows * packed.length
+    return {"tokens": 2 * text - n, "ours": ours, "baseline": n * (2 * MAX_LENGTH + 1)}
+
+
+def measure_memory(mode: str, preset_name: str, device: str) -> int:
+    """Bytes that three steps take above the weights. To be called in a process of its own."""
+    step = make_step(mode, PRESETS[preset_name], device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what building the model has freed
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = memory_counter("VmRSS")
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() - before if device == "cuda" else memory_counter("VmHWM") - before
+
+
+def make_processor(preset: Preset) -> FromageProcessor:
+    """CLIP's preprocessing at the preset's size, and a byte-level tokenizer that knows the captions' one word."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["word word"] * 2, 300, special_tokens=["<pad>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+    )
+    size = preset.vision["image_size"]
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return FromageProcessor(image_processor, tokenizer)
+
+
+def measure_loader(preset: Preset, workers: int, count: int = 256) -> dict[str, float]:
+    """Pairs a second that the data pipeline delivers: JPEG files (500 pixels, 4:3) decoded, and cached features."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        processor, paths = make_processor(preset), []
+        for i in range(32):
+            small = Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+            paths.append(f"{folder}/{i}.jpg")
+            small.resize((500, 375), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+        words = [" ".join(["word"] * int(n - 2)) for n in caption_lengths(count)]
+        live = [{"image": paths[i % 32], "caption": words[i]} for i in range(count)]
+        features = torch.randn(preset.vision["hidden_size"]).half()
+        cached = [{"pooled_image_features": features, "caption": text} for text in words]
+        rates = {}
+        for name, rows in (("live", live), ("cached", cached)):
+            loader = DataLoader(rows, batch_size=preset.batch_size, collate_fn=FromageDataCollator(processor),
+                                num_workers=workers, persistent_workers=workers > 0)  # fmt: skip
+            for _ in loader:  # the workers start
+                pass
+            start = time.perf_counter()
+            for _ in loader:
+                pass
+            rates[name] = count / (time.perf_counter() - start)
+    return rates
+
+
+def measure(preset_name: str, device: str) -> dict[str, Any]:
+    preset = PRESETS[preset_name]
+    steps = {mode: make_step(mode, preset, device) for mode in MODES}
+    losses = {mode: steps[mode]().item() for mode in MODES}
+    operations = {mode: operations_of(step) for mode, step in steps.items()}
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for i in range(preset.rounds):  # in turns, in changing order
+        for mode in MODES[i % 3 :] + MODES[: i % 3]:
+            seconds[mode].append(seconds_of(steps[mode], device))
+    del steps
+    floor = floor_operations(preset)
+    median = {mode: statistics.median(times) for mode, times in seconds.items()}
+    memory = {mode: in_new_process(measure_memory, mode, preset_name, device) for mode in MODES}
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    lengths = caption_lengths(preset.batch_size)
+    results = {
+        "preset": preset_name,
+        "batch_size": preset.batch_size,
+        "dtype": preset.dtype,
+        "tokens_per_caption": lengths.float().mean().item(),
+        "places": places_of(preset),
+        "first_loss": losses,
+        "seconds": median,
+        "seconds_all": seconds,
+        "operations": operations,
+        "floor_operations": floor,
+        "memory_above_weights": memory,
+        "loader_workers": workers,
+        "loader_pairs_per_second": measure_loader(preset, workers),
+        "ratios": {},
+    }
+    for mode in ("live", "cached"):
+        times, counted = median["baseline"] / median[mode], operations["baseline"] / operations[mode]
+        results["ratios"][mode] = {
+            "time": times,
+            "operations": counted,
+            "time_over_operations": times / counted,
+            "memory": memory[mode] / memory["baseline"],
+            "operations_over_floor": operations[mode] / floor[mode],
+            "flops_per_second": operations[mode] / median[mode],
+            "loader_over_step": results["loader_pairs_per_second"][mode] * median[mode] / preset.batch_size,
+        }
+    results["ratios"]["baseline"] = {"flops_per_second": operations["baseline"] / median["baseline"]}
+    return {**results, **provenance(device)}
+
+
+# ---- the table ----
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rows = ["| step | seconds | times as fast | counted operations, times fewer | memory above the weights |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    names = {"baseline": "the original's algorithm", "live": "ours", "cached": "ours, image features cached"}
+    for mode in MODES:
+        ratios = results["ratios"].get(mode, {})
+        memory = f"{results['memory_above_weights'][mode] / 1e9:.2f} GB"
+        faster, fewer = (f"{ratios[key]:.2f}" if key in ratios else "1" for key in ("time", "operations"))
+        rows.append(f"| {names[mode]} | {results['seconds'][mode]:.3f} | {faster} | {fewer} | {memory} |")
+    shapes = {"cpu": "OPT-125m and ViT-B/32", "paper": "OPT-6.7B and ViT-L/14", "tiny": "tiny shapes"}
+    places, ratios = results["places"], results["ratios"]
+    note = (
+        f"{shapes[results['preset']]}, batch {results['batch_size']}, {results['dtype']}, captions of "
+        f"{results['tokens_per_caption']:.1f} tokens on average; {results['hardware']}, torch "
+        f"{results['versions']['torch']}; medians of {len(results['seconds_all']['baseline'])} steps, in turns. "
+        f"{places['tokens']} tokens a step take {places['ours']} places of the language model, in the original's "
+        f"algorithm {places['baseline']}; ours counts {ratios['live']['operations_over_floor']:.2f} times the "
+        f"operations that must be done, at {ratios['live']['flops_per_second'] / 1e9:.0f} GFLOP/s (cached "
+        f"{ratios['cached']['flops_per_second'] / 1e9:.0f}, the original's algorithm "
+        f"{ratios['baseline']['flops_per_second'] / 1e9:.0f})."
+    )
+    return "\n".join([*rows, "", note])

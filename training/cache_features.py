@@ -32,6 +32,7 @@ from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_r
 from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
 from modeling_fromage.io.fetching import fetch
 
+from .arguments import ModelArguments, parse_config
 from .data.captioned_images import load_captioned_images
 from .data.feature_cache import (
     MANIFEST,
@@ -48,7 +49,6 @@ from .data.feature_cache import (
     shard_name,
     source_digest,
 )
-from .train import ModelArguments, parse_config
 
 
 def read_image(image: Any) -> tuple[Image.Image, ImageRecord]:

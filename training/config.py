@@ -5,12 +5,21 @@ import re
 from argparse import ArgumentTypeError
 from difflib import get_close_matches
 from enum import Enum
+from importlib import resources
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+
+CONFIGS = Path(str(resources.files(__package__) / "configs"))
+
+
+def packaged_configs() -> list[str]:
+    """The names of the training files that come with this package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,16 +40,19 @@ for _tag, _pattern in {
 
 
 def read_config(path: str, overrides: list[str]) -> dict[str, Any]:
-    """The values of a YAML file, and those that replace them.
+    """The values of a YAML file, or of one that comes with this package by its name; and those that replace them.
 
     Raises:
         ValueError: The file cannot be read or holds no keys and values, or an override is not of the form key=value.
     """
+    if not Path(path).exists() and str(path) in packaged_configs():
+        path = str(CONFIGS / f"{path}.yaml")
     try:
         with open(path, encoding="utf-8") as file:
             config = _load(file.read(), f"{path} is not valid YAML")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Give a YAML file; training/configs has examples.") from error
+        names = ", ".join(packaged_configs())
+        raise ValueError(f"{path} cannot be read: {error}. Give a YAML file, or one of: {names}.") from error
     config = {} if config is None else config
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold lines of the form `key: value`, got {str(config)[:100]!r}.")
@@ -94,9 +106,15 @@ def typed(name: str, value: Any, hint: Any) -> Any:
                 return convert(value, kind)
             except (TypeError, ValueError, ArgumentTypeError):
                 continue
-    expected = " or ".join("nothing" if kind is NoneType else _name(kind) for kind in kinds)
+    expected = type_name(hint)
     quotes = " Put a text that looks like a number in quotes." if str in kinds else ""
     raise ValueError(f"`{name}` must be {expected}, got {value!r}.{quotes}")
+
+
+def type_name(hint: Any) -> str:
+    """A declared type in words."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return " or ".join("nothing" if kind is NoneType else _name(kind) for kind in kinds)
 
 
 def _as_it_is(value: Any, kind: Any) -> Any:
@@ -136,5 +154,7 @@ def _converted(value: Any, kind: Any) -> Any:
 def _name(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(str(member.value) for member in kind)}"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return names.get(kind, getattr(kind, "__name__", None) if not get_args(kind) else None) or str(kind)

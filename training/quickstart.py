@@ -32,14 +32,16 @@ from modeling_fromage import (
 from modeling_fromage.images_fromage import is_url, load_rgb_image
 from modeling_fromage.io.command_line import at_least, errors_in_one_line
 
+from .arguments import parse_config
+from .config import CONFIGS
 from .data.captioned_images import load_captioned_images
 from .evaluation.captioning import generate_captions, score_captions
 from .publishing.provenance import provenance
 from .quickstart_emoji import report
-from .train import assemble, describe_parameters, make_collator, parse_config
+from .train import assemble, describe_parameters, make_collator
 
 logger = logging.getLogger(__name__)
-CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+CONFIG = CONFIGS / "quickstart.yaml"
 
 
 @dataclass

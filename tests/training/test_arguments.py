@@ -1,0 +1,73 @@
+"""Every field of FromageConfig is a key of training files, or refused with a reason."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+
+from modeling_fromage import FromageConfig
+from tests.helpers.backbones import PARITY
+from training.arguments import DECIDED_ELSEWHERE, ModelArguments, parse_config
+from training.train import assemble, main
+
+CASE = PARITY / "case_a_opt_tied"
+REQUIRED = [f"language_model={CASE / 'language_model'}", f"vision_model={CASE / 'vision_model'}", "train_data=c"]
+OWN = list(inspect.get_annotations(FromageConfig))
+# Another value than the default, as written in a file.
+CHOSEN = {
+    "num_image_tokens": "2",
+    "projection_dim": "16",
+    "text_embed_layers": "[1, -1]",
+    "num_ret_tokens": "1",
+    "tie_ret_embedding": "false",
+    "logit_scale_init_value": "1.5",
+    "projector_type": "linear",
+    "vision_pooling": "cls",
+    "captioning_loss_weight": "0.5",
+    "ret_token_loss_weight": "0",
+    "contrastive_loss_weight": "2e0",
+    "mask_duplicate_images": "true",
+    "gradient_cache_chunk_size": "4",
+    "image_feature_dropout": "0.25",
+    "text_gguf_file": "null",
+}
+
+
+@pytest.fixture
+def parse(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    return lambda *overrides: parse_config(str(tmp_path / "empty.yaml"), [*REQUIRED, *overrides])
+
+
+def test_every_field_reaches_the_model(parse):
+    assert set(OWN) == DECIDED_ELSEWHERE.keys() | CHOSEN.keys()
+    arguments, *_ = parse(*(f"{name}={value}" for name, value in CHOSEN.items()))
+    _, model = assemble(arguments)
+    defaults = FromageConfig()
+    for name in CHOSEN:
+        assert getattr(model.config, name) == getattr(arguments, name), name
+    unchanged = {name for name in CHOSEN if getattr(model.config, name) == getattr(defaults, name)}
+    assert unchanged == {"num_ret_tokens", "projector_type", "text_gguf_file"}  # which have one value here
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_values_of_another_type_are_refused_by_name(name, parse):
+    with pytest.raises(ValueError, match=f"`{name}` (must be|cannot be set: .*Leave it out)"):
+        parse(f"{name}={{a: 1}}")
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert all(f"\n  {known.name} (" in told for known in fields(ModelArguments))
+    assert all(known.metadata["help"] for known in fields(ModelArguments))
+    assert "gradient_accumulation_steps" in told
+
+
+def test_files_that_come_with_the_package_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _, args = parse_config("paper", ["output_dir=here"])
+    assert model.language_model == "facebook/opt-6.7b" and args.output_dir == "here"
+    with pytest.raises(ValueError, match="one of: paper, quickstart"):
+        parse_config("papers", [])

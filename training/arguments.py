@@ -1,0 +1,133 @@
+"""The keys of a training file: model, data, and transformers' own `TrainingArguments`."""
+
+import inspect
+import re
+import textwrap
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+from transformers import TrainingArguments
+
+from modeling_fromage import FromageConfig
+from modeling_fromage.io.command_line import dtype_name
+
+from .config import read_config, to_dataclasses, type_name
+
+_LOADED = "it is read from the backbone that `{}` names"
+DECIDED_ELSEWHERE = {  # fields of FromageConfig that a training file cannot choose, and why
+    "text_config": _LOADED.format("language_model"),
+    "vision_config": _LOADED.format("vision_model"),
+    "image_token_id": "the processor adds the token and knows its id",
+    "ret_token_id": "the processor adds the token and knows its id",
+    "ret_embedding_scale": "it is measured on the language model",
+    "tie_word_embeddings": "the language model ties its own embeddings, and nothing is tied across the parts",
+    "text_model_id": "say `language_model` instead",
+    "vision_model_id": "say `vision_model` instead",
+    "text_model_revision": "it is the commit that `language_model` was loaded from",
+    "vision_model_revision": "it is the commit that `vision_model` was loaded from",
+    "text_model_fingerprint": "it is computed from the weight files of `language_model`",
+    "vision_model_fingerprint": "it is computed from the weight files of `vision_model`",
+    "retrieval_fingerprint": "it is computed when the model is saved",
+}
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """What the Args section of a docstring says of each argument."""
+    text = inspect.getdoc(cls) or ""
+    body = re.split(r"^(?:Args|Parameters):\n", text, maxsplit=1, flags=re.MULTILINE)[-1]
+    entries = re.findall(r"^    (\w[\w, ]*) \(.*?\):((?:.*\n?)(?:^ {8}.*\n?)*)", body, re.MULTILINE)
+    return {name: " ".join(told.split()) for names, told in entries for name in names.split(", ")}
+
+
+def _config_fields() -> list[tuple[str, Any, Any]]:
+    hints, docs = inspect.get_annotations(FromageConfig, eval_str=True), _documented(FromageConfig)  # its own alone
+    own = [known for known in fields(FromageConfig) if known.name in hints]
+    return [
+        (known.name, hints[known.name], field(default=known.default, metadata={"help": docs.get(known.name, "")}))
+        for known in own
+        if known.name not in DECIDED_ELSEWHERE
+    ]
+
+
+ConfigArguments = make_dataclass("ConfigArguments", _config_fields(), kw_only=True)
+
+
+@dataclass(kw_only=True)
+class ModelArguments(ConfigArguments):
+    """The backbones, and every field of FromageConfig that they do not decide."""
+
+    language_model: str = field(metadata={"help": "Hub id or folder of a causal language model."})
+    vision_model: str = field(metadata={"help": "Hub id or folder of a vision encoder."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the frozen backbones: float32, bfloat16, ..."})
+    compile_vision_model: bool = field(default=False, metadata={"help": "torch.compile the frozen vision encoder."})
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_name(self.dtype)
+        for known in fields(ConfigArguments):
+            if known.type is float:  # FromageConfig takes no whole number for one
+                setattr(self, known.name, float(getattr(self, known.name)))
+
+    def config_kwargs(self) -> dict[str, Any]:
+        """The fields of FromageConfig that have a value."""
+        values = {known.name: getattr(self, known.name) for known in fields(ConfigArguments)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass
+class DataArguments:
+    """The captioned images, and how they become sequences (see FromageDataCollator and FromageProcessor)."""
+
+    train_data: str = field(metadata={"help": "A table (TSV, CSV, JSONL, Parquet), an image folder, or a Hub dataset."})
+    eval_data: str | None = field(default=None, metadata={"help": "As train_data; evaluated while training."})
+    train_split: str = field(default="train", metadata={"help": "Split of a folder or Hub dataset."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of a folder or Hub dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column of images, paths or URLs."})
+    caption_column: str | None = field(default=None, metadata={"help": "By default caption, text, captions or title."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a caption, BOS and [RET] included."})
+    concat_captions_prob: float = field(default=0.5, metadata={"help": "Chance that two pairs share a sequence."})
+    caption_prefix: str | None = field(default=None, metadata={"help": "Text between the image and its caption."})
+    caption_suffix: str | None = field(default=None, metadata={"help": "Text that ends a caption."})
+    feature_cache: str | None = field(default=None, metadata={"help": "Folder of training.cache_features."})
+    eval_feature_cache: str | None = field(default=None, metadata={"help": "The same, of eval_data."})
+
+
+def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Read a YAML file and `key=value` overrides.
+
+    Raises:
+        ValueError: The file cannot be read, a key is unknown, missing or not for a training file to say, or a value is
+            not of its key's type.
+    """
+    config = read_config(path, overrides)
+    for name, reason in DECIDED_ELSEWHERE.items():
+        if name in config:
+            raise ValueError(f"`{name}` cannot be set: {reason}. Leave it out.")
+    config.setdefault("remove_unused_columns", False)  # the collator reads the raw columns
+    if isinstance(resume := config.get("resume_from_checkpoint"), bool):  # declared as a string: a folder
+        config["resume_from_checkpoint"] = str(resume).lower()
+    return to_dataclasses(config, (ModelArguments, DataArguments, TrainingArguments))
+
+
+def describe_keys() -> str:
+    """The keys of a training file with types, defaults and meanings, for `--help`."""
+    lines = ["keys of the model (the fields of FromageConfig among them):", *_describe(ModelArguments)]
+    lines += ["", "keys of the data:", *_describe(DataArguments)]
+    names = ", ".join(known.name for known in fields(TrainingArguments) if known.init)
+    lines += ["", "keys of transformers.TrainingArguments (explained there):"]
+    return "\n".join([*lines, *textwrap.wrap(names, 100, initial_indent="  ", subsequent_indent="  ")])
+
+
+def _describe(cls: type) -> list[str]:
+    hints = get_type_hints(cls)
+
+    def told(known: Field) -> str:
+        default = "required" if known.default is MISSING else f"default {known.default!r}"
+        meaning = known.metadata.get("help", "")
+        return f"{known.name} ({type_name(hints[known.name])}; {default}): {meaning}"
+
+    ordered = sorted(fields(cls), key=lambda known: known.default is not MISSING)
+    return [
+        line
+        for known in ordered
+        for line in textwrap.wrap(told(known), 100, initial_indent="  ", subsequent_indent="      ")
+    ]

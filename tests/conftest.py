@@ -1,7 +1,11 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.helpers.backbones import BACKBONES, make_model, make_processor
+from tests.helpers.paths import PARITY
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +21,11 @@ def model(request):
 @pytest.fixture
 def processor():
     return make_processor()
+
+
+@pytest.fixture
+def backbones(tmp_path) -> Path:
+    """Folders of an OPT and of a CLIP vision encoder, with tokenizer and image processor."""
+    for name in ("language_model", "vision_model"):
+        shutil.copytree(PARITY / "case_a_opt_tied" / name, tmp_path / "backbones" / name)
+    return tmp_path / "backbones"

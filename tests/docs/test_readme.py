@@ -1,17 +1,14 @@
 """The README's snippet runs, with tiny backbones in place of those it names; its commands exist."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from hub_scripts import build_image_index, convert_original_checkpoint, make_tiny_checkpoint, push_to_hub
 from modeling_fromage import FromageForConditionalGeneration
-from tests.helpers.backbones import PARITY
+from tests.helpers.documents import README
+from tests.helpers.paths import PARITY, ROOT
 from training import benchmark, benchmark_answers, benchmark_index, evaluate, quickstart, train
-
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_snippets_run(tmp_path, monkeypatch):

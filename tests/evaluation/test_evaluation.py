@@ -15,8 +15,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPMode
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from tests.helpers.backbones import PARITY
-from tests.parity.test_original import IMAGES, Inference
-from tests.parity.test_parity import CASES
+from tests.helpers.parity import CASES, Inference
+from tests.helpers.paths import IMAGES
 from training import evaluate
 from training.evaluation import answers, captioning, dialogues, visdial, vist
 from training.evaluation.dual_encoder import DualEncoder

@@ -1,7 +1,5 @@
 """Tiny random backbones, made on the spot."""
 
-from pathlib import Path
-
 import torch
 from transformers import (
     AutoModel,
@@ -18,8 +16,8 @@ from transformers import (
 )
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageProcessor
+from tests.helpers.paths import PARITY
 
-PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 VOCAB = 500  # of the parity tokenizer, without the two tokens
 
 _OPT = {

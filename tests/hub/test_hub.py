@@ -1,10 +1,7 @@
 """Pushing to and pulling from a Hub, through the real client, against a server on loopback."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +9,9 @@ import torch
 
 from hub_scripts import push_to_hub
 from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
+from tests.helpers.hub import run
 from tests.helpers.hub_server import HubServer, hub_server
-from tests.model.test_checkpoints import ask_stranger
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.strangers import ask_stranger
 
 ASSEMBLE = """
 import sys
@@ -47,18 +43,6 @@ def hub(tiny):
         for repo, folder in (("org/tiny-opt", "language_model"), ("org/tiny-clip", "vision_model")):
             server.commit(repo, {path.name: path.read_bytes() for path in (tiny / folder).iterdir()})
         yield server
-
-
-def run(hub: HubServer, tmp_path: Path, *command: str, ok: bool = True) -> str:
-    environment = {
-        **os.environ,
-        **hub.environment,
-        "HF_HOME": str(tmp_path / "hf_home"),
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, done.stderr[-3000:]
-    return done.stdout if ok else done.stderr
 
 
 def assemble(hub: HubServer, tmp_path: Path, *arguments: str) -> Path:

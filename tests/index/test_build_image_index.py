@@ -12,7 +12,7 @@ from hub_scripts import build_image_index
 from hub_scripts.original_embeddings import read_original_embeddings
 from modeling_fromage import FromageImageIndex, FromageProcessor
 from tests.helpers.backbones import PARITY, make_model, make_processor
-from tests.parity.test_original import Inference
+from tests.helpers.parity import Inference
 
 IMAGES = PARITY / "common" / "images"
 

@@ -21,8 +21,8 @@ from modeling_fromage.backbone_checks_fromage import (
 from modeling_fromage.backbone_probes_fromage import ABILITIES, LENGTHS, Trial, has_ability, miniature
 from modeling_fromage.backbones_fromage import _decoder_that_gives, attention_window
 from tests.helpers.backbones import PARITY, VISION_CONFIGS, make_model
+from tests.helpers.batches import IMAGE, PAD, RET, interleaved, pad
 from tests.helpers.lm_families import make_lm
-from tests.model.test_model import IMAGE, PAD, RET, interleaved, pad
 
 GEMMA = Path(__file__).parents[1] / "fixtures" / "gemma_34f433a"
 TAKES = {"mixtral": {*ABILITIES}, "opt": {*ABILITIES}, "mpt": {"left padding", "right padding", "a cache"},

@@ -11,16 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from tests.model.test_checkpoints import (  # noqa: F401 (a fixture)
-    TRAINED_KEYS,
-    _ToFp8Config,
-    assemble,
-    assert_equal,
-    backbones,
-    edit,
-    keys_of,
-    outputs,
-)
+from tests.helpers.checkpoints import TRAINED_KEYS, assemble, assert_equal, edit, keys_of, outputs
+from tests.helpers.quantization import ToFp8Config
 
 TARGETS = r"language_model\..*\.(q_proj|v_proj)"
 
@@ -85,7 +77,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_weights_are_written(backbones, tmp_path, caplog, change, dtype):  # noqa: F811
+def test_changed_weights_are_written(backbones, tmp_path, caplog, change, dtype):
     model, _ = assemble(backbones, dtype=dtype)
     model.save_pretrained(tmp_path / "before")
     assert keys_of(tmp_path / "before") == TRAINED_KEYS and not warnings(caplog)
@@ -101,14 +93,14 @@ def test_changed_weights_are_written(backbones, tmp_path, caplog, change, dtype)
     assert_equal(outputs(AutoModel.from_pretrained(tmp_path / "model")), expected)
 
 
-def test_a_change_before_the_first_save_is_noticed(backbones, tmp_path):  # noqa: F811
+def test_a_change_before_the_first_save_is_noticed(backbones, tmp_path):
     model, _ = assemble(backbones)
     merge_lora(model)
     model.save_pretrained(tmp_path / "model")
     assert_equal(outputs(AutoModel.from_pretrained(tmp_path / "model")), outputs(model))
 
 
-def test_an_adapter_that_is_merged_for_a_while_is_not_saved_twice(backbones, tmp_path):  # noqa: F811
+def test_an_adapter_that_is_merged_for_a_while_is_not_saved_twice(backbones, tmp_path):
     model, _ = assemble(backbones)
     model.add_adapter(LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
     expected = outputs(copy.deepcopy(model).eval())
@@ -125,7 +117,7 @@ def test_an_adapter_that_is_merged_for_a_while_is_not_saved_twice(backbones, tmp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_false_alarm_where_files_hold_several_dtypes(backbones, tmp_path, caplog, dtype):  # noqa: F811
+def test_no_false_alarm_where_files_hold_several_dtypes(backbones, tmp_path, caplog, dtype):
     def mix(tensors):
         for i, (name, tensor) in enumerate(sorted(tensors.items())):
             tensors[name] = tensor.bfloat16() if i % 2 else tensor + 1e-5
@@ -141,7 +133,7 @@ def test_no_false_alarm_where_files_hold_several_dtypes(backbones, tmp_path, cap
     assert keys_of(tmp_path / "model") > TRAINED_KEYS
 
 
-def test_weights_that_require_gradient_are_written(backbones, tmp_path):  # noqa: F811
+def test_weights_that_require_gradient_are_written(backbones, tmp_path):
     model, _ = assemble(backbones)
     model.language_model.model.decoder.layers[0].requires_grad_(True)
     with pytest.raises(ValueError, match="language model is being trained: 16 of its parameters"):
@@ -165,7 +157,7 @@ UNCHANGED = {
 
 
 @pytest.mark.parametrize("use", UNCHANGED)
-def test_no_false_alarm(backbones, tmp_path, caplog, use):  # noqa: F811
+def test_no_false_alarm(backbones, tmp_path, caplog, use):
     pooling = "cls" if use == "as loaded" else "pooler"  # with which the encoder's own pooler is not in use
     model, _ = assemble(backbones, vision_pooling=pooling)
     model = UNCHANGED[use](model)
@@ -176,13 +168,13 @@ def test_no_false_alarm(backbones, tmp_path, caplog, use):  # noqa: F811
     assert keys_of(tmp_path / "again") == TRAINED_KEYS and not warnings(caplog)
 
 
-def test_no_false_alarm_where_weights_are_offloaded_or_quantized(backbones, tmp_path, caplog):  # noqa: F811
+def test_no_false_alarm_where_weights_are_offloaded_or_quantized(backbones, tmp_path, caplog):
     model, _ = assemble(backbones)
     model.save_pretrained(tmp_path / "model")
     device_map = {"language_model": "cpu", "vision_model": "disk"}
     offloaded = AutoModel.from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "off")
     offloaded.save_pretrained(tmp_path / "offloaded")
-    quantized = AutoModel.from_pretrained(tmp_path / "model", quantization_config=_ToFp8Config())
+    quantized = AutoModel.from_pretrained(tmp_path / "model", quantization_config=ToFp8Config())
     quantized.save_pretrained(tmp_path / "quantized")
     assert keys_of(tmp_path / "offloaded") == keys_of(tmp_path / "quantized") == TRAINED_KEYS and not warnings(caplog)
     merge_lora(quantized)
@@ -195,7 +187,7 @@ def test_no_false_alarm_where_weights_are_offloaded_or_quantized(backbones, tmp_
 
 @pytest.mark.parametrize("saved_before", [False, True])
 @pytest.mark.parametrize("fate", ["gone", "other contents"])
-def test_files_that_are_no_longer_those_that_were_loaded(backbones, tmp_path, fate, saved_before):  # noqa: F811
+def test_files_that_are_no_longer_those_that_were_loaded(backbones, tmp_path, fate, saved_before):
     model, _ = assemble(backbones)
     expected = outputs(model)
     if saved_before:
@@ -211,7 +203,7 @@ def test_files_that_are_no_longer_those_that_were_loaded(backbones, tmp_path, fa
     assert_equal(outputs(AutoModel.from_pretrained(tmp_path / "model")), expected)
 
 
-def test_lora_that_save_pretrained_cannot_write_is_refused(backbones, tmp_path):  # noqa: F811
+def test_lora_that_save_pretrained_cannot_write_is_refused(backbones, tmp_path):
     model, _ = assemble(backbones)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model.language_model = get_peft_model(model.language_model, config)
@@ -226,7 +218,7 @@ def test_lora_that_save_pretrained_cannot_write_is_refused(backbones, tmp_path):
 
 
 @pytest.mark.parametrize("backbone_too", [False, True])
-def test_add_adapter_without_a_copy_of_the_trained_parts(backbones, tmp_path, backbone_too):  # noqa: F811
+def test_add_adapter_without_a_copy_of_the_trained_parts(backbones, tmp_path, backbone_too):
     model, _ = assemble(backbones)
     model.save_pretrained(tmp_path / "base")
     model = AutoModel.from_pretrained(tmp_path / "base")

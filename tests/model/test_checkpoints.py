@@ -4,15 +4,11 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,65 +19,12 @@ from transformers import (
     CLIPVisionConfig,
     OPTConfig,
 )
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromagePipeline, FromageProcessor
 from tests.helpers.backbones import PARITY, TEXT_CONFIGS
-
-TRAINED_KEYS = {
-    "adapter.logit_scale",
-    *(f"adapter.{name}.{kind}" for name in ("multi_modal_projector", "visual_projection", "text_projection.0")
-      for kind in ("weight", "bias")),
-    "adapter.ret_embedding.weight",
-}  # fmt: skip
-
-
-@pytest.fixture
-def backbones(tmp_path) -> Path:
-    """Folders of an OPT and of a CLIP vision encoder, with tokenizer and image processor."""
-    for name in ("language_model", "vision_model"):
-        shutil.copytree(PARITY / "case_a_opt_tied" / name, tmp_path / "backbones" / name)
-    return tmp_path / "backbones"
-
-
-def assemble(backbones: Path, **kwargs) -> tuple[FromageForConditionalGeneration, FromageProcessor]:
-    vision, text = str(backbones / "vision_model"), str(backbones / "language_model")
-    processor = FromageProcessor.from_vision_text_pretrained(vision, text, num_image_tokens=2)
-    model = FromageForConditionalGeneration.from_vision_text_pretrained(
-        vision, text, processor=processor, projection_dim=16, **kwargs
-    )
-    torch.nn.init.normal_(model.adapter.ret_embedding.weight)
-    return model, processor
-
-
-def outputs(model) -> dict[str, torch.Tensor]:
-    """Logits and embeddings of an image-and-text batch, from weights copied to memory that torch aligned: matrix
-    products differ in their last bits with the alignment of a mapped file's tensors."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
-    ids = torch.tensor([[500, 500, 2, 5, 6, 501], [2, 7, 500, 500, 8, 501]])
-    with torch.no_grad():
-        return {
-            "logits": model(input_ids=ids, pixel_values=pixels).logits,
-            "text_embeds": model.get_text_embeds(ids, pixel_values=pixels),
-            "image_embeds": model.get_image_embeds(pixels),
-        }
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
-
-
-def keys_of(folder: Path) -> set[str]:
-    keys: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            keys |= set(file.keys())
-    return keys
+from tests.helpers.checkpoints import TRAINED_KEYS, assemble, assert_equal, edit, keys_of, outputs
+from tests.helpers.quantization import ToFp8Config
+from tests.helpers.strangers import ask_stranger
 
 
 @pytest.mark.parametrize("save_backbones", [False, True])
@@ -175,38 +118,12 @@ def outputs_offloaded(model):
         return {"logits": model(input_ids=ids, pixel_values=pixels).logits}
 
 
-@register_quantization_config("to_fp8")
-class _ToFp8Config(QuantizationConfigMixin):
-    def __init__(self, **kwargs):
-        self.quant_method = "to_fp8"
-        self.modules_to_not_convert = None
-
-
-@register_quantizer("to_fp8")
-class _ToFp8(HfQuantizer):
-    """Rounds the weights of a model's linear layers to 8 bits: a quantiser that needs no library."""
-
-    requires_calibration = False
-    is_trainable = True
-
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        pass
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.data = module.weight.data.to(torch.float8_e4m3fn).to(module.weight.dtype)
-
-    def is_serializable(self):
-        return True
-
-
 @pytest.mark.parametrize("save_backbones", [False, True])
 def test_quantization_is_the_language_models_alone(backbones, tmp_path, save_backbones):
     model, _ = assemble(backbones)
     expected = outputs(model)
     model.save_pretrained(tmp_path / "model", save_backbones=save_backbones)
-    quantized = AutoModel.from_pretrained(tmp_path / "model", quantization_config=_ToFp8Config())
+    quantized = AutoModel.from_pretrained(tmp_path / "model", quantization_config=ToFp8Config())
     assert quantized.language_model.is_quantized
     assert not hasattr(quantized, "hf_quantizer")  # for the Trainer, which refuses to train quantised models
     assert {n for n, p in quantized.named_parameters() if p.requires_grad} == TRAINED_KEYS
@@ -230,12 +147,6 @@ def test_configuration_overrides(backbones, tmp_path):
     assert again.language_model.config.attention_dropout == 0.5
     with pytest.raises(ValueError, match="unknown arguments.*colour"):
         FromageForConditionalGeneration.from_pretrained(tmp_path / "model", colour="red")
-
-
-def edit(path: Path, change):
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("save_backbones", [False, True])
@@ -365,42 +276,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(backbones, tmp_path, monkeypatc
         model.save_pretrained(tmp_path / "model")
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert model.config.text_model_id == str(backbones / "language_model")  # the live model is as it was
-
-
-STRANGER = """
-import sys
-sys.modules["modeling_fromage"] = None  # not installed here
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
-from PIL import Image
-
-folder, result = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(text="<|image|>a cat[RET]", images=Image.new("RGB", (40, 30), "red"), return_tensors="pt")
-found = []
-for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    model = auto_class.from_pretrained(folder, trust_remote_code=True)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    with torch.no_grad():
-        found.append((model(**inputs).logits, model.get_text_embeds(**inputs)))
-assert type(model).__module__.startswith("transformers_modules.")
-assert AutoConfig.from_pretrained(folder, trust_remote_code=True).num_image_tokens == 2
-model.save_pretrained(folder + "-again")
-processor.save_pretrained(folder + "-again")
-torch.save(found, result)
-"""
-
-
-def ask_stranger(folder: str | Path, tmp_path: Path, **environment: str) -> list:
-    """Load `folder` (or a Hub id) with `trust_remote_code` in a process of its own that has not this package."""
-    script, result = tmp_path / "stranger.py", tmp_path / "result.pt"
-    script.write_text(STRANGER)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), **environment}
-    command = [sys.executable, str(script), str(folder), str(result)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(result, weights_only=True)
 
 
 @pytest.mark.parametrize("save_backbones", [False, True])

@@ -15,34 +15,9 @@ from modeling_fromage.losses_fromage import ChunkedTokenLoss, contrastive_loss, 
 from modeling_fromage.packing_fromage import PackedRows, length_groups
 from modeling_fromage.training_losses_fromage import why_not_ret_only
 from tests.helpers.backbones import BACKBONES, VOCAB, make_model
-from tests.model.test_model import pad
+from tests.helpers.batches import CAPTIONS, RET, double_model, make_batch, pad
 
-IMAGE, RET = VOCAB, VOCAB + 1
-CAPTIONS = [[2, 5, 6], [2, 7], [2, 8, 9, 10], [2, 11, 12, 13, 14, 15], [2, 16, 17], [2, 18, 19, 20, 21]]
 VARIANTS = ["packed", "grouped", "concatenated", "checkpointed", "gradient cache", "left padding", "accumulated"]
-
-
-def double_model(name: str, **config_kwargs):
-    model = make_model(name, **config_kwargs)
-    model.double().train()
-    model.adapter.double()
-    return model
-
-
-def make_batch(model, pixels, indices, concatenated=False, side="right"):
-    k = model.config.num_image_tokens
-    rows = [[IMAGE] * k + CAPTIONS[i] for i in indices]
-    if concatenated:
-        rows = [sum(rows[i : i + 2], []) for i in range(0, len(rows), 2)]
-    captioning, retrieval = pad(rows, side), pad([CAPTIONS[i] + [RET] for i in indices], side)
-    is_no_target = (captioning["input_ids"] == IMAGE) | (captioning["attention_mask"] == 0)
-    return {
-        **captioning,
-        "labels": captioning["input_ids"].masked_fill(is_no_target, -100),
-        "pixel_values": pixels[indices],
-        "retrieval_input_ids": retrieval["input_ids"],
-        "retrieval_attention_mask": retrieval["attention_mask"],
-    }
 
 
 def plain_double_pass(model, pixels, indices, concatenated=False):

@@ -6,7 +6,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 
 from tests.helpers.backbones import BACKBONES, make_model
-from tests.model.test_model import IMAGE, PAD, RET, interleaved, pad
+from tests.helpers.batches import IMAGE, PAD, RET, interleaved, pad
 
 OPTIONS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": PAD}
 

@@ -9,8 +9,8 @@ from transformers import AutoModel
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
 from modeling_fromage.backbones_fromage import decoder_and_head
 from tests.helpers.backbones import VISION_CONFIGS
+from tests.helpers.batches import pad
 from tests.helpers.lm_families import FAMILIES, IMAGE, PAD, RET, make_lm
-from tests.model.test_model import pad
 
 REFUSED = {"falcon_h1": "more from token ids", "gemma3n_text": "more from token ids", "bert": "makes its logits",
            "roberta": "makes its logits", "rembert": "makes its logits", "gemma4_text": "does not run from embeddings",

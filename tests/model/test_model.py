@@ -5,29 +5,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_fromage import FromageForConditionalGeneration, NormalizeRetEmbeddingCallback
-from tests.helpers.backbones import VOCAB, make_model
-
-IMAGE, RET, PAD = VOCAB, VOCAB + 1, 1
-
-
-def interleaved(model):
-    """Rows of different lengths with two, one and no image, [RET] inside and last."""
-    k = model.config.num_image_tokens
-    rows = [
-        [IMAGE] * k + [2, 10, 11] + [IMAGE] * k + [12, RET],
-        [2, 20, 21, RET, 22, 23] + [IMAGE] * k + [24, 25, RET],
-        [2, 30, 31, RET],
-    ]
-    return rows, torch.rand(3, 3, 32, 32)
-
-
-def pad(rows, side):
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[i, where], mask[i, where] = torch.tensor(row), 1
-    return {"input_ids": ids, "attention_mask": mask}
+from tests.helpers.backbones import make_model
+from tests.helpers.batches import IMAGE, PAD, RET, interleaved, pad
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

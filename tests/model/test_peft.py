@@ -10,7 +10,7 @@ from transformers import AutoModel, Trainer, TrainingArguments
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, NormalizeRetEmbeddingCallback
 from modeling_fromage.training_losses_fromage import ordinary_pass, why_not_ret_only
-from tests.model.test_checkpoints import assemble, assert_equal, backbones, outputs  # noqa: F401 (a fixture)
+from tests.helpers.checkpoints import assemble, assert_equal, outputs
 
 TARGETS = r"language_model\..*\.(q_proj|v_proj)"
 
@@ -34,7 +34,7 @@ def is_trained(name: str) -> bool:
 
 
 @pytest.fixture
-def checkpoint(backbones, tmp_path):  # noqa: F811
+def checkpoint(backbones, tmp_path):
     model, processor = assemble(backbones)
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model", processor

@@ -6,7 +6,7 @@ import torch
 from modeling_fromage import scoring_fromage
 from modeling_fromage.frozen_lm_fromage import FrozenLM
 from tests.helpers.backbones import BACKBONES, make_model
-from tests.model.test_model import IMAGE, RET, interleaved, pad
+from tests.helpers.batches import IMAGE, RET, interleaved, pad
 
 CANDIDATES = [[2, 7], [9], [2, 11, 12, 13, RET], [14, 15, 16]]
 

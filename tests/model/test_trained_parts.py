@@ -6,7 +6,6 @@ import io
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from transformers import AutoModel
 
 from modeling_fromage import FromageImageIndex, FromagePipeline
 from tests.helpers.backbones import make_model, make_processor
-from tests.model.test_checkpoints import assemble, assert_equal, backbones, outputs  # noqa: F401 (a fixture)
+from tests.helpers.checkpoints import assemble, assert_equal, outputs
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CASTS = {
     "half": (lambda model: model.half(), torch.float16),
     "bfloat16": (lambda model: model.bfloat16(), torch.bfloat16),
@@ -28,7 +27,7 @@ CASTS = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-def test_a_cast_is_for_the_backbones(backbones, tmp_path, cast):  # noqa: F811
+def test_a_cast_is_for_the_backbones(backbones, tmp_path, cast):
     model, _ = assemble(backbones)
     model.save_pretrained(tmp_path / "model")
     trained = {name: value.clone() for name, value in model.adapter.state_dict().items()}
@@ -46,7 +45,7 @@ def test_a_cast_is_for_the_backbones(backbones, tmp_path, cast):  # noqa: F811
 
 @pytest.mark.parametrize("save_backbones", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_a_rounded_checkpoint_has_its_originals_fingerprint(backbones, tmp_path, dtype, save_backbones):  # noqa: F811
+def test_a_rounded_checkpoint_has_its_originals_fingerprint(backbones, tmp_path, dtype, save_backbones):
     model, _ = assemble(backbones)
     expected = model.retrieval_fingerprint()
     model.save_pretrained(tmp_path / "one", adapter_dtype=dtype, save_backbones=save_backbones)
@@ -65,7 +64,7 @@ def test_a_rounded_checkpoint_has_its_originals_fingerprint(backbones, tmp_path,
     assert AutoModel.from_pretrained(tmp_path / "three").retrieval_fingerprint() == two.retrieval_fingerprint()
 
 
-def test_a_dtype_that_does_not_hold_the_trained_parts(backbones, tmp_path):  # noqa: F811
+def test_a_dtype_that_does_not_hold_the_trained_parts(backbones, tmp_path):
     model, _ = assemble(backbones)
     model.adapter.visual_projection.weight.data[0, 0] = 1e5
     with pytest.raises(ValueError, match="float16 does not hold adapter.visual_projection.weight"):
@@ -146,7 +145,7 @@ def test_models_and_pipelines_are_pickled(way, name):
 
 FRESH = """
 import sys, pickle, torch
-from tests.model.test_checkpoints import outputs
+from tests.helpers.checkpoints import outputs
 model = pickle.load(open(sys.argv[1], "rb"))
 torch.save(outputs(model), sys.argv[2])
 """

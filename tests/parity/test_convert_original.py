@@ -15,10 +15,9 @@ from hub_scripts import convert_original_checkpoint as converter
 from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from tests.helpers.backbones import PARITY
+from tests.helpers.hub import run as run_on_hub
 from tests.helpers.hub_server import hub_server
-from tests.hub.test_hub import run as run_on_hub
-from tests.parity.test_original import Inference
-from tests.parity.test_parity import CASES
+from tests.helpers.parity import CASES, Inference
 
 
 def run(case, folder, output):

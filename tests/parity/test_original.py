@@ -1,6 +1,5 @@
 """The original's answers, log-likelihoods and post-processing, by the original-compatible path; and where we differ."""
 
-import json
 import math
 
 import pytest
@@ -8,55 +7,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling_fromage import FromageImageIndex, UnreadableImageError
+from modeling_fromage import UnreadableImageError
 from modeling_fromage.interleaved_generation_fromage import InterleavedGeneration
 from modeling_fromage.original.inference import (
-    original_generation,
     original_log_likelihood,
     original_prompt,
     original_segments,
     truncate_caption,
 )
-from tests.helpers.backbones import PARITY
-from tests.parity.test_parity import CASES, LOGITS, Case, original_names
+from tests.helpers.parity import CASES, LOGITS, Inference, as_golden
+from tests.helpers.paths import IMAGES, PARITY
 
-IMAGES = PARITY / "common" / "images"
 STEPS = 16
-
-
-class Inference:
-    """A parity case with the weights after its five training steps, and the index of its pictures."""
-
-    def __init__(self, name):
-        case = Case(name)
-        self.model, self.processor = case.model.eval(), case.processor
-        trained = load_file(case.folder / "train.safetensors")
-        for key, parameter in original_names(self.model).items():
-            parameter.data.copy_(trained[f"final.{key}"])
-        self.index = FromageImageIndex.build(self.model, self.processor, IMAGES, show_progress=False)
-        self.golden, self.processed = (
-            json.loads((case.folder / f"{kind}.json").read_text(encoding="utf-8")) for kind in ("infer", "postprocess")
-        )
-        self.tensors, self.processed_tensors = (
-            load_file(case.folder / f"{kind}.safetensors") for kind in ("infer", "postprocess")
-        )
-
-    def prompt(self, parts):
-        return [value if kind == "text" else Image.open(IMAGES / value) for kind, value in parts]
-
-    def answer(self, prompt, **kwargs):
-        segments = original_generation(self.model, self.processor, self.prompt(prompt), self.index, **kwargs)
-        return as_golden(segments)
-
-
-def as_golden(segments):
-    """Our segments as the goldens write them: pictures by their numbers."""
-    return [
-        {"text": segment["text"]}
-        if segment["type"] == "text"
-        else {"images": [int(image_id[4:7]) for image_id in segment["ids"]]}
-        for segment in segments
-    ]
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))

@@ -7,41 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from hub_scripts.convert_original_checkpoint import original_names
-from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration
-from tests.helpers.backbones import PARITY, make_processor
+from modeling_fromage import FromageDataCollator
+from tests.helpers.parity import CASES, LOGITS, Case
 
-CASES = {"case_a_opt_tied": {"num_image_tokens": 1, "text_embed_layers": [-1]},
-         "case_c_layers_1_2": {"num_image_tokens": 2, "text_embed_layers": [1, 2]}}  # fmt: skip
-LOGITS, GRADIENTS, WEIGHTS = 2e-4, 5e-5, 5e-6
-
-
-class Case:
-    def __init__(self, name):
-        self.folder, options = PARITY / name, CASES[name]
-        self.processor = make_processor(name, options["num_image_tokens"])
-        self.model = FromageForConditionalGeneration.from_vision_text_pretrained(
-            str(self.folder / "vision_model"), str(self.folder / "language_model"),
-            processor=self.processor, projection_dim=16, **options,
-        ).train()  # fmt: skip
-        initial = load_file(self.folder / "init_trainable.safetensors")
-        torch.testing.assert_close(self.model.adapter.ret_embedding.weight.data, initial["ret_input_embeddings.weight"])
-        initial.pop("input_embeddings_after_resize")
-        parameters = original_names(self.model)
-        assert initial.keys() == parameters.keys()
-        for key, value in initial.items():
-            parameters[key].data.copy_(value)
-        self.captions = json.loads((PARITY / "common" / "captions.json").read_text(encoding="utf-8"))
-        self.pixels = load_file(PARITY / "common" / "pixel_values.safetensors")["pixel_values"]
-        self.forward, self.grads = (load_file(self.folder / f"{n}.safetensors") for n in ("forward", "grads"))
-        self.inputs = json.loads((self.folder / "inputs.json").read_text(encoding="utf-8"))
-        self.input_tensors = load_file(self.folder / "inputs.safetensors")
-
-    def batch(self, name, concat, **options):
-        collate = FromageDataCollator(self.processor, max_length=24, concat_captions_prob=float(concat), **options)
-        info = self.inputs["batches"][name]
-        batch = collate([{"pooled_image_features": torch.zeros(32), "caption": c} for c in info["captions"]])
-        del batch["pooled_image_features"]
-        return {**batch, "pixel_values": self.input_tensors[f"{name}.pixel_values"]}
+GRADIENTS, WEIGHTS = 5e-5, 5e-6
 
 
 @pytest.fixture(params=sorted(CASES))

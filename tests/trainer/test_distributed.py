@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.model.test_fast_path import double_model, make_batch
+from tests.helpers.batches import double_model, make_batch
 
 
 def gradients(rows: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,17 +1,15 @@
 """The benchmark: its baseline computes what the model does, it runs, and the README has its numbers."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.paths import ROOT
 from training import benchmark, benchmark_answers, benchmark_index
 from training.benchmarks import answers, index, step
 from training.benchmarks.presets import MAX_LENGTH, PRESETS
 from training.publishing.results import read_results, replace_between
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_baseline_has_our_losses_and_gradients():

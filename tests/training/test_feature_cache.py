@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_fromage import FromageDataCollator
 from tests.helpers.backbones import PARITY, make_processor
-from tests.training.test_resume import losses
+from tests.helpers.training import losses
 from training import cache_features, train
 from training.data import feature_cache as features
 from training.data.captioned_images import load_captioned_images

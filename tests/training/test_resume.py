@@ -24,15 +24,8 @@ from modeling_fromage import (
 )
 from modeling_fromage.backbone_loading_fromage import PARTS
 from modeling_fromage.trainer.trainer import last_complete_checkpoint
-from tests.model.test_checkpoints import (  # noqa: F401 (a fixture)
-    TRAINED_KEYS,
-    assemble,
-    assert_equal,
-    backbones,
-    edit,
-    keys_of,
-    outputs,
-)
+from tests.helpers.checkpoints import TRAINED_KEYS, assemble, assert_equal, edit, keys_of, outputs
+from tests.helpers.training import losses
 from training.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +77,7 @@ def train(tmp_path: Path, kill_at: str, output: str, *overrides: str) -> subproc
 
 
 @pytest.fixture
-def config(backbones, tmp_path):  # noqa: F811
+def config(backbones, tmp_path):
     images = (ROOT / "tests/fixtures/parity/common/images").resolve()
     lines = [f"a picture of thing {i}\t{images}/img_{i:03d}.png" for i in range(12)]
     (tmp_path / "train.tsv").write_text("caption\timage\n" + "\n".join(lines) + "\n")
@@ -94,11 +87,6 @@ def config(backbones, tmp_path):  # noqa: F811
         "gradient_accumulation_steps: 2\nlearning_rate: 0.01\nreport_to: none\nuse_cpu: true\nseed: 3\n"
     )
     return tmp_path / "config.yaml"
-
-
-def losses(output: Path) -> dict[int, float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(config, tmp_path):
@@ -124,7 +112,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(config, tmp_path):
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, FromageTrainer])
-def test_best_model_and_limit(backbones, tmp_path, trainer_class, caplog):  # noqa: F811
+def test_best_model_and_limit(backbones, tmp_path, trainer_class, caplog):
     logging.enable_propagation()  # to caplog
     caplog.set_level("INFO", logger="transformers.trainer")
     model, processor = assemble(backbones)
@@ -153,7 +141,7 @@ def test_best_model_and_limit(backbones, tmp_path, trainer_class, caplog):  # no
 
 
 @pytest.mark.parametrize("resume", [True, "true", "True"])
-def test_one_command_before_and_after_the_first_checkpoint(backbones, tmp_path, resume, caplog):  # noqa: F811
+def test_one_command_before_and_after_the_first_checkpoint(backbones, tmp_path, resume, caplog):
     (tmp_path / "checkpoint-3").mkdir()  # killed in its first save
     (tmp_path / "checkpoint-best").mkdir()  # not the Trainer's
     assert last_complete_checkpoint(tmp_path) is None
@@ -175,7 +163,7 @@ def test_one_command_before_and_after_the_first_checkpoint(backbones, tmp_path, 
 
 
 @pytest.mark.parametrize("missing", ["checkpoint-9", "elsewhere"])
-def test_an_explicit_checkpoint_that_is_missing_is_refused(backbones, tmp_path, missing):  # noqa: F811
+def test_an_explicit_checkpoint_that_is_missing_is_refused(backbones, tmp_path, missing):
     model, processor = assemble(backbones)
     data = [{"pooled_image_features": torch.rand(32), "caption": f"a cat number {i}"} for i in range(8)]
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
@@ -201,7 +189,7 @@ def make_trainer(model, processor, output: Path, trainer_class=FromageTrainer, *
     return trainer_class(model=model, args=args, train_dataset=data, data_collator=FromageDataCollator(processor))
 
 
-def test_checkpoints_of_a_run_name_their_backbones(backbones, tmp_path):  # noqa: F811
+def test_checkpoints_of_a_run_name_their_backbones(backbones, tmp_path):
     model, processor = assemble(backbones)
     output = tmp_path / "a" / "b" / "c" / "run"  # more than two folders from the backbones
     trainer = make_trainer(model, processor, output, max_steps=3)
@@ -236,7 +224,7 @@ def test_checkpoints_of_a_run_name_their_backbones(backbones, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("fate", ["trained", "edited", "gone"])
-def test_checkpoints_of_a_run_hold_a_backbone_that_cannot_be_named(backbones, tmp_path, fate):  # noqa: F811
+def test_checkpoints_of_a_run_hold_a_backbone_that_cannot_be_named(backbones, tmp_path, fate):
     model, processor = assemble(backbones)
     trainer = make_trainer(model, processor, tmp_path / "run", max_steps=1)
     if fate == "trained":
@@ -253,7 +241,7 @@ def test_checkpoints_of_a_run_hold_a_backbone_that_cannot_be_named(backbones, tm
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
-def test_checkpoints_that_name_local_backbones_are_not_pushed(backbones, tmp_path, monkeypatch, strategy):  # noqa: F811
+def test_checkpoints_that_name_local_backbones_are_not_pushed(backbones, tmp_path, monkeypatch, strategy):
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)  # no Hub
     model, processor = assemble(backbones)
     trainer = make_trainer(model, processor, tmp_path / "run", push_to_hub=True, hub_strategy=strategy, max_steps=1)
@@ -271,7 +259,7 @@ def test_checkpoints_that_name_local_backbones_are_not_pushed(backbones, tmp_pat
         trainer.push_to_hub()
 
 
-def test_lora_that_checkpoints_would_leave_out_is_refused(backbones, tmp_path):  # noqa: F811
+def test_lora_that_checkpoints_would_leave_out_is_refused(backbones, tmp_path):
     model, processor = assemble(backbones)
     config = LoraConfig(r=2, target_modules=["q_proj"])
     model.language_model = get_peft_model(model.language_model, config)
@@ -283,7 +271,7 @@ def test_lora_that_checkpoints_would_leave_out_is_refused(backbones, tmp_path): 
 
 
 @pytest.mark.parametrize("kwargs", [{"modules_to_save": ["adapter"]}, {"use_dora": True}])
-def test_resuming_with_an_adapter_of_add_adapter(backbones, tmp_path, kwargs):  # noqa: F811
+def test_resuming_with_an_adapter_of_add_adapter(backbones, tmp_path, kwargs):
     def start(output: str, **options):
         torch.manual_seed(0)
         model, processor = assemble(backbones)
@@ -309,7 +297,7 @@ def test_resuming_with_an_adapter_of_add_adapter(backbones, tmp_path, kwargs):  
         trainer.train(str(tmp_path / "run" / "checkpoint-1"))
 
 
-def test_processor_of_another_model_is_refused(backbones, tmp_path):  # noqa: F811
+def test_processor_of_another_model_is_refused(backbones, tmp_path):
     model, processor = assemble(backbones)
     model.config.num_image_tokens = 3
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)

@@ -1,0 +1,43 @@
+"""A process that has not this package, and loads checkpoints with the code that they carry."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+STRANGER = """
+import sys
+sys.modules["modeling_fromage"] = None  # not installed here
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from PIL import Image
+
+folder, result = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(text="<|image|>a cat[RET]", images=Image.new("RGB", (40, 30), "red"), return_tensors="pt")
+found = []
+for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model = auto_class.from_pretrained(folder, trust_remote_code=True)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    with torch.no_grad():
+        found.append((model(**inputs).logits, model.get_text_embeds(**inputs)))
+assert type(model).__module__.startswith("transformers_modules.")
+assert AutoConfig.from_pretrained(folder, trust_remote_code=True).num_image_tokens == 2
+model.save_pretrained(folder + "-again")
+processor.save_pretrained(folder + "-again")
+torch.save(found, result)
+"""
+
+
+def ask_stranger(folder: str | Path, tmp_path: Path, **environment: str) -> list:
+    """Load `folder` (or a Hub id) with `trust_remote_code` in a process of its own that has not this package."""
+    script, result = tmp_path / "stranger.py", tmp_path / "result.pt"
+    script.write_text(STRANGER)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), **environment}
+    command = [sys.executable, str(script), str(folder), str(result)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return torch.load(result, weights_only=True)

@@ -3,9 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.helpers.backbones import BACKBONES, make_model, make_processor
 from tests.helpers.paths import PARITY
+
+# Runs repeat: what one machine finds, all find. `--hypothesis-profile=default` looks for other examples.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
-"""What the commands share: one line for an error that its user can mend, and types of options."""
+"""What the commands share: their parser, one line for an error that the user can fix, and types of options."""
 
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
-TRACEBACK = "FROMAGE_TRACEBACK"  # an environment variable: errors with all that led to them
+TRACEBACK = "FROMAGE_TRACEBACK"  # an environment variable: where it is set, errors keep their traceback
 # Files, folders, checkpoints, addresses, values and extras that are not as they must be.
 _EXPECTED = (ValueError, OSError, ImportError, SafetensorError)
 _DTYPES = {
@@ -24,34 +25,47 @@ _DTYPES = {
 }
 
 
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows `description` as it is, and names the command as the user called it.
+
+    That is `fromage train`, or `python -m training.train` (which argparse itself does from Python 3.14 on).
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    prog = f"python -m {spec.name}" if spec is not None and sys.argv[0].endswith(".py") else None
+    return argparse.ArgumentParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 @contextmanager
 def errors_in_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End the program with status 2 and one line, as argparse does, where an error is one that its user can mend: of
-    the data, the checkpoint, the network. Any other keeps its traceback, as do all where `FROMAGE_TRACEBACK` is set."""
+    """End the program with status 2 and one line, as argparse does, after an error that the user can fix.
+
+    Those are errors of the data, the checkpoint, the network or the environment. Any other error keeps its traceback,
+    as do all of them where `FROMAGE_TRACEBACK` is set.
+    """
     try:
         yield
     except _EXPECTED as error:
         if os.environ.get(TRACEBACK):
             raise
-        logger.debug("The error in full:", exc_info=True)
+        logger.debug("The full error:", exc_info=True)
         parser.exit(2, f"{parser.prog}: error: {_line(error)} [{TRACEBACK}=1 shows where]\n")
 
 
 def _line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}. Check the path."
-    if isinstance(error, HFValidationError):  # a path that is no folder is taken for a name on the Hub
+    if isinstance(error, HFValidationError):  # transformers takes a path that is not a folder for a Hub id
         return f"{error} Nor is it a folder here. Check the path."
     if isinstance(error, SafetensorError):
         return f"A weights file (*.safetensors) is damaged or cut off: {error}. Get the checkpoint again."
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def dtype_name(value: Any) -> str:
-    """A dtype's name in torch, by that or by its usual abbreviation ("bf16", "torch.bfloat16"), or "auto".
+def dtype_name(value: str | torch.dtype) -> str:
+    """The name that torch gives a dtype, from that name or an abbreviation ("bf16", "torch.bfloat16"), or "auto".
 
     Raises:
-        ValueError: It is none that a model may have.
+        ValueError: A model cannot have this dtype.
     """
     text = str(value).lower().removeprefix("torch.")
     for name, others in _DTYPES.items():
@@ -62,7 +76,7 @@ def dtype_name(value: Any) -> str:
 
 
 def dtype_option(text: str) -> str:
-    """As [`dtype_name`], for argparse."""
+    """[`dtype_name`] as an argparse type."""
     try:
         return dtype_name(text)
     except ValueError as error:
@@ -70,21 +84,21 @@ def dtype_option(text: str) -> str:
 
 
 def device_option(text: str) -> str:
-    """A device that there is here, for argparse."""
+    """A device that this machine has, as an argparse type."""
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:  # no such name, or no such device
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(
-            f"{text!r} cannot be used ({reason}). Give cpu, or a GPU that is here."
+            f"{text!r} cannot be used ({reason}). Give cpu, or a GPU of this machine."
         ) from error
     return text
 
 
-def at_least(lowest: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
-    """A number from `lowest` on, for argparse."""
+def at_least(lowest: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """An argparse type: a number that is not below `lowest`."""
 
-    def option(text: str) -> Any:
+    def option(text: str) -> int | float:
         try:
             number = kind(text)
         except ValueError:

@@ -1,0 +1,85 @@
+"""Train, evaluate and publish FROMAGe models."""
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+
+from modeling_fromage import __version__
+from modeling_fromage.io.command_line import errors_in_one_line
+
+# Installed, this package is modeling_fromage.training; in a checkout it is training.
+_ROOT = (__package__ or "training").removesuffix("training")
+_OURS = ("modeling_fromage", "training", "hub_scripts")
+
+
+@dataclass
+class Command:
+    """A module with `main(argv)`, what it does, and the extra of the distribution that it needs."""
+
+    module: str
+    help: str
+    extra: str | None = None
+
+
+COMMANDS = {
+    "train": Command("training.train", "train a model", "train"),
+    "evaluate": Command("training.evaluate", "evaluate a model on the paper's tasks or your own pairs", "evaluate"),
+    "index": Command("hub_scripts.build_image_index", "build or merge image indexes", "index"),
+    "convert": Command("hub_scripts.convert_original_checkpoint", "convert the authors' checkpoints, or back"),
+    "push": Command("hub_scripts.push_to_hub", "publish a checkpoint on the Hugging Face Hub"),
+    "quickstart": Command("training.quickstart", "train a small model on emoji and write a report", "quickstart"),
+    "cache-features": Command("training.cache_features", "encode a data set's images once", "train"),
+    "tiny": Command("hub_scripts.make_tiny_checkpoint", "make a small random model to try code with"),
+    "benchmark": Command("training.benchmark", "measure a training step", "train"),
+    "benchmark-answers": Command("training.benchmark_answers", "measure generation and scoring", "train"),
+    "benchmark-index": Command("training.benchmark_index", "measure image search", "index"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command of `fromage`: the code of `python -m training.train` and its like."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    parser = _parser()
+    if name.startswith("-") or name not in COMMANDS:
+        parser.parse_args([name] if name else [])  # prints the help or the version, or ends with an error
+    command = COMMANDS[name]
+    sys.argv = [f"fromage {name}", *rest]  # argparse names the program by it
+    with errors_in_one_line(parser):
+        try:
+            module = import_module(_ROOT + command.module)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in _OURS:
+                raise
+            extra = f"[{command.extra}]" if command.extra else ""
+            raise ImportError(
+                f"`fromage {name}` needs {error.name}, which is not installed: pip install 'modeling-fromage{extra}'."
+            ) from error
+        module.__doc__ = _spell_commands(module.__doc__ or "")
+        module.main(rest)
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fromage",
+        description=__doc__,
+        epilog=f"commands (`fromage COMMAND --help` tells more):\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    return parser
+
+
+def _spell_commands(text: str) -> str:
+    """`text` with `fromage train` in place of `python -m training.train`."""
+    for name, command in COMMANDS.items():
+        text = re.sub(rf"python -m {re.escape(command.module)}\b", f"fromage {name}", text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Reading images of every common kind as RGB, and what an image may cost."""
+"""Reading images of every common kind as RGB, within limits on what an image may cost."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-# What Pillow raises, and why, where it is not that the file is broken; the first kind that fits counts.
+# What Pillow raises for reasons other than a broken file; the first class that fits counts.
 _REASONS = {
     FileNotFoundError: "not found",
     UnidentifiedImageError: "no image",
@@ -20,13 +20,13 @@ _REASONS = {
     Image.DecompressionBombWarning: "too many pixels",
     MemoryError: "out of memory",
 }
-_PIXELS_AT_ONCE = 50_000_000  # that all threads of a process decode together
-_STRIP_PIXELS = 1 << 20  # that are converted at a time: some conversions take 24 bytes a pixel
+_PIXELS_AT_ONCE = 50_000_000  # decoded by all threads of a process together
+_STRIP_PIXELS = 1 << 20  # converted at a time: some conversions take 24 bytes a pixel
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may cost at most.
+    """Limits on what an image may cost.
 
     Attributes:
         timeout: Seconds for a whole download, redirects included.
@@ -35,7 +35,7 @@ class ImageLimits:
             50 million pixels at a time, and an image of more than that by itself.
         max_aspect_ratio: The longer side over the shorter: resizing the shorter one blows a thin image up.
         formats: Formats that are decoded, by Pillow's names, whatever a file is called and wherever it comes from.
-            Pillow reads others too (`"JPEG2000"`, `"TGA"`, or `"HEIF"` with the pillow-heif plugin); for `"EPS"` it
+            Pillow reads others (`"JPEG2000"`, `"TGA"`, or `"HEIF"` with the pillow-heif plugin); for `"EPS"` it
             starts Ghostscript.
         allow_private_addresses: Whether a host may be this machine or one of its network (loopback, 10.0.0.0/8, the
             cloud's metadata service, ...).
@@ -53,13 +53,13 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 def printable(text: str) -> str:
-    """`text` with what cannot be printed (control characters, line breaks, invalid Unicode) as backslash escapes, so
-    that a name from elsewhere cannot write lines of its own into a log or a terminal."""
+    """`text` with control characters, line breaks and invalid Unicode as backslash escapes, so that an untrusted name
+    cannot write lines of its own into a log or a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UnreadableImageError(ValueError):
-    """An image that cannot be had; `reason` says why in few words, alike for alike causes."""
+    """An image that cannot be read; `reason` says why in a few words, the same for the same cause."""
 
     def __init__(self, name: str, reason: str, detail: str = ""):
         self.name, self.reason, self.detail = name, reason, detail
@@ -73,22 +73,22 @@ def is_url(source: object) -> bool:
 
 
 class _PixelBudget:
-    """Lets threads in, in the order in which they come, while their images together have no more than `most` pixels.
+    """Admits threads in order of arrival while their images together have at most `most` pixels.
 
-    An image of more than `most` waits for all others, and is then alone.
+    An image of more than `most` waits for all others and is then decoded alone.
     """
 
     def __init__(self, most: int):
         self.most = most
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         self._free, self._turn, self._changed = self.most, threading.Lock(), threading.Condition()
 
     @contextlib.contextmanager
     def of(self, pixels: int) -> Iterator[None]:
         pixels = min(pixels, self.most)
-        with self._turn, self._changed:  # whoever waits keeps the turn, so that small images do not overtake for ever
+        with self._turn, self._changed:  # a waiting thread keeps its turn, so that small images never starve it
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
         try:
@@ -100,7 +100,7 @@ class _PixelBudget:
 
 
 _budget = _PixelBudget(_PIXELS_AT_ONCE)
-if hasattr(os, "register_at_fork"):  # the threads that hold pixels or a lock are not there in a child
+if hasattr(os, "register_at_fork"):  # a child lacks the threads that hold pixels or a lock
     os.register_at_fork(after_in_child=_budget.reset)
 
 
@@ -108,7 +108,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a PIL image of any mode to RGB, upright.
 
     Its EXIF orientation is applied, transparent pixels become white, 16-bit and float images are scaled to 8 bits, and
-    of an animation the first frame is taken (PIL's own conversions make transparency black and clip 16 bits).
+    an animation gives its first frame. (PIL's own conversions make transparency black and clip 16 bits.)
     """
     return _turned(*_converted(image))
 
@@ -116,34 +116,39 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def load_rgb_image(
     source: str | os.PathLike | Image.Image | dict[str, Any], limits: ImageLimits = DEFAULT_LIMITS
 ) -> Image.Image:
-    """Read a file, a URL (`http`, `https`, `data`), a PIL image or an undecoded `datasets` image (`{"bytes", "path"}`)
-    as RGB, upright.
+    """Read an image as RGB, upright.
+
+    Args:
+        source: A file, a URL (`http`, `https`, `data`), a PIL image, or an undecoded `datasets` image
+            (`{"bytes": ..., "path": ...}`).
+        limits ([`ImageLimits`]): What reading it may cost.
 
     Raises:
-        UnreadableImageError: A `ValueError` that names an image that is missing, truncated, none at all, no regular
-            file, or over one of `limits`.
+        UnreadableImageError: A `ValueError` that names the image: it is missing, truncated, not an image, not a regular
+            file, or exceeds one of `limits`.
     """
+    opened: Any = source
     if isinstance(source, dict):
         name = str(source.get("path") or "in memory")
-        source = source["bytes"] if source.get("bytes") else source.get("path")
-        if not source:
+        opened = source["bytes"] if source.get("bytes") else source.get("path")
+        if not opened:
             raise UnreadableImageError(name, "no image", "neither bytes nor a path")
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            source = io.BytesIO(source)
+        if isinstance(opened, (bytes, bytearray, memoryview)):
+            opened = io.BytesIO(opened)
     else:
         name = str(getattr(source, "filename", "") or repr(source))[:200]
-    if not isinstance(source, (str, os.PathLike, io.BytesIO, Image.Image)):
-        raise UnreadableImageError(name, "no image", f"it is a {type(source).__name__}")
-    if is_url(source):
-        source = io.BytesIO(_fetch(source, name, limits))
-    elif isinstance(source, str) and source.lower().startswith("file:"):
+    if not isinstance(opened, (str, os.PathLike, io.BytesIO, Image.Image)):
+        raise UnreadableImageError(name, "no image", f"it is a {type(opened).__name__}")
+    if isinstance(opened, str) and is_url(opened):
+        opened = io.BytesIO(_fetch(opened, name, limits))
+    elif isinstance(opened, str) and opened.lower().startswith("file:"):
         raise UnreadableImageError(name, "file: URLs are refused", "give a path for a local file")
     try:
-        return _decode(source, name, limits)
+        return _decode(opened, name, limits)
     except UnreadableImageError:
         raise
     # Pillow's decoders raise whatever the bytes of a broken or hostile file lead them to: IndexError, struct.error,
-    # KeyError, ZeroDivisionError, ... All of it means that this image cannot be read, and none that others cannot.
+    # KeyError, ZeroDivisionError, ... All of it means that this image cannot be read, and nothing about others.
     except Exception as error:
         reason = next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), "broken")
         detail = str(error) or type(error).__name__
@@ -153,30 +158,31 @@ def load_rgb_image(
 
 
 def _fetch(url: str, name: str, limits: ImageLimits) -> bytes:
-    """What stands behind a URL, where the package is installed: a checkpoint's code fetches nothing by itself."""
+    """Fetch a URL by the installed package: checkpoints do not carry the code that fetches."""
     try:
+        from modeling_fromage.images_fromage import UnreadableImageError as PackageError
         from modeling_fromage.io.fetching import fetch
     except ImportError as error:
         raise UnreadableImageError(
-            name, "URLs are fetched by the package alone", "pip install modeling-fromage, or download the image"
+            name, "not fetched", "install the `modeling-fromage` package to read URLs, or download the image"
         ) from error
     try:
         return fetch(url, limits)
-    except ValueError as error:  # the package's own kind, where this is a checkpoint's code
-        if isinstance(error, UnreadableImageError):
-            raise
+    except UnreadableImageError:
+        raise
+    except PackageError as error:  # another class than this one where this is a checkpoint's code
         raise UnreadableImageError(name, error.reason, error.detail) from error
 
 
 def _decode(source: Any, name: str, limits: ImageLimits) -> Image.Image:
     if isinstance(source, Image.Image):
-        # What its owner has only opened is decoded here.
+        # Its owner may only have opened it; then it is decoded here.
         is_undecoded = isinstance(source, ImageFile.StubImageFile) or bool(getattr(source, "tile", None))
-        kind = "JPEG" if source.format == "MPO" else source.format  # a JPEG with more pictures behind the first
+        kind = "JPEG" if source.format == "MPO" else source.format  # a JPEG with more pictures after the first
         if is_undecoded and kind not in limits.formats:
             advice = f"{kind} is none of {', '.join(limits.formats)}; `image.load()` before makes it your choice"
             raise UnreadableImageError(name, "no image", advice)
-        opened = contextlib.nullcontext(source)
+        opened: contextlib.AbstractContextManager[Image.Image] = contextlib.nullcontext(source)
     else:
         if not isinstance(source, io.BytesIO) and not stat.S_ISREG(os.stat(source).st_mode):  # a FIFO blocks, say
             raise UnreadableImageError(name, "not a regular file")
@@ -185,12 +191,12 @@ def _decode(source: Any, name: str, limits: ImageLimits) -> Image.Image:
         _check_size(image, name, limits)
         with _budget.of(image.width * image.height):
             rgb, orientation = _converted(image)
-            _check_size(rgb, name, limits)  # where a decoder found another size than the header says
-    del opened, image, source  # the pixels of before, where nobody else has them
+            _check_size(rgb, name, limits)  # a decoder may find another size than the header gives
+    del opened, image, source  # frees the source's pixels, if nobody else holds them
     return _turned(rgb, orientation)
 
 
-def _check_size(image: Image.Image, name: str, limits: ImageLimits):
+def _check_size(image: Image.Image, name: str, limits: ImageLimits) -> None:
     size = f"{image.width} x {image.height}"
     if image.width * image.height > limits.max_pixels:
         raise UnreadableImageError(name, "too many pixels", size)
@@ -199,11 +205,11 @@ def _check_size(image: Image.Image, name: str, limits: ImageLimits):
 
 
 def _converted(image: Image.Image) -> tuple[Image.Image, int]:
-    """`image` as RGB, as it lies in the file, and its EXIF orientation.
+    """`image` as RGB, as stored, and its EXIF orientation.
 
-    A strip at a time, so that what the conversion needs besides the two images does not grow with them.
+    It is converted a strip at a time, so that the memory needed besides the two images does not grow with them.
     """
-    if image.tell():  # whether there are more frames is not asked: to know it, Pillow reads them all
+    if image.tell():  # the number of frames is not asked for: Pillow reads them all to know it
         image.seek(0)
     image.load()
     width, height = image.size
@@ -222,7 +228,8 @@ def _converted(image: Image.Image) -> tuple[Image.Image, int]:
 
 
 def _white_level(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> float:
-    """What becomes 255 of a 16-bit or float image, which do not say it: 1, 255 or 65535, by its brightest pixel."""
+    """The value that becomes 255 in a 16-bit or float image, which does not say: 1, 255 or 65535, by its brightest
+    pixel."""
     brightest = max(np.asarray(image.crop(box)).max() for box in boxes)
     return 1.0 if image.mode == "F" and brightest <= 1.0 else 65535.0 if brightest > 255 else 255.0
 
@@ -238,10 +245,10 @@ def _convert_strip(strip: Image.Image, white: float | None) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Which side of a photo is up, by EXIF or XMP; 1 is as it lies."""
+    """The orientation of a photo by EXIF or XMP; 1 is as stored."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as of decoders; and a photo whose EXIF block is damaged is a photo nevertheless
+    except Exception:  # raised by Pillow's parsers; a photo with a damaged EXIF block is still a photo
         return 1
 
 

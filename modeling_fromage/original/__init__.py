@@ -1,1 +1,1 @@
-"""What the authors' code returns, to compare with."""
+"""What the authors' code returns, for comparison."""

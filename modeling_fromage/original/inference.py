@@ -1,16 +1,18 @@
-"""What the authors' `generate_for_images_and_texts` and `get_log_lik_scores` return, to be compared with.
+"""What the authors' `generate_for_images_and_texts` and `get_log_lik_scores` return, for comparison.
 
-It keeps their rules, which [`InterleavedGeneration`] replaces (kohjingyu/fromage at b36a188, `fromage/models.py`):
+These functions keep the rules of kohjingyu/fromage at b36a188 (`fromage/models.py`), which [`InterleavedGeneration`]
+replaces:
 
 - exactly `num_words` tokens are generated; no token ends an answer;
-- what follows the first newline is dropped, unless the very first token is one: then nothing is;
-- of each text the part up to its first newline, else its first full stop, is kept, and " [RET]" put behind it;
-- only the first `max_num_rets` `[RET]`s count, and the text behind the last of them is dropped;
+- the text after the first newline is dropped, unless the very first token is a newline: then nothing is dropped;
+- each text is cut after its first newline, else after its first full stop, and " [RET]" is appended;
+- only the first `max_num_rets` `[RET]`s count, and the text after the last of them is dropped;
 - an image that was tried, readable or not, is not tried again;
-- with `num_words=0` the prompt's own `[RET]`s count, at the positions that they have without the images' tokens.
+- with `num_words=0` the prompt's own `[RET]`s count, at the positions that they would have without image tokens.
 
-It differs where theirs fails: a `[RET]` that is the last token has an embedding, an index may be smaller than
-`max_img_per_ret + 3`, a prompt may have no text. Images come in their own size, and `<|image|>` is never generated.
+They differ where the authors' code fails: a `[RET]` that is the last token has an embedding, an index may be smaller
+than `max_img_per_ret + 3`, and a prompt may have no text. Images keep their own size, and `<|image|>` is never
+generated.
 """
 
 from collections.abc import Sequence
@@ -20,15 +22,18 @@ import torch
 from PIL import Image
 
 from ..images_fromage import UnreadableImageError, load_rgb_image
+from ..index.index import FromageImageIndex
+from ..modeling_fromage import FromageForConditionalGeneration
+from ..processing_fromage import FromageProcessor
 
 _SPARE_IMAGES = 3
 
 
 def original_generation(
-    model: Any,
-    processor: Any,
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
     prompts: Sequence[str | Image.Image],
-    index: Any,
+    index: FromageImageIndex,
     num_words: int = 0,
     ret_scale_factor: float = 1.0,
     min_word_tokens: int = 0,
@@ -37,7 +42,7 @@ def original_generation(
     max_num_rets: int = 1,
     max_img_per_ret: int = 1,
 ) -> list[dict[str, Any]]:
-    """Answer an interleaved prompt by the rules above; arguments are the authors'.
+    """Answer an interleaved prompt by the rules above. The arguments are the authors'.
 
     Returns:
         `{"type": "text", "text": ...}` and `{"type": "images", "ids": [...], "images": [...]}`, in order.
@@ -46,13 +51,13 @@ def original_generation(
     images = {} if pixels is None else {"pixel_values": pixels}
     if num_words == 0:
         tokens = ids[0, is_text].tolist()
-        # Quirk: where `[RET]` stands among the text's tokens is looked up among all positions.
+        # Quirk: the position of `[RET]` among the text's tokens is used among all tokens.
         at = torch.zeros_like(ids, dtype=torch.bool)
         at[0, [i for i, token in enumerate(tokens) if token == processor.ret_token_id]] = True
         visual = None if pixels is None else model.get_image_features(pixels).pooler_output
         embeds = model.embed_positions(ids, torch.ones_like(ids), visual, at)[0]
     else:
-        output = model.generate(
+        output: Any = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             **images,
@@ -63,7 +68,7 @@ def original_generation(
             ret_bias=0.0,
             min_tokens_before_ret=min_word_tokens,
             max_num_rets=None,
-            eos_token_id=model.config.image_token_id,  # never generated, so nothing ends it
+            eos_token_id=model.config.image_token_id,  # never generated, so nothing ends the answer
             pad_token_id=processor.tokenizer.pad_token_id,
             return_dict_in_generate=True,
         )
@@ -75,9 +80,14 @@ def original_generation(
     return original_segments(tokens, embeds, processor, index, max_num_rets, max_img_per_ret)
 
 
-def original_prompt(model: Any, processor: Any, prompts: Sequence[str | Image.Image]):
-    """Token ids (1, L), pixel values or `None`, and (L,) True for a text's tokens: BOS before the first text, and every
-    text tokenised by itself."""
+def original_prompt(
+    model: FromageForConditionalGeneration, processor: FromageProcessor, prompts: Sequence[str | Image.Image]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Lay a prompt out as the authors do: BOS before the first text, and every text tokenised by itself.
+
+    Returns:
+        Token ids (1, L), pixel values or `None`, and a mask (L,) that is True for the tokens of texts.
+    """
     ids: list[int] = []
     is_text: list[bool] = []
     images, has_bos = [], False
@@ -95,9 +105,14 @@ def original_prompt(model: Any, processor: Any, prompts: Sequence[str | Image.Im
 
 
 def original_segments(
-    tokens: list[int], embeds: torch.Tensor, processor: Any, index: Any, max_num_rets: int, max_img_per_ret: int
+    tokens: list[int],
+    embeds: torch.Tensor,
+    processor: FromageProcessor,
+    index: FromageImageIndex,
+    max_num_rets: int,
+    max_img_per_ret: int,
 ) -> list[dict[str, Any]]:
-    """Tokens, of which the `[RET]`s have `embeds` (R, q), as the authors' list of texts and images."""
+    """Generated tokens, whose R `[RET]`s have `embeds` (R, q), as the authors' list of texts and images."""
     places = [i for i, token in enumerate(tokens) if token == processor.ret_token_id][:max_num_rets]
     if not places:
         return [{"type": "text", "text": truncate_caption(_decode(processor, tokens))}]
@@ -124,7 +139,7 @@ def original_segments(
 
 
 def truncate_caption(caption: str) -> str:
-    """A caption up to its first newline, else its first full stop, which stays; newlines at its ends do not count."""
+    """Strip newlines at both ends, then cut the caption after its first newline, else after its first full stop."""
     caption = caption.strip("\n")
     for end in ("\n", "."):
         if end in caption:
@@ -133,8 +148,10 @@ def truncate_caption(caption: str) -> str:
 
 
 @torch.no_grad()
-def original_log_likelihood(model: Any, processor: Any, prompts: Sequence[str | Image.Image]) -> float:
-    """The mean log-likelihood of a prompt's text tokens, images left out; NaN where there is none to predict."""
+def original_log_likelihood(
+    model: FromageForConditionalGeneration, processor: FromageProcessor, prompts: Sequence[str | Image.Image]
+) -> float:
+    """The mean log-likelihood of a prompt's text tokens, without its images; NaN where there is none to predict."""
     ids, pixels, is_text = original_prompt(model, processor, prompts)
     if not bool(is_text[1:].any()):
         return float("nan")
@@ -143,7 +160,7 @@ def original_log_likelihood(model: Any, processor: Any, prompts: Sequence[str | 
     return -model(input_ids=ids, labels=labels, return_logits=False, **images).captioning_loss.item()
 
 
-def _decode(processor: Any, tokens: list[int]) -> str:
+def _decode(processor: FromageProcessor, tokens: list[int]) -> str:
     return processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 

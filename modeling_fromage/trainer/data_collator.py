@@ -1,40 +1,47 @@
-"""Image-caption pairs to training batches (section 3.3), concatenated captions included."""
+"""Image-caption pairs to training batches (section 3.3), with concatenated captions."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..images_fromage import load_rgb_image
-from ..processing_fromage import CAPTION_FORMAT, FromageProcessor
+from ..processing_fromage import FromageProcessor
+from ..prompts_fromage import CaptionFormat, CaptionIds
 
 
 @dataclass
 class FromageDataCollator:
     """Turn a list of `{"image" or "pooled_image_features", "caption"}` into a batch for the model's `forward`.
 
-    The captioning rows are images, `caption_prefix`, BOS, caption, `caption_suffix`; the retrieval rows BOS, caption,
-    `[RET]`, and never concatenated.
+    [`CaptionIds`] describes the two sequences of a caption. Those for retrieval are never concatenated.
 
     Args:
-        processor ([`FromageProcessor`]): Tokenizer, image processor and token ids.
-        max_length (`int`, *optional*): Tokens of a caption, BOS, suffix and `[RET]` included; longer ones lose their
-            last words.
-        concat_captions_prob (`float`): Chance, per batch, that captioning rows 2i and 2i + 1 become one sequence.
-            Whether they do is a function of `seed` and the batch's tokens, so that a resumed run repeats it.
+        processor ([`FromageProcessor`]): Tokenizer, image processor, token ids and the layout of captions.
+        max_length (`int`, *optional*): Tokens of a caption, including BOS, the suffix and `[RET]`; longer captions lose
+            their last words.
+        concat_captions_prob (`float`, defaults to 0.5): Probability, per batch, that captioning sequences 2i and 2i + 1
+            are concatenated. The draw is a function of `seed` and the batch's tokens, so that a resumed run repeats it.
         caption_prefix (`str`, *optional*): Text between the visual tokens and BOS, not a target.
         caption_suffix (`str`, *optional*): Text that ends a caption, a target of captioning.
-        seed (`int`): Seed of that draw.
-        training (`bool`): With False nothing is concatenated.
+        seed (`int`, defaults to 0): Seed of that draw.
+        training (`bool`, defaults to `True`): With `False` nothing is concatenated.
 
-    `max_length`, `caption_prefix` and `caption_suffix` default to the processor's. Given here, they become the
-    processor's too, so that what is saved is what was trained.
+    `max_length`, `caption_prefix` and `caption_suffix` default to the processor's. Values given here are set on the
+    processor too, so that what is saved is what was trained.
 
     Raises:
-        ValueError: An empty batch, an empty caption, a caption that holds a special token, or an unreadable image. Or
-            the processor lays captions out in another way since, for another collator say.
+        ValueError: A batch is empty; a caption is empty or contains a special token; an image cannot be read; or the
+            processor's caption format has changed since, by another collator for example.
+
+    Example:
+
+        collator = FromageDataCollator(processor, caption_suffix="\\n")
+        batch = collator([{"image": "cat.jpg", "caption": "a cat"}, {"image": "dog.jpg", "caption": "a dog"}])
+        loss = model(**batch).loss
     """
 
     processor: FromageProcessor
@@ -45,49 +52,48 @@ class FromageDataCollator:
     seed: int = 0
     training: bool = True
 
-    def __post_init__(self):
-        processor = self.processor
-        processor.set_caption_format(self.caption_prefix, self.caption_suffix, self.max_length)
-        self.caption_prefix, self.caption_suffix = processor.caption_prefix, processor.caption_suffix
-        self.max_length = processor.max_length
-        self._bos = [processor.tokenizer.bos_token_id] if processor.bos_text else []
-        prompt = processor.caption_prompt_ids()
-        self._head = prompt[: len(prompt) - len(self._bos)]
-        self._suffix = self._tokenize(self.caption_suffix)
+    def __post_init__(self) -> None:
+        self.processor.set_caption_format(self.caption_prefix, self.caption_suffix, self.max_length)
+        self._layout = self.processor.caption_layout
+        for field in fields(CaptionFormat):
+            setattr(self, field.name, getattr(self._layout.caption_format, field.name))
 
-    def check_format(self, processor: FromageProcessor):
-        """Raise a `ValueError` where a processor, which is what is saved, lays captions out in another way."""
-        for name in CAPTION_FORMAT:
-            ours, saved = getattr(self, name), getattr(processor, name)
+    def check_format(self, processor: FromageProcessor) -> None:
+        """Raise a `ValueError` where `processor`, which is what is saved, lays captions out in another way."""
+        for field in fields(CaptionFormat):
+            ours, saved = (getattr(caption_format, field.name) for caption_format in (self, processor))
             if ours != saved:
                 raise ValueError(
-                    f"`{name}` is {ours!r} in the collator, and {saved!r} in the processor that is saved with the "
-                    "model. Make a new collator, and give collators that differ processors of their own."
+                    f"`{field.name}` is {ours!r} in the collator, and {saved!r} in the processor that is saved with "
+                    "the model. Make a new collator, and give collators that differ processors of their own."
                 )
 
-    def _tokenize(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False).input_ids
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate examples.
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        Returns:
+            `input_ids`, `attention_mask` and `labels` of shape `(num_sequences, sequence_length)`,
+            `retrieval_input_ids` and `retrieval_attention_mask` of shape `(batch_size, retrieval_length)`, and either
+            `pixel_values` of shape `(batch_size, num_channels, height, width)` or `pooled_image_features` of shape
+            `(batch_size, vision_width)`. `num_sequences` is smaller than `batch_size` where captions are concatenated.
+        """
         if not examples:
             raise ValueError("The batch is empty.")
         self.check_format(self.processor)
-        texts = [self._checked(row, example["caption"]) for row, example in enumerate(examples)]
-        captions = [self._caption_ids(text) for text in texts]
-        ret = [self.processor.ret_token_id]
-        retrieval = _pad([self._bos + ids + ret for ids in captions], self._pad_id)
-        # After a prefix that no BOS parts from it, a caption goes on with the sentence.
-        space = " " if self.caption_prefix and not self._bos else ""
-        rows = [self._captioning_row(self._caption_ids(space + text) if space else ids)
-                for text, ids in zip(texts, captions, strict=True)]  # fmt: skip
-        if self._concatenate(captions):
-            pairs = [rows[i : i + 2] for i in range(0, len(rows), 2)]
-            rows = [tuple(sum(parts, []) for parts in zip(*pair, strict=True)) for pair in pairs]
-        input_ids, attention_mask = _pad([ids for ids, _ in rows], self._pad_id)
-        labels, _ = _pad([targets for _, targets in rows], -100)
+        captions = [self._encode(row, example["caption"]) for row, example in enumerate(examples)]
+        rows = [(caption.input_ids, caption.labels) for caption in captions]
+        if self._concatenates(captions):
+            rows = [
+                (sum((ids for ids, _ in pair), []), sum((labels for _, labels in pair), []))
+                for pair in (rows[i : i + 2] for i in range(0, len(rows), 2))
+            ]
+        pad_id = self.processor.tokenizer.pad_token_id
+        retrieval = _pad([caption.retrieval_input_ids for caption in captions], pad_id)
+        input_ids, attention_mask = _pad([ids for ids, _ in rows], pad_id)
+        labels, _ = _pad([labels for _, labels in rows], -100)
         return {
-            # A row an example, before the fewer ones of concatenated captions: the first tensor's length is what
-            # accelerate cuts a streamed batch to, and what the Trainer counts as its size.
+            # First come tensors with a row for each example, then those with fewer rows, of concatenated captions:
+            # accelerate cuts a streamed batch by the length of its first tensor, and the Trainer counts it.
             "retrieval_input_ids": retrieval[0],
             "retrieval_attention_mask": retrieval[1],
             "input_ids": input_ids,
@@ -96,33 +102,23 @@ class FromageDataCollator:
             **self._images(examples),
         }
 
-    @property
-    def _pad_id(self) -> int:
-        return self.processor.tokenizer.pad_token_id
-
-    def _checked(self, row: int, caption: str) -> str:
+    def _encode(self, row: int, caption: Any) -> CaptionIds:
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"Example {row} of the batch has an empty caption: {caption!r}.")
         for token in (self.processor.image_token, self.processor.ret_token):
             if token in caption:
                 raise ValueError(f"The caption of example {row} of the batch contains {token} literally: {caption!r}.")
-        return caption
+        return self._layout.encode(caption)
 
-    def _caption_ids(self, caption: str) -> list[int]:
-        return self._tokenize(caption)[: self.max_length - len(self._bos) - len(self._suffix) - 1]
-
-    def _captioning_row(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Tokens and targets; BOS is a target, predicted from the last visual token, as in the authors' code."""
-        body = self._bos + ids + self._suffix
-        return self._head + body, [-100] * len(self._head) + body
-
-    def _concatenate(self, captions: list[list[int]]) -> bool:
+    def _concatenates(self, captions: Sequence[CaptionIds]) -> bool:
+        """Draw whether this batch's captions are concatenated."""
         if not self.training:
             return False
-        digest = hashlib.sha256(repr((self.seed, captions)).encode()).digest()
+        tokens = [caption.caption_ids for caption in captions]
+        digest = hashlib.sha256(repr((self.seed, tokens)).encode()).digest()
         return int.from_bytes(digest[:7], "big") / 2**56 < self.concat_captions_prob
 
-    def _images(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _images(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "pooled_image_features" in examples[0]:
             features = [torch.as_tensor(example["pooled_image_features"]) for example in examples]
             return {"pooled_image_features": torch.stack(features)}
@@ -130,8 +126,8 @@ class FromageDataCollator:
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
 
-def _pad(rows: list[list[int]], value: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows to a (B, L) tensor, padded on the right as the authors', and its mask."""
+def _pad(rows: Sequence[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as a tensor of shape `(num_rows, length)`, padded on the right as in the authors' code, and its mask."""
     tensors = [torch.tensor(row) for row in rows]
     masks = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
     return pad_sequence(tensors, batch_first=True, padding_value=value), masks

@@ -1,37 +1,39 @@
-"""Ranks of the right answers in a gallery, and recall. Ties count against the model, so that a constant one has none.
+"""Ranks of matches in a gallery, and recall. Ties count against the model, so that a constant model gains nothing.
 
-Axes: Q queries, N entries of the gallery, q the shared space's.
+Axes: Q queries, N gallery entries, P pairs of a query and a match, q the width of the shared image-text space.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-TIE = 1e-6  # scores that are closer are equal: products of equal unit vectors differ in their last bits
-_QUERIES, _ENTRIES = 1024, 16_384  # whose scores are held at a time: 64 MB
+TIE = 1e-6  # closer scores are equal: products of equal unit vectors differ in their last bits
+_QUERIES, _ENTRIES = 1024, 16_384  # a block of scores: 64 MB
 
 
 @torch.no_grad()
 def gallery_ranks(
     queries: torch.Tensor,
     gallery: torch.Tensor,
-    query_labels: torch.LongTensor | None = None,
-    gallery_labels: torch.LongTensor | None = None,
-) -> torch.LongTensor:
-    """The rank, from 1, of each query's best match among the unit vectors of a gallery.
+    query_labels: torch.Tensor | None = None,
+    gallery_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The rank, from 1, of each query's best match in a gallery.
 
     Memory grows with Q + N, not with their product.
 
     Args:
-        queries (Q, q), gallery (N, q): Unit vectors.
-        query_labels (Q,), gallery_labels (N,): A query's matches are the entries with its label; by default entry i is
-            the match of query i. Other matches than the best do not count as wrong.
+        queries (`torch.FloatTensor` of shape `(num_queries, projection_dim)`): Unit vectors.
+        gallery (`torch.FloatTensor` of shape `(num_entries, projection_dim)`): Unit vectors.
+        query_labels (`torch.LongTensor` of shape `(num_queries,)`, *optional*), gallery_labels (`torch.LongTensor` of
+            shape `(num_entries,)`, *optional*): A query's matches are the entries with its label; by default entry i
+            matches query i. Matches other than the best do not count as wrong.
 
     Returns:
-        (Q,), 1 where nothing but matches is as near to the query as its best match.
+        `torch.LongTensor` of shape `(num_queries,)`: 1 where only matches are as close to the query as its best match.
 
     Raises:
-        ValueError: A query has no match, a vector has a NaN, or there are not as many labels as vectors.
+        ValueError: A query has no match, a vector contains NaN, or labels and vectors differ in number.
     """
     queries, gallery = queries.float(), gallery.float()
     if not (torch.isfinite(queries).all() and torch.isfinite(gallery).all()):
@@ -51,8 +53,10 @@ def gallery_ranks(
     return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.long)
 
 
-def _matches(labels: torch.LongTensor, sorted_labels: torch.LongTensor, order: torch.LongTensor):
-    """Pairs (P,), (P,) of queries of a block and their matches in the gallery."""
+def _matches(
+    labels: torch.Tensor, sorted_labels: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of a block (P,) and their matches in the gallery (P,)."""
     first, last = (torch.searchsorted(sorted_labels, labels, right=right) for right in (False, True))
     counts = last - first
     if bool((counts == 0).any()):
@@ -62,7 +66,10 @@ def _matches(labels: torch.LongTensor, sorted_labels: torch.LongTensor, order: t
     return rows, order[first.repeat_interleave(counts) + within]
 
 
-def _ranks_of_block(queries: torch.Tensor, gallery: torch.Tensor, rows: torch.LongTensor, columns: torch.LongTensor):
+def _ranks_of_block(
+    queries: torch.Tensor, gallery: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Ranks (Q,) of a block of queries whose matches are the pairs `rows` (P,), `columns` (P,)."""
     device = queries.device
     near = (queries[rows.to(device)] * gallery[columns.to(device)]).sum(-1)  # (P,)
     best = near.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows.to(device), near, "amax")
@@ -76,8 +83,8 @@ def _ranks_of_block(queries: torch.Tensor, gallery: torch.Tensor, rows: torch.Lo
     return (1 + wrong).cpu()
 
 
-def recall_at_k(ranks: torch.LongTensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """The fraction of ranks (Q,), from 1, that are at most k."""
+def recall_at_k(ranks: torch.Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """The fraction of ranks (Q,), from 1, that are at most k, as `{"R@1": ..., "R@5": ..., "R@10": ...}`."""
     return {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
 
 

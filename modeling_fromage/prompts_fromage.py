@@ -1,0 +1,276 @@
+"""The layout of every prompt: special tokens, BOS, captions, texts for retrieval, chats, and messages of several parts.
+
+Section 3.2 of the paper and the authors' code. The processor, the data collator, the pipeline and the evaluations lay
+out their prompts with these functions, so that a model reads what it was trained on.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from .messages_fromage import Part
+from .plain_text_fromage import AnswerText, ControlTokens, as_text, is_marked
+
+IMAGE_TOKEN, RET_TOKEN = "<|image|>", "[RET]"  # noqa: S105 (no passwords)
+
+# The paper's dialogue style, for language models without a chat template of their own.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}A: {{ message['content'] }}\n"
+    "{% elif message['role'] == 'user' %}Q: {{ message['content'] }}\n"
+    "{% else %}{{ message['content'] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
+TEXT_STOP_STRINGS = ["\n"]  # the paper's prompts are lines
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    return found if isinstance(found, int) else found[0]
+
+
+def bos_text_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the BOS token where the tokenizer puts it before a text, else `""`."""
+    ids = tokenizer("a").input_ids
+    has_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if has_bos else ""
+
+
+def add_bos(text: str, bos_text: str, caption_start: str) -> str:
+    """Insert BOS directly after the leading images.
+
+    Nothing is inserted where the text is images alone, where BOS is there already (a chat template may write its own),
+    or where `caption_start` brings it.
+    """
+    rest = text
+    while rest.startswith(IMAGE_TOKEN):
+        rest = rest[len(IMAGE_TOKEN) :]
+    if not rest or rest.startswith((bos_text, caption_start)):
+        return text
+    return text[: len(text) - len(rest)] + bos_text + rest
+
+
+def retrieval_text(text: str) -> str:
+    """A text that ends in `[RET]`, whose hidden state there is the text's embedding."""
+    return text if text.endswith(RET_TOKEN) else text + RET_TOKEN
+
+
+def chat_stop_strings(chat_template: str | dict[str, str] | None) -> list[str]:
+    """Strings that end an answer under the default chat template; the LM's own template ends it with a token."""
+    return list(TEXT_STOP_STRINGS) if chat_template == DEFAULT_CHAT_TEMPLATE else []
+
+
+def template_for_mask(rendered: str | list[str], chat_template: str, bos_text: str) -> str:
+    """A chat template with BOS in it, for the mask of the assistant's tokens.
+
+    Raises:
+        ValueError: The mask, which counts characters of the `rendered` texts, would be wrong.
+    """
+    texts = [rendered] if isinstance(rendered, str) else rendered
+    if any(is_marked(text) for text in texts):
+        raise ValueError(
+            "A message holds a special token as text, which `return_assistant_tokens_mask` cannot count. Leave the "
+            "message out, or let it be the token with `sanitize_control_tokens=False`."
+        )
+    if bos_text and any(text.startswith(IMAGE_TOKEN) for text in texts):
+        raise ValueError("`return_assistant_tokens_mask` needs a template that does not begin with an image.")
+    return chat_template if texts[0].startswith(bos_text) else bos_text + chat_template
+
+
+# ---- captions -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptionFormat:
+    """How a caption is laid out: images, `caption_prefix`, BOS, the caption, `caption_suffix`.
+
+    The defaults are the paper's.
+
+    Args:
+        caption_prefix (`str`, defaults to `""`): Text between an image and its caption, before BOS.
+        caption_suffix (`str`, defaults to `""`): Text that ends a caption.
+        max_length (`int`, defaults to 24): Tokens of a caption in training, including BOS, the suffix and `[RET]`.
+    """
+
+    caption_prefix: str = ""
+    caption_suffix: str = ""
+    max_length: int = 24
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, bos_text: str) -> None:
+        """
+        Raises:
+            ValueError: A text contains a special token, or `max_length` leaves no room for a caption.
+        """
+        for name in ("caption_prefix", "caption_suffix"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or IMAGE_TOKEN in text or RET_TOKEN in text:
+                raise ValueError(f"`{name}` must be a text without {IMAGE_TOKEN} and {RET_TOKEN}, got {text!r}.")
+        if not isinstance(self.max_length, int) or isinstance(self.max_length, bool):
+            raise ValueError(f"`max_length` must be a number of tokens, got {self.max_length!r}.")
+        suffix = tokenizer(self.caption_suffix, add_special_tokens=False).input_ids
+        if self.max_length < bool(bos_text) + len(suffix) + 2:
+            raise ValueError(
+                f"`max_length` {self.max_length} leaves no room for a caption beside BOS, suffix and [RET]."
+            )
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Strings that end a generated caption: a newline, and `caption_suffix` unless it is blank."""
+        suffixes = [self.caption_suffix] if self.caption_suffix.strip() else []
+        return list(dict.fromkeys([*TEXT_STOP_STRINGS, *suffixes]))
+
+
+class CaptionIds(NamedTuple):
+    """Token ids of one caption in training.
+
+    Args:
+        caption_ids: The caption alone, cut to its length.
+        input_ids: The captioning sequence: image placeholders, prefix, BOS, caption, suffix.
+        labels: Its targets, -100 at the placeholders and the prefix. BOS is a target, predicted from the last visual
+            token, as in the authors' code.
+        retrieval_input_ids: The retrieval sequence: BOS, caption, `[RET]`.
+    """
+
+    caption_ids: list[int]
+    input_ids: list[int]
+    labels: list[int]
+    retrieval_input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class CaptionLayout:
+    """A [`CaptionFormat`] for one tokenizer: the prompt of a caption, and captions as token ids.
+
+    Args:
+        tokenizer: The processor's tokenizer.
+        caption_format ([`CaptionFormat`]): How captions are laid out.
+        bos_text (`str`): BOS, or `""` where the tokenizer uses none.
+        num_image_tokens (`int`): Placeholders per image.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    caption_format: CaptionFormat
+    bos_text: str
+    num_image_tokens: int
+
+    @property
+    def start(self) -> str:
+        """The text between an image and its caption: `caption_prefix`, then BOS."""
+        return self.caption_format.caption_prefix + self.bos_text
+
+    @cached_property
+    def prompt_ids(self) -> list[int]:
+        """Token ids that a caption continues, in training and in generation: one image, then [`start`]."""
+        return self._tokenize(IMAGE_TOKEN * self.num_image_tokens + self.start)
+
+    @cached_property
+    def _bos_ids(self) -> list[int]:
+        return [token_id(self.tokenizer, self.bos_text)] if self.bos_text else []
+
+    @cached_property
+    def _suffix_ids(self) -> list[int]:
+        return self._tokenize(self.caption_format.caption_suffix)
+
+    @cached_property
+    def _ret_ids(self) -> list[int]:
+        return [token_id(self.tokenizer, RET_TOKEN)]
+
+    def encode(self, caption: str) -> CaptionIds:
+        """Token ids of a caption; one that is too long loses its last words."""
+        caption_ids = ids = self._caption_ids(caption)
+        if self.caption_format.caption_prefix and not self.bos_text:
+            # No BOS parts the caption from its prefix: it continues the sentence.
+            ids = self._caption_ids(" " + caption)
+        head = self.prompt_ids[: len(self.prompt_ids) - len(self._bos_ids)]
+        body = self._bos_ids + ids + self._suffix_ids
+        retrieval = self._bos_ids + caption_ids + self._ret_ids
+        return CaptionIds(caption_ids, head + body, [-100] * len(head) + body, retrieval)
+
+    def _caption_ids(self, caption: str) -> list[int]:
+        room = self.caption_format.max_length - len(self._bos_ids) - len(self._suffix_ids) - len(self._ret_ids)
+        return self._tokenize(caption)[:room]
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+
+def join_parts(parts: Sequence[Part], tokens: ControlTokens | None) -> str:
+    """The text of a message's parts, with `<|image|>` for each image that is shown to the model and `[RET]` for each
+    that it retrieved.
+
+    Args:
+        parts: Parts of type "text", "image" and "ret". Images of the same "ret_index" have one `[RET]`.
+        tokens ([`ControlTokens`]): Tokens that the texts must not become; `None` leaves the texts alone.
+    """
+    pieces: list[tuple[str, bool]] = []  # texts, and whether each is a token
+    last_ret = None
+    for part in parts:
+        ret = part.get("ret_index")
+        if part["type"] == "text":
+            pieces += AnswerText.concatenate([part["text"]]).split_rets(RET_TOKEN)
+        elif part["type"] == "ret":
+            pieces.append((RET_TOKEN, True))
+        elif ret is None:
+            pieces.append((IMAGE_TOKEN, True))
+        elif ret != last_ret:
+            pieces.append((RET_TOKEN, True))
+        last_ret = ret
+    # Adjacent texts are treated as one: together they may spell a token.
+    runs = (("".join(text for text, _ in run), known) for known, run in itertools.groupby(pieces, lambda p: p[1]))
+    return "".join(text if known or tokens is None else as_text(text, tokens) for text, known in runs)
+
+
+def plain_message(message: dict[str, Any], tokens: ControlTokens | None, join: bool) -> dict[str, Any]:
+    """A message whose texts cannot become special tokens.
+
+    Args:
+        join: Whether content that is a list of parts becomes one text, since many chat templates refuse lists.
+    """
+    content = message.get("content")
+    rest = {name: value for name, value in message.items() if name != "content"}
+    rest = rest if tokens is None else as_text(rest, tokens)
+    if isinstance(content, str):
+        content = join_parts([{"type": "text", "text": content}], tokens)
+    elif isinstance(content, list) and join:
+        content = join_parts(content, tokens)
+    elif isinstance(content, list) and tokens is not None:
+        content = [as_text(part, tokens) if part.get("type") == "text" else part for part in _merged_texts(content)]
+    return {**rest, "content": content} if "content" in message else rest
+
+
+def _merged_texts(parts: list[Part]) -> list[Part]:
+    """Parts with adjacent texts merged: together they may spell a token."""
+    merged: list[Part] = []
+    for part in parts:
+        if merged and part.get("type") == merged[-1].get("type") == "text":
+            merged[-1] = {**merged[-1], "text": merged[-1]["text"] + part["text"]}
+        else:
+            merged.append(part)
+    return merged
+
+
+__all__ = [
+    "CaptionFormat",
+    "CaptionIds",
+    "CaptionLayout",
+    "DEFAULT_CHAT_TEMPLATE",
+    "IMAGE_TOKEN",
+    "RET_TOKEN",
+    "TEXT_STOP_STRINGS",
+    "add_bos",
+    "bos_text_of",
+    "chat_stop_strings",
+    "join_parts",
+    "plain_message",
+    "retrieval_text",
+    "template_for_mask",
+    "token_id",
+]

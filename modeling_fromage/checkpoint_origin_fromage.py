@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from .backbone_loading_fromage import PARTS, ROLES, backbone_files, is_relative, reload_backbone
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import check_fingerprint, fingerprint
-from .peft_layers_fromage import own_parameters
+from .peft_layers_fromage import names_without_peft, own_parameters
 
 if TYPE_CHECKING:
     from .pretrained_fromage import FromagePreTrainedModel
@@ -105,6 +105,24 @@ def difference_from_origin(
             "is without quantization_config, and quantize it when it is loaded."
         )
     return problem
+
+
+def refuse_local_backbones(model: "FromagePreTrainedModel", compare_weights: bool) -> None:
+    """Body of [`FromagePreTrainedModel.refuse_local_backbones`], which documents it."""
+    state_dict = names_without_peft(model, model.state_dict()) if compare_weights else {}
+    for prefix, role in ROLES.items():
+        name = getattr(model.config, f"{prefix}_model_id")
+        if name is None or os.path.isdir(name):
+            raise ValueError(
+                f"The {role} is not on the Hub ({name or 'unknown origin'}), so a repository of the trained parts "
+                "could not be loaded elsewhere. Assemble the model from Hub ids, or upload a folder written by "
+                "save_pretrained(folder, save_backbones=True) with `hf upload`."
+            )
+        if problem := difference_from_origin(model, prefix, state_dict):
+            raise ValueError(
+                f"The {role} {problem}, so a repository of the trained parts would load with another one. Upload a "
+                "folder written by save_pretrained(folder, save_backbones=True) with `hf upload`."
+            )
 
 
 def _find_difference(model: "FromagePreTrainedModel", prefix: str, state_dict: dict[str, torch.Tensor]) -> str | None:

@@ -9,22 +9,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapter_fromage import FromageAdapter
-from .backbone_checks_fromage import LanguageModelTraits, check_decoder, check_vision_model, measure_embedding_scale
+from .backbone_checks_fromage import check_decoder, check_vision_model, measure_embedding_scale
 from .backbone_loading_fromage import assemble_from_vision_text
-from .backbones_fromage import allow_activation_checkpointing, check_length, pool_vision_output, weight_of
+from .backbones_fromage import check_length, pool_vision_output, weight_of
 from .checkpoint_origin_fromage import weights_digest
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
 from .losses_fromage import mean_over_targets
 from .packing_fromage import next_tokens
-from .peft_layers_fromage import set_peft_training_mode
 from .pretrained_fromage import FromagePreTrainedModel
 from .processing_fromage import FromageProcessor
 from .scoring_fromage import score_candidates
@@ -99,7 +97,6 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             weight_of(module).shape[-1] for module in (self.get_input_embeddings(), self.get_output_embeddings())
         )
         self.adapter = FromageAdapter(config, input_width, head_width)
-        self.traits = LanguageModelTraits()
         if language_model is not None and hasattr(
             language_model, "hf_quantizer"
         ):  # cannot be compared with files: they are not quantised
@@ -146,68 +143,6 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             )
         """
         return assemble_from_vision_text(cls, vision_model_name_or_path, text_model_name_or_path, processor, kwargs)
-
-    # ---- the frozen backbones -------------------------------------------------------------------------------------
-
-    def frozen_lm(self) -> FrozenLM:
-        """The language model as FROMAGe runs it, with the present modules."""
-        return FrozenLM(self.language_model, self.adapter, self.config, self.traits)
-
-    def _measure_logit_transform(self) -> None:
-        self.traits.logit_transform = None
-        if weight_of(self.get_output_embeddings()).device.type != "meta":  # else when it is first needed
-            self.traits.logit_transform_of(self.language_model)
-
-    @classmethod
-    def _finalize_model_loading(cls, model: Any, load_config: Any, loading_info: Any) -> Any:
-        info = super()._finalize_model_loading(model, load_config, loading_info)
-        model.freeze_backbones()  # loading makes new parameters, which require gradient
-        model._measure_logit_transform()  # the weights were not there before
-        return info
-
-    def train(self, mode: bool = True) -> "FromageForConditionalGeneration":
-        """Set training mode. The frozen backbones stay in eval mode, except for what PEFT trains in them."""
-        super().train(mode)
-        self.language_model.eval()
-        self.vision_model.eval()
-        if mode:
-            set_peft_training_mode(self.language_model)
-            set_peft_training_mode(self.vision_model)
-            allow_activation_checkpointing(self.language_model)
-        return self
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers: layers that take part recompute their activations in the captioning loss."""
-        super().activation_checkpointing_enable(*args, **kwargs)
-        self.train(self.training)
-
-    def init_ret_embedding(self) -> None:
-        """Start `[RET]` as the LM's own row of that id where it has one (parity), else as the mean input row."""
-        self.adapter.init_ret(self.get_input_embeddings(), self.get_output_embeddings(), self.config.ret_token_id)
-
-    @torch.no_grad()
-    def normalize_ret_embedding(self) -> None:
-        """Rescale each `[RET]` row to the mean norm of the LM's other input rows, as the authors do after each step."""
-        if self.traits.mean_row_norm is None:
-            rows = weight_of(self.get_input_embeddings())[: self.config.ret_token_id]
-            self.traits.mean_row_norm = rows.float().norm(dim=-1).mean().item()
-        weight = self.adapter.ret_embedding.weight
-        weight.mul_(self.traits.mean_row_norm / weight.norm(dim=-1, keepdim=True))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_output_embeddings(value)
-
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
 
     # ---- images and text ------------------------------------------------------------------------------------------
 
@@ -342,104 +277,109 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, `k` placeholders for each image.
             attention_mask (`torch.Tensor` of shape `(B, L)`): 1 for tokens, 0 for padding on either side.
             position_ids (`torch.LongTensor` of shape `(B, L)`): Counted from the mask where absent.
-            pixel_values (`torch.FloatTensor` of shape `(N, num_channels, height, width)`) or
-            pooled_image_features (`torch.FloatTensor` of shape `(N, vision width)`):
+            pixel_values (`(N, num_channels, height, width)`) or pooled_image_features (`(N, vision width)`):
                 The images, in the order of their placeholders; in retrieval, image i is the match of text i.
-            labels (`torch.LongTensor` of shape `(B, L)`):
-                Targets of the captioning loss, -100 where there is none. Shifted here.
-            shift_labels (`torch.LongTensor` of shape `(B, L)`):
-                The same, shifted already: entry t is the target of token t. Goes before `labels`. By keyword, as
-                transformers has it: a Trainer asks every batch for what the signature calls labels.
-            retrieval_input_ids, retrieval_attention_mask (`torch.Tensor` of shape `(N, L')`):
-                Texts that end in `[RET]`, for the retrieval losses.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`):
-                Take the place of tokens. With `input_ids`, whose placeholders tell where they go, images are put into
-                them.
-            mm_encoder_outputs: Visual tokens that were computed before, from `generate`.
-            return_logits (`bool`): Whether to return logits beside a loss; defaults to `True` in eval mode only.
+            labels (`torch.LongTensor` of shape `(B, L)`): Targets of the captioning loss or -100. Shifted here.
+            shift_labels (`torch.LongTensor` of shape `(B, L)`): The same, shifted already; goes before `labels`. By
+                keyword, because a Trainer asks every batch for what the signature calls labels.
+            retrieval_input_ids, retrieval_attention_mask (`(N, L')`): Texts that end in `[RET]`.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`): In the place of tokens. Images are put into them
+                where `input_ids` with their placeholders come too.
+            mm_encoder_outputs: Visual tokens that `generate` has computed.
+            return_logits (`bool`): Whether to return logits beside a loss; by default in eval mode only.
             kwargs: For the language model (`output_hidden_states`, `output_attentions`, ...).
 
         Raises:
-            ValueError: Counts of images, placeholders or retrieval texts disagree, a text has no `[RET]`, images come
-                with `inputs_embeds` alone, a layer of the LM that is to train with loses the gradient, or in training
-                the labels of captioning rows beside retrieval texts are missing.
+            ValueError: Counts of images, placeholders or texts disagree, a text has no `[RET]`, there is no telling
+                where images go, labels are missing in training, or the LM loses the gradient.
         """
         lm, across_processes = self.frozen_lm(), self.training and _has_several_ranks()
         shift_labels: torch.LongTensor | None = kwargs.pop("shift_labels", None)
         if self.training:
-            has_labels = labels is not None or shift_labels is not None
-            self._check_training(input_ids is None or retrieval_input_ids is None or has_labels)
+            _check_training(lm, input_ids, labels, shift_labels, retrieval_input_ids)
         pooled = self._pooled_features(pixel_values, pooled_image_features)
+        hint = DISPATCH_HINT if across_processes else ""
+        embeds = _lm_inputs(lm, input_ids, inputs_embeds, pooled, mm_encoder_outputs, retrieval_input_ids, hint)
         parts: dict[str, Any] = {}
-        encoded = (mm_encoder_outputs or {}).get("image")
-        visual = None if encoded is None else encoded.pooler_output
-        if inputs_embeds is not None and (visual is not None or pooled is not None):
-            inputs_embeds = self._images_in_embeds(inputs_embeds, input_ids, visual, pooled, retrieval_input_ids)
-        elif inputs_embeds is None and input_ids is not None:
-            visual = self.adapter.visual_tokens(pooled) if visual is None and pooled is not None else visual
-            inputs_embeds = lm.embed(input_ids, visual, DISPATCH_HINT if across_processes else "")
-        if inputs_embeds is not None:
-            targets = next_tokens(labels, shift_labels, inputs_embeds)
+        if embeds is not None:
+            targets = next_tokens(labels, shift_labels, embeds)
             wants_logits = targets is None or (not self.training if return_logits is None else return_logits)
             options = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache or None}
             options = {name: value for name, value in {**options, **kwargs}.items() if value is not None}
-            if targets is None or wants_logits or options:
-                keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                parts = _run_whole(lm, inputs_embeds, attention_mask, targets, across_processes, options)
-                hidden = parts.pop("last_hidden_state")
-                if wants_logits:
-                    parts["logits"] = lm.logits(hidden[:, keep])
+            if targets is not None and not wants_logits and not options:
+                parts = {"captioning_loss": captioning_loss(lm, embeds, attention_mask, targets, across_processes)}
             else:
-                loss = captioning_loss(lm, inputs_embeds, attention_mask, targets, across_processes)
-                parts["captioning_loss"] = loss
+                keep = logits_to_keep if wants_logits else None
+                parts = _whole_pass(lm, embeds, attention_mask, targets, keep, across_processes, options)
         if retrieval_input_ids is not None:
             parts.update(retrieval_losses(lm, retrieval_input_ids, retrieval_attention_mask, pooled, across_processes))
         return FromageOutput(loss=weighted_sum(parts, self.config), **parts)
 
-    def _check_training(self, has_targets: bool) -> None:
-        if not has_targets:
-            raise ValueError(
-                "A training batch has captioning rows and retrieval texts, but no labels. A Trainer with "
-                "`label_smoothing_factor` or `compute_loss_func` takes them away and replaces the loss: leave it out."
-            )
-        if torch.is_grad_enabled():
-            self.traits.require_gradient(self.language_model)
 
-    def _images_in_embeds(
-        self,
-        embeds: torch.Tensor,
-        input_ids: torch.Tensor | None,
-        visual: torch.Tensor | None,
-        pooled: torch.Tensor | None,
-        retrieval_input_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Put images into `inputs_embeds`; without `input_ids` they may be those of the retrieval texts alone."""
-        if input_ids is not None:
-            visual = self.adapter.visual_tokens(pooled) if visual is None and pooled is not None else visual
-            return self.frozen_lm().place_images(embeds, input_ids, visual)
-        if retrieval_input_ids is not None and visual is None:
-            return embeds
+def _check_training(
+    lm: FrozenLM,
+    input_ids: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    retrieval_input_ids: torch.Tensor | None,
+) -> None:
+    if input_ids is not None and retrieval_input_ids is not None and labels is None and shift_labels is None:
+        raise ValueError(
+            "A training batch has captioning rows and retrieval texts, but no labels. A Trainer with "
+            "`label_smoothing_factor` or `compute_loss_func` takes them away and replaces the loss: leave it out."
+        )
+    if torch.is_grad_enabled():
+        lm.traits.require_gradient(lm.language_model)
+
+
+def _lm_inputs(
+    lm: FrozenLM,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    pooled: torch.Tensor | None,
+    mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    retrieval_input_ids: torch.Tensor | None,
+    hint: str,
+) -> torch.Tensor | None:
+    """The LM's inputs (B, L, D), images included; `None` where there are only retrieval texts."""
+    encoded = (mm_encoder_outputs or {}).get("image")
+    visual = None if encoded is None else encoded.pooler_output
+    if input_ids is not None:
+        if visual is None and pooled is not None:
+            visual = lm.adapter.visual_tokens(pooled)
+        if inputs_embeds is None:
+            return lm.embed(input_ids, visual, hint)
+        return inputs_embeds if visual is None else lm.place_images(inputs_embeds, input_ids, visual)
+    # Without `input_ids`, pooled features may be those of the retrieval texts.
+    if inputs_embeds is not None and (visual is not None or (pooled is not None and retrieval_input_ids is None)):
         raise ValueError(
             "`inputs_embeds` alone do not tell where the images go. Give `input_ids` with their placeholders too, or "
             "put the visual tokens of `get_image_features` into `inputs_embeds` and give no images."
         )
+    return inputs_embeds
 
 
-def _run_whole(
+def _whole_pass(
     lm: FrozenLM,
     embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     targets: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor | None,
     across_processes: bool,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """One padded pass of the LM: what it returns, and the captioning loss where there are targets."""
+    """One padded pass of the LM: what it returns, logits unless `logits_to_keep` is `None`, and the captioning loss
+    where there are targets."""
     output = lm.decode(embeds, attention_mask, **options)
-    parts = {name: output.get(name) for name in ("last_hidden_state", "past_key_values", "hidden_states", "attentions")}
+    parts = {name: output.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+    hidden = output.last_hidden_state
     if targets is not None:
         is_target = targets != -100
-        loss = lm.sum_token_loss(output.last_hidden_state[is_target], targets[is_target])
+        loss = lm.sum_token_loss(hidden[is_target], targets[is_target])
         parts["captioning_loss"] = mean_over_targets(loss, is_target.sum(), across_processes)
+    if logits_to_keep is not None:
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        parts["logits"] = lm.logits(hidden[:, keep])
     return parts
 
 

@@ -13,13 +13,22 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .adapter_fromage import FromageAdapter, trained_state
+from .backbone_checks_fromage import LanguageModelTraits
 from .backbone_loading_fromage import PARTS, ROLES, BackboneOrigin
+from .backbones_fromage import allow_activation_checkpointing, weight_of
 from .checkpoint_files_fromage import TRAINED_PREFIX, load_trained_parts, weight_files_of
 from .checkpoint_fromage import load_checkpoint, load_peft_adapter, refuse_unsaved_peft, save_checkpoint
-from .checkpoint_origin_fromage import difference_from_origin
+from .checkpoint_origin_fromage import refuse_local_backbones
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import TrainedFingerprint
-from .peft_layers_fromage import has_peft_parameters, load_peft_tensors, names_without_peft, own_parameters
+from .frozen_lm_fromage import FrozenLM
+from .peft_layers_fromage import (
+    has_peft_parameters,
+    load_peft_tensors,
+    names_without_peft,
+    own_parameters,
+    set_peft_training_mode,
+)
 
 
 class FromagePreTrainedModel(PreTrainedModel):
@@ -48,6 +57,7 @@ class FromagePreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.origins: dict[str, BackboneOrigin] = {prefix: BackboneOrigin() for prefix in PARTS}
         self.trained_fingerprint = TrainedFingerprint()
+        self.traits = LanguageModelTraits()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -57,6 +67,19 @@ class FromagePreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, FromageAdapter):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    @torch.no_grad()
+    def retrieval_fingerprint(self) -> str:
+        """Tells apart the models whose embeddings cannot be compared: a digest of the trained parts, rounded to
+        bfloat16, so that a checkpoint saved in bfloat16 has its original's. Taken anew when a trained tensor has
+        changed."""
+        return self.trained_fingerprint.of(trained_state(self.adapter))
+
+    # ---- the frozen backbones -------------------------------------------------------------------------------------
+
+    def frozen_lm(self) -> FrozenLM:
+        """The language model as FROMAGe runs it, with the present modules."""
+        return FrozenLM(self.language_model, self.adapter, self.config, self.traits)
 
     def freeze_backbones(self) -> "FromagePreTrainedModel":
         """Let exactly the adapter's parameters require gradient; what PEFT has put in is left as it is."""
@@ -68,12 +91,49 @@ class FromagePreTrainedModel(PreTrainedModel):
         self.train(self.training)
         return self
 
+    def train(self, mode: bool = True) -> "FromagePreTrainedModel":
+        """Set training mode. The frozen backbones stay in eval mode, except for what PEFT trains in them."""
+        super().train(mode)
+        self.language_model.eval()
+        self.vision_model.eval()
+        if mode:
+            set_peft_training_mode(self.language_model)
+            set_peft_training_mode(self.vision_model)
+            allow_activation_checkpointing(self.language_model)
+        return self
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers: layers that take part recompute their activations in the captioning loss."""
+        super().activation_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
+
+    def init_ret_embedding(self) -> None:
+        """Start `[RET]` as the LM's own row of that id where it has one (parity), else as the mean input row."""
+        self.adapter.init_ret(self.get_input_embeddings(), self.get_output_embeddings(), self.config.ret_token_id)
+
     @torch.no_grad()
-    def retrieval_fingerprint(self) -> str:
-        """Tells apart the models whose embeddings cannot be compared: a digest of the trained parts, rounded to
-        bfloat16, so that a checkpoint saved in bfloat16 has its original's. Taken anew when a trained tensor has
-        changed."""
-        return self.trained_fingerprint.of(trained_state(self.adapter))
+    def normalize_ret_embedding(self) -> None:
+        """Rescale each `[RET]` row to the mean norm of the LM's other input rows, as the authors do after each step."""
+        if self.traits.mean_row_norm is None:
+            rows = weight_of(self.get_input_embeddings())[: self.config.ret_token_id]
+            self.traits.mean_row_norm = rows.float().norm(dim=-1).mean().item()
+        weight = self.adapter.ret_embedding.weight
+        weight.mul_(self.traits.mean_row_norm / weight.norm(dim=-1, keepdim=True))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 
@@ -150,20 +210,7 @@ class FromagePreTrainedModel(PreTrainedModel):
     def refuse_local_backbones(self, compare_weights: bool = True) -> None:
         """Raise a `ValueError` where no one else could load the backbones: they are folders of this machine, or (with
         `compare_weights`) are no longer what the Hub has."""
-        state_dict = names_without_peft(self, self.state_dict()) if compare_weights else {}
-        for prefix, role in ROLES.items():
-            name = getattr(self.config, f"{prefix}_model_id")
-            if name is None or os.path.isdir(name):
-                raise ValueError(
-                    f"The {role} is not on the Hub ({name or 'unknown origin'}), so a repository of the trained parts "
-                    "could not be loaded elsewhere. Assemble the model from Hub ids, or upload a folder written by "
-                    "save_pretrained(folder, save_backbones=True) with `hf upload`."
-                )
-            if problem := difference_from_origin(self, prefix, state_dict):
-                raise ValueError(
-                    f"The {role} {problem}, so a repository of the trained parts would load with another one. Upload a "
-                    "folder written by save_pretrained(folder, save_backbones=True) with `hf upload`."
-                )
+        refuse_local_backbones(self, compare_weights)
 
     def _ignore_backbones_on_save(self) -> None:
         """Tell the Trainer that backbone weights may be absent from checkpoints, where they can be loaded by name."""
@@ -172,6 +219,18 @@ class FromagePreTrainedModel(PreTrainedModel):
         self._keys_to_ignore_on_save = frozen if known else None
 
     # ---- loading --------------------------------------------------------------------------------------------------
+
+    def _measure_logit_transform(self) -> None:
+        self.traits.logit_transform = None
+        if weight_of(self.get_output_embeddings()).device.type != "meta":  # else when it is first needed
+            self.traits.logit_transform_of(self.language_model)
+
+    @classmethod
+    def _finalize_model_loading(cls, model: Any, load_config: Any, loading_info: Any) -> Any:
+        info = super()._finalize_model_loading(model, load_config, loading_info)
+        model.freeze_backbones()  # loading makes new parameters, which require gradient
+        model._measure_logit_transform()  # the weights were not there before
+        return info
 
     @classmethod
     def from_pretrained(

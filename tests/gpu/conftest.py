@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.provenance import provenance
+from training.publishing.provenance import provenance
 
 RESULTS = "FROMAGE_GPU_RESULTS"
 

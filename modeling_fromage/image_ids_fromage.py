@@ -1,4 +1,4 @@
-"""Ids of an index's images, as their users give them."""
+"""The ids of an index's images, as callers give them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,10 +7,10 @@ import numpy as np
 
 
 def as_ids(ids: Any) -> list[str]:
-    """One id or several, strings or whole numbers, as strings that SQLite can store.
+    """One id or several, strings or whole numbers, as a list of strings that SQLite can store.
 
     Raises:
-        ValueError: One is something else.
+        ValueError: An id is neither.
     """
     several = list(ids) if isinstance(ids, Iterable) and not is_id(ids) else [ids]
     for image_id in several:
@@ -20,11 +20,12 @@ def as_ids(ids: Any) -> list[str]:
 
 
 def is_id(value: Any) -> bool:
+    """Whether `value` is one id: a string or a whole number."""
     return isinstance(value, (str, int, np.integer))
 
 
 def storable(text: str) -> str:
-    """`text`, with what is not UTF-8 in it (of a file's name, say) written as `\\udc..`."""
+    """`text` with what UTF-8 cannot encode (of a file's name, say) written as `\\udc..`."""
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 

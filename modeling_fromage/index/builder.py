@@ -1,10 +1,10 @@
-"""Building an image index into a folder: read ahead, embed in batches, checkpoint, go on after a kill."""
+"""Build an index into a folder: read ahead, embed in batches, save checkpoints, resume after a kill."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -12,27 +12,47 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..images_fromage import ImageLimits, load_rgb_image
-from .files import INDEX_FILE, UNFINISHED_FILE, IndexWriter, read_index_file
-from .sources import ImageSource, SourceDigest, read_ahead
+from .folder import INDEX_FILE
+from .reading import UNFINISHED_FILE, read_listing
+from .sources import ImageSource, SourceDigest, image_sources, read_ahead
+from .store import check_dtype
+from .writer import IndexWriter
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 1024  # images
 
 
-class ImageEmbedder:
-    """From image to pixels, in threads; from pixels to unit-norm embeddings, in batches."""
+class EmbeddingModel(Protocol):
+    """What an index needs of a model: [`FromageForConditionalGeneration`] has it."""
 
-    def __init__(self, model: Any, processor: Any, limits: ImageLimits):
+    config: Any
+    device: Any
+
+    def get_image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor: ...
+
+    def retrieval_fingerprint(self) -> str: ...
+
+
+class ImageProcessorHolder(Protocol):
+    """What an index needs of a processor: [`FromageProcessor`] has it."""
+
+    image_processor: Any
+
+
+class ImageEmbedder:
+    """Images to pixels, in threads, and pixels to unit-norm embeddings, in batches."""
+
+    def __init__(self, model: EmbeddingModel, processor: ImageProcessorHolder, limits: ImageLimits):
         self.model, self.processor, self.limits = model, processor, limits
 
     def load(self, image: Any) -> torch.Tensor:
-        """(channels, height, width)."""
+        """Pixels (channels, height, width) of one image."""
         rgb = load_rgb_image(image, self.limits)
         return self.processor.image_processor(rgb, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
     def __call__(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        """(n, q)."""
+        """Embeddings (n, q) of a batch of pixels."""
         embeds = self.model.get_image_embeds(torch.stack(pixels).to(self.model.device)).float().cpu()
         if not torch.isfinite(embeds).all():
             raise ValueError(
@@ -41,9 +61,54 @@ class ImageEmbedder:
         return F.normalize(embeds, dim=-1)
 
 
-def build_folder(
+def build_index(
     directory: Path,
-    facts: dict[str, Any],
+    model: EmbeddingModel,
+    processor: ImageProcessorHolder,
+    images: Any,
+    ids: Sequence[str] | None,
+    metadata: Sequence[dict[str, Any]] | None,
+    batch_size: int,
+    dtype: torch.dtype,
+    num_workers: int,
+    limits: ImageLimits,
+    show_progress: bool,
+    shard: tuple[int, int] | None,
+    keep_images: bool,
+) -> str | None:
+    """Write an index of `images` into `directory`, unless it is there. Returns the folder that relative paths start
+    from. Arguments as for [`FromageImageIndex.build`], and:
+
+    Args:
+        keep_images (`bool`): Whether to write the images that are in memory, too.
+
+    Raises:
+        ValueError: There is no image, none can be read, or `directory` holds an index of other images.
+    """
+    check_dtype(dtype)
+    sources, total, root = image_sources(images, ids, metadata)
+    if shard is not None:
+        first, step = shard
+        if not 0 <= first < step:
+            raise ValueError(f"`shard` is (i, n) with i from 0 to n - 1, got {shard}.")
+        sources = islice(sources, first, None, step)
+        total = None if total is None else len(range(first, total, step))
+    header = {
+        "dim": model.config.projection_dim,
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": model.retrieval_fingerprint(),
+        "image_root": root,
+        "may_read_files": True,
+    }
+    if not _is_built(directory, sources, header):
+        embedder = ImageEmbedder(model, processor, limits)
+        _write_index(directory, header, sources, total, embedder, batch_size, num_workers, show_progress, keep_images)
+    return root
+
+
+def _write_index(
+    directory: Path,
+    header: dict[str, Any],
     sources: Iterator[ImageSource],
     total: int | None,
     embed: ImageEmbedder,
@@ -51,14 +116,8 @@ def build_folder(
     num_workers: int,
     show_progress: bool,
     keep_images: bool,
-):
-    """Write an index of `sources` into `directory`, or go on with one that was interrupted; `keep_images`: with those
-    that are in memory.
-
-    Raises:
-        ValueError: There is no image, or none can be read, or the interrupted index was of other images.
-    """
-    writer = IndexWriter(directory, facts, resume=True)
+) -> None:
+    writer = IndexWriter(directory, header, resume=True)
     digest = SourceDigest()
     consumed = _pass_over(writer.progress, sources, digest)
     checkpointed = consumed
@@ -75,7 +134,7 @@ def build_folder(
     causes = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     summary = f"Indexed {writer.count:,} of {consumed:,} images; skipped {sum(skipped.values()):,}"
     if not writer.count:
-        writer.discard()  # there is nothing to go on with; by the next call the images may be there
+        writer.discard()  # nothing to resume; by the next call the images may be there
         raise ValueError(f"An index needs at least one image. {summary}{': ' + causes if causes else ''}.")
     writer.checkpoint({"consumed": consumed, "digest": digest.hexdigest()})
     writer.finish()
@@ -83,26 +142,29 @@ def build_folder(
         logger.warning("%s: %s. The index's `skipped` lists them.", summary, causes)
 
 
-def is_built(directory: Path, sources: Iterator[ImageSource], facts: dict[str, Any]) -> bool:
-    """Whether `directory` holds the whole index of these very images; `sources` is used up if it holds a whole one.
+def _is_built(directory: Path, sources: Iterator[ImageSource], header: dict[str, Any]) -> bool:
+    """Whether `directory` holds the finished index of these very images. If it holds a finished one, `sources` is used
+    up.
 
     Raises:
-        ValueError: It holds the whole index of other images, or by another model.
+        ValueError: It holds the finished index of other images, or by another model.
     """
     if not (directory / INDEX_FILE).is_file() or (directory / UNFINISHED_FILE).is_file():
         return False
-    state, *_ = read_index_file(directory)
+    state, _ = read_listing(directory, INDEX_FILE)
     digest = SourceDigest()
     for source in sources:
         digest.update(source)
-    if digest.hexdigest() != state["progress"].get("digest") or any(state[name] != facts[name] for name in facts):
+    if digest.hexdigest() != state["progress"].get("digest") or any(state[name] != header[name] for name in header):
         raise ValueError(
             f"{directory} holds an index of other images, or by another model. Remove it, or build elsewhere."
         )
     return True
 
 
-def _add_batch(writer: IndexWriter, digest: SourceDigest, embed: ImageEmbedder, batch: list[tuple], keep_images: bool):
+def _add_batch(
+    writer: IndexWriter, digest: SourceDigest, embed: ImageEmbedder, batch: list[tuple], keep_images: bool
+) -> None:
     taken = set(writer.entries.positions([source.id for source, _, _ in batch]))
     good, skipped = [], []
     for source, pixels, error in batch:
@@ -122,7 +184,7 @@ def _add_batch(writer: IndexWriter, digest: SourceDigest, embed: ImageEmbedder, 
 
 
 def _pass_over(progress: dict[str, Any], sources: Iterator[ImageSource], digest: SourceDigest) -> int:
-    """Go past the images that an interrupted build has dealt with; returns how many those are."""
+    """Skip the images that an interrupted build has dealt with, and return their number."""
     consumed = progress.get("consumed", 0)
     for source in islice(sources, consumed):
         digest.update(source)

@@ -1,11 +1,12 @@
-"""The images of an image index: which files it may read, where those in memory are kept, and what is published."""
+"""The images of an index: which files it may read, where images without a file are kept, and what is published."""
 
 import contextlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,17 +14,83 @@ from PIL import Image
 
 from ..images_fromage import ImageLimits, UnreadableImageError, is_url, load_rgb_image
 
-IMAGE_FOLDERS = "index-images-*"  # of PNG files, each called by its image's position
+IMAGE_FOLDERS = "index-images-*"  # of PNG files, named after their images' positions
+# An image that has neither path nor URL: in memory, as the bytes of a file, or one of `kept_images`.
+KeptImage = Image.Image | bytes | Path
+ImageLoader = Callable[[str, dict[str, Any]], Any]
+
+
+@dataclass
+class ImageAccess:
+    """Where the images of an index are, and which files it may read.
+
+    Attributes:
+        image_root: The folder that relative paths in the metadata start from, as the caller gave it.
+        loader: The caller's own way to an image, from its id and metadata.
+        folder: The folder that the index was opened from.
+        stored_root: What an index that was opened says that its `image_root` was. It is never taken at its word.
+        may_read_files: Whether metadata may name any file: of an index made here, not of one that was opened.
+    """
+
+    image_root: Path | None = None
+    loader: ImageLoader | None = None
+    folder: Path | None = None
+    stored_root: str | None = None
+    may_read_files: bool = True
+
+    @classmethod
+    def shared(cls, several: Sequence["ImageAccess"]) -> "ImageAccess":
+        """What several indexes agree on about where their images are."""
+        roots, stored = {access.image_root for access in several}, {access.root for access in several}
+        image_root = roots.pop() if len(roots) == 1 else None
+        return cls(image_root=image_root, stored_root=stored.pop() if len(stored) == 1 else None)
+
+    @property
+    def root(self) -> str | None:
+        """The folder that relative paths start from, which is not to say that it may be read."""
+        return self.stored_root if self.image_root is None else str(self.image_root.absolute())
+
+    def scrubber(self) -> "Scrubber":
+        """What removes the folders of this machine, this index's among them."""
+        return Scrubber([self.root, self.image_root and self.image_root.resolve()])
+
+    def load(self, image_id: str, metadata: dict[str, Any], kept: KeptImage | None, limits: ImageLimits) -> Image.Image:
+        """One image as RGB; `kept` is the one that the index keeps, if any.
+
+        Raises:
+            UnreadableImageError: It cannot be read, or may not.
+        """
+        if kept is not None:
+            return load_rgb_image(_source(kept), limits)
+        if self.loader is not None:
+            return load_rgb_image(self.loader(image_id, metadata), limits)
+        path = metadata.get("path")
+        if is_url(metadata.get("url")):
+            return load_rgb_image(metadata["url"], limits)
+        if not isinstance(path, str):
+            raise UnreadableImageError(
+                image_id, "no path or url in the index's metadata", "set the index's `image_loader` to say where it is"
+            )
+        if self.may_read_files:
+            return load_rgb_image(Path(self.image_root or "") / path, limits)
+        return load_rgb_image(readable_file(path, image_id, self.folder, self.image_root, self.stored_root), limits)
+
+
+def _source(image: KeptImage) -> Any:
+    """What [`load_rgb_image`] takes."""
+    if isinstance(image, Path):
+        return own_image(image)
+    return {"bytes": image} if isinstance(image, bytes) else image
 
 
 def readable_file(
     path: str, image_id: str, own_folder: Path | None, image_root: Path | None, stored_root: str | None
 ) -> Path:
-    """The file of a metadata "path", for an index that may have been written by anyone: it is below the index's own
-    folder, or below the `image_root` that the caller gave. Its own word for where its images are is not taken.
+    """The file of a metadata "path" of an index that anyone may have written. It must be below the index's own folder,
+    or below the `image_root` that the caller gave, whatever the index says about where its images are.
 
     Raises:
-        UnreadableImageError: It is elsewhere.
+        UnreadableImageError: The file is elsewhere.
     """
     start = own_folder if image_root is None else image_root
     folders = [
@@ -34,7 +101,7 @@ def readable_file(
         found = None if start is None else (start / path).resolve()
         allowed = found is not None and any(found.is_relative_to(folder) for folder in folders)
         # Most paths are relative to where the images were, not to the index.
-        if allowed and (image_root is not None or found.is_file()):
+        if found is not None and allowed and (image_root is not None or found.is_file()):
             return found
     value = f"{stored_root!r}, which the index names" if stored_root else "the folder that they are in"
     raise UnreadableImageError(
@@ -45,14 +112,14 @@ def readable_file(
 
 
 def own_folders(directory: Path) -> list[Path]:
-    """What belongs to an index in `directory`: the folder, and in the Hub's cache the files that it links to."""
+    """The folders of an index in `directory`: itself and, in the Hub's cache, that of the files it links to."""
     resolved = directory.resolve()
     cache = [resolved.parent.parent / "blobs"] if resolved.parent.name == "snapshots" else []
     return [resolved, *cache]
 
 
 def kept_images(directory: Path, state: dict[str, Any]) -> dict[int, Path]:
-    """The files of the images that an index in `directory` keeps, as its listing says, by position."""
+    """The files of the images that an index in `directory` keeps, by position; `state` is its listing."""
     folder = directory / Path(state.get("images", "")).name
     if "images" not in state or not folder.is_dir():
         return {}
@@ -63,7 +130,7 @@ def own_image(path: Path) -> Path:
     """The file of one of [`kept_images`].
 
     Raises:
-        UnreadableImageError: It is gone, or is a link that leads out of the index's folder.
+        UnreadableImageError: It is gone, or a link that leads out of the index's folder.
     """
     found, folder = path.resolve(), path.parent.parent
     if not any(found.is_relative_to(own) for own in own_folders(folder)):
@@ -73,7 +140,7 @@ def own_image(path: Path) -> Path:
     return found
 
 
-def write_image(image: Image.Image | Path, path: Path):
+def write_image(image: KeptImage, path: Path) -> None:
     """Keep an image as the RGB that [`FromageImageIndex.load_image`] returns, without loss.
 
     Raises:
@@ -82,16 +149,23 @@ def write_image(image: Image.Image | Path, path: Path):
     if isinstance(image, Path):
         shutil.copyfile(own_image(image), path)
         return
-    pixels = max(ImageLimits.max_pixels, image.width * image.height)
-    rgb = load_rgb_image(image, ImageLimits(max_pixels=pixels, max_aspect_ratio=float("inf")))
-    rgb.save(path, format="png", transparency=None, icc_profile=None)  # which were the original's
+    pixels = ImageLimits.max_pixels
+    if isinstance(image, Image.Image):  # its owner has it in memory in any case
+        pixels = max(pixels, image.width * image.height)
+    rgb = load_rgb_image(_source(image), ImageLimits(max_pixels=pixels, max_aspect_ratio=float("inf")))
+    write_png(rgb, path)
+
+
+def write_png(rgb: Image.Image, file: Any) -> None:
+    """Write pixels alone: what else the image's file said is left out."""
+    rgb.save(file, format="png", transparency=None, icc_profile=None)
 
 
 class Scrubber:
-    """Metadata and names without this machine's folders: of a path the file's name is published.
+    """Removes this machine's folders from what is published. Of a path the file's name remains.
 
     Args:
-        folders: Those that are known to be this machine's; they are cut out of longer texts, too.
+        folders: Folders of this machine, which are also cut out of longer texts.
     """
 
     def __init__(self, folders: Iterable[str | os.PathLike | None]):
@@ -102,7 +176,7 @@ class Scrubber:
         self._known = re.compile(rf"(?<![\w.~-])(?:{'|'.join(longest_first)})(?![\w.-])[/\\]?")
 
     def __call__(self, value: Any, is_path: bool = False) -> Any:
-        """`value` (anything that JSON holds) scrubbed, in all its depth; `is_path`: any absolute path is one."""
+        """Scrub anything that JSON holds, in all its depth; `is_path` if any absolute path is certainly one."""
         if isinstance(value, dict):
             return {self(name): self(item, name == "path") for name, item in value.items()}
         if isinstance(value, list):
@@ -122,3 +196,11 @@ class Scrubber:
         if path.is_absolute() and path.name and (is_path or path.suffix or os.path.exists("/" + path.parts[1])):
             return path.name
         return self._known.sub("", text)
+
+    def check_ids(self, ids: Iterable[str]) -> None:
+        """Raise a `ValueError` if an id is a path of this machine."""
+        paths = [image_id for image_id in ids if self(image_id) != image_id]
+        if paths:
+            raise ValueError(
+                f"Ids that are paths of this machine would be published: {paths[:5]}. Give the images other ids."
+            )

@@ -5,61 +5,68 @@ Axes: N images, Q queries, k results a query, q the width of the shared image-te
 
 import contextlib
 import copy
-import dataclasses
-import itertools
-import logging
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from numpy.typing import ArrayLike
 from PIL import Image
-from torch.nn import functional as F
 
-from ..image_ids_fromage import as_ids
-from ..images_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError, is_url, load_rgb_image
-from .backends.faiss import FaissBackend
-from .builder import ImageEmbedder, build_folder, is_built
-from .files import INDEX_FILE, IndexWriter, listed_file, one_at_a_time, read_index_file
-from .images import IMAGE_FOLDERS, Scrubber, kept_images, own_image, readable_file
-from .search import search_faiss, search_flat
-from .snapshot import Snapshot, appended
-from .sources import ImageSource, image_sources
-from .store import SHARD_ROWS, Entries, IndexFolder, Shard, crc32_of_file
-from .values import as_embeds, as_entries, as_excluded
+from ..images_fromage import DEFAULT_LIMITS, ImageLimits
+from .backends import make_backend
+from .backends.base import Hits
+from .builder import EmbeddingModel, ImageProcessorHolder, build_index
+from .datasets_bridge import store_from_dataset, store_to_dataset
+from .folder import INDEX_FILE
+from .images import ImageAccess, ImageLoader, kept_images
+from .reading import read_index, read_listing
+from .saving import download_index, push_index, save_index
+from .sources import image_sources
+from .store import IndexStore
+from .values import as_embeds, as_entries
 
-logger = logging.getLogger(__name__)
-_QUERIES_AT_A_TIME = 256
-_HUB_FILES = [INDEX_FILE, "embeds-*.safetensors", "entries-*.sqlite", "backend-*.faiss", f"{IMAGE_FOLDERS}/*.png"]
+if TYPE_CHECKING:
+    import datasets
+
+
+class IndexEntry(NamedTuple):
+    """One image of an index: its id, its metadata, and its embedding (q,) as it is stored."""
+
+    id: str
+    metadata: dict[str, Any]
+    embedding: torch.Tensor
 
 
 class FromageImageIndex:
     """Images by their unit-norm embeddings, with a string id and a metadata dict each.
 
-    Threads may search, change and save one at once: each change is seen as a whole or not at all, and a search or a
-    save that has begun is of the images that there were then.
+    Threads may search, change and save an index at once. They see each change as a whole or not at all, and a search
+    or a save keeps to the images that were there when it began. Iterating yields an [`IndexEntry`] for each image.
 
     Args:
-        embeds (`torch.Tensor` or `numpy.ndarray`): (N, q); normalised here.
-        ids (`list[str]`): One unique id an image.
-        metadata (`list[dict]`, *optional*): JSON-serialisable facts. A "path" or "url" lets [`load_image`] find the
-            image.
-        backend (`str`): `"flat"`, exact; or `"faiss"`, with `backend_options` as for [`use_backend`].
+        embeds (`torch.Tensor` or `numpy.ndarray` of shape `(N, q)`): Normalised here.
+        ids (`list[str]`): A unique id for each image.
+        metadata (`list[dict]`, *optional*): What JSON can hold. A "path" or "url" lets [`load_image`] find the image.
+        backend (`str`): `"flat"`, which is exact, or `"faiss"`; `backend_options` as for [`use_backend`].
         dtype (`torch.dtype`): Of the stored embeddings: `torch.float32`, or `torch.float16` for half the size.
         model_fingerprint (`str`, *optional*): `model.retrieval_fingerprint()` of the model that made `embeds`.
 
     Raises:
-        ValueError: Counts differ, an id occurs twice or is no string, JSON cannot hold the metadata, or an embedding is
-            not finite.
+        ValueError: The counts differ, an id is not a string or occurs twice, JSON cannot hold the metadata, or an
+            embedding is not finite.
+
+    Example:
+
+        index = FromageImageIndex(model.get_image_embeds(pixel_values), ["cat.png", "dog.png"])
+        ids, scores, metadata = index.search(model.get_text_embeds(input_ids, attention_mask), top_k=1)
     """
 
     def __init__(
         self,
-        embeds: Any,
+        embeds: torch.Tensor | ArrayLike,
         ids: Sequence[str],
         metadata: Sequence[dict[str, Any]] | None = None,
         backend: str = "flat",
@@ -67,163 +74,131 @@ class FromageImageIndex:
         model_fingerprint: str | None = None,
         **backend_options: Any,
     ):
-        embeds = as_embeds(embeds)
-        self._start(embeds.shape[-1], dtype, model_fingerprint)
-        self.add(embeds, ids, metadata)
+        rows = as_embeds(embeds)
+        self._start(IndexStore(rows.shape[-1], dtype), ImageAccess(), model_fingerprint)
+        self.add(rows, ids, metadata)
         self.use_backend(backend, **backend_options)
 
-    def _start(self, dim: int, dtype: torch.dtype, model_fingerprint: str | None):
-        _check_dtype(dtype)
-        self.dim, self.dtype, self.model_fingerprint = dim, dtype, model_fingerprint
-        self.device = torch.device("cpu")
-        self.image_root: Path | None = None
-        self.image_loader: Callable[[str, dict[str, Any]], Any] | None = None
-        self._folder: IndexFolder | None = None  # that it was opened from
-        self._stored_root: str | None = None  # where that says that its images are
-        self._may_read_files = True  # those that its metadata names: of an index made here, not of one that was opened
-        self._now = Snapshot()
-        self._entries = Entries()
-        self._images: dict[int, Image.Image | Path] = {}  # by position: those that have neither path nor URL
-        # Held while anything changes. What only reads takes `_now`, which is replaced and never changed, and needs the
-        # lock where that must go together with the entries or images of the same moment.
-        self._lock = threading.RLock()
+    def _start(self, store: IndexStore, access: ImageAccess, model_fingerprint: str | None) -> None:
+        self._store, self._access, self.model_fingerprint = store, access, model_fingerprint
 
-    def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            faiss = None if self._faiss is None else self._faiss.copy()
-            # No two indexes may write to one buffer, which `copy.copy` would let them.
-            now = dataclasses.replace(self._now, shards=tuple(map(copy.copy, self._now.shards)), faiss=faiss)
-            state = {
-                **self.__dict__,
-                "_now": now,
-                "_entries": self._entries.__getstate__(),
-                "_images": {**self._images},
-            }
-        del state["_lock"]
-        return state
+    @classmethod
+    def _of(cls, store: IndexStore, access: ImageAccess, model_fingerprint: str | None) -> "FromageImageIndex":
+        index = cls.__new__(cls)
+        index._start(store, access, model_fingerprint)
+        return index
 
-    def __setstate__(self, state: dict[str, Any]):
-        self.__dict__.update(state, _entries=Entries(), _lock=threading.RLock())
-        self._entries.__setstate__(state["_entries"])
+    def __copy__(self) -> "FromageImageIndex":
+        return self._of(copy.copy(self._store), copy.copy(self._access), self.model_fingerprint)
 
     # ---- what is in it --------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        now = self._now
+        now = self._store.now
         return now.count - now.removed
 
-    def __contains__(self, image_id: str) -> bool:
+    def __contains__(self, image_id: object) -> bool:
         try:
-            return bool(self._positions([image_id]))
-        except ValueError:  # it is no id
+            return bool(self._store.positions([image_id]))
+        except ValueError:  # it is not an id
             return False
 
-    def _positions(self, ids: Any) -> dict[str, int]:
-        """Of those of `ids` that there are; what is just being added is not there yet."""
-        count = self._now.count
-        return {name: place for name, place in self._entries.positions(as_ids(ids)).items() if place < count}
+    def __iter__(self) -> Iterator[IndexEntry]:
+        for rows, entries in self._store.pieces(self._store.now):
+            for row, (_, image_id, metadata) in zip(rows, entries, strict=True):
+                yield IndexEntry(image_id, metadata, row)
 
     def __repr__(self) -> str:
         return f"FromageImageIndex({len(self):,} images, {self.dim} dimensions, {self.dtype}, {self.backend})"
 
     @property
-    def _faiss(self) -> FaissBackend | None:
-        return self._now.faiss
+    def dim(self) -> int:
+        """Width of the embeddings, q."""
+        return self._store.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored embeddings."""
+        return self._store.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are; see [`to`]."""
+        return self._store.device
 
     @property
     def backend(self) -> str:
-        return "flat" if self._faiss is None else "faiss"
+        """What searches: `"flat"` or `"faiss"`."""
+        return self._store.now.backend.name
 
     @property
     def ids(self) -> list[str]:
         """All ids, in order."""
-        return [image_id for entries in self._kept_entries(self._now) for _, image_id, _ in entries]
+        return [image_id for entries in self._store.kept_entries(self._store.now) for _, image_id, _ in entries]
 
     @property
     def metadata(self) -> list[dict[str, Any]]:
         """All metadata, in order."""
-        return [facts for entries in self._kept_entries(self._now) for _, _, facts in entries]
+        return [metadata for entries in self._store.kept_entries(self._store.now) for _, _, metadata in entries]
 
     @property
     def embeds(self) -> torch.Tensor:
         """All embeddings (N, q), in order, as they are stored."""
-        return torch.cat([torch.empty(0, self.dim, dtype=self.dtype), *self._now.kept_rows()])
+        return torch.cat([torch.empty(0, self.dim, dtype=self.dtype), *self._store.now.kept_rows()])
 
     @property
     def skipped(self) -> list[dict[str, str]]:
-        """Images that a build left out: "id", "source" and "reason" each."""
-        return self._entries.skipped
+        """Images that a build left out: "id", "source" and "reason" of each."""
+        return self._store.entries.skipped
 
-    def _kept_entries(self, now: Snapshot) -> Iterator[list[tuple[int, str, dict[str, Any]]]]:
-        """Position, id and metadata of the images that are kept, a shard at a time."""
-        for shard, start, kept in now.pieces():
-            entries = self._entries.between(start, start + shard.count)
-            if kept is not None:
-                is_kept = kept.tolist()
-                entries = [entry for entry in entries if is_kept[entry[0] - start]]
-            count = shard.count if kept is None else int(kept.sum())
-            if len(entries) != count:
-                raise self._entries.error(f"{count} embeddings from position {start} on have {len(entries)} entries")
-            yield entries
+    @property
+    def image_root(self) -> Path | None:
+        """The folder that relative paths in the metadata start from. Files below it may be read."""
+        return self._access.image_root
+
+    @image_root.setter
+    def image_root(self, folder: str | os.PathLike[str] | None) -> None:
+        self._access.image_root = None if folder is None else Path(folder)
+
+    @property
+    def image_loader(self) -> ImageLoader | None:
+        """A function of an id and its metadata that returns a PIL image, a path, a URL or `{"bytes": ...}`."""
+        return self._access.loader
+
+    @image_loader.setter
+    def image_loader(self, loader: ImageLoader | None) -> None:
+        self._access.loader = loader
 
     def get(self, image_id: str) -> dict[str, Any]:
-        """The metadata of one image.
-
-        Raises:
-            KeyError: There is no such image.
-        """
-        return self._find(image_id)[1]
-
-    def _find(self, image_id: str) -> tuple[int, dict[str, Any]]:
-        """Position and metadata of one image."""
-        position = next(iter(self._positions([image_id]).values()), None)
-        if position is None:
-            raise KeyError(f"The index has no image {image_id!r}.")
-        return position, self._entries.at([position])[position][1]
+        """The metadata of one image. Raises a `KeyError` if there is no such image."""
+        return self._store.find(image_id)[1]
 
     def load_image(self, image_id: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-        """The image itself, as RGB, from memory, or from its metadata's "url" or "path".
+        """The image itself, as RGB: the one that the index keeps, or the one at its metadata's "url" or "path".
 
-        Where the images are elsewhere (in a `datasets` dataset, a database), set `image_loader`, a function of an id
-        and its metadata that returns a PIL image, a path, a URL or `{"bytes": ...}`. Relative paths are relative to
-        `image_root`. An index that was opened, from a folder or from the Hub, reads files below its own folder and
-        below the `image_root` that [`from_pretrained`] was given, so that it cannot name any file of this machine.
+        For images that are elsewhere (in a database, say), set `image_loader`. Relative paths are relative to
+        `image_root`. An index that was opened, from a folder or from the Hub, reads only files below its own folder and
+        below the `image_root` that [`from_pretrained`] was given, so it cannot name any file of this machine.
 
         Raises:
             UnreadableImageError: It cannot be read, or may not.
             KeyError: There is no such image.
         """
-        position, facts = self._find(image_id)
-        image = self._images.get(position)
-        if image is not None:
-            return load_rgb_image(own_image(image) if isinstance(image, Path) else image, limits)
-        if self.image_loader is not None:
-            return load_rgb_image(self.image_loader(image_id, facts), limits)
-        path = facts.get("path")
-        if is_url(facts.get("url")):
-            return load_rgb_image(facts["url"], limits)
-        if not isinstance(path, str):
-            raise UnreadableImageError(
-                image_id, "no path or url in the index's metadata", "set the index's `image_loader` to say where it is"
-            )
-        if self._may_read_files:
-            return load_rgb_image(Path(self.image_root or "") / path, limits)
-        own = None if self._folder is None else self._folder.path
-        root = None if self.image_root is None else Path(self.image_root)
-        return load_rgb_image(readable_file(path, image_id, own, root, self._stored_root), limits)
+        position, metadata = self._store.find(image_id)
+        return self._access.load(image_id, metadata, self._store.images.get(position), limits)
 
-    # ---- making it ------------------------------------------------------------------------------------------------
+    # ---- making and changing it -----------------------------------------------------------------------------------
 
     @classmethod
     def build(
         cls,
-        model: Any,
-        processor: Any,
+        model: EmbeddingModel,
+        processor: ImageProcessorHolder,
         images: Any,
         ids: Sequence[str] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
         batch_size: int = 32,
-        save_directory: str | os.PathLike | None = None,
+        save_directory: str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
         num_workers: int = 8,
         limits: ImageLimits = DEFAULT_LIMITS,
@@ -234,179 +209,116 @@ class FromageImageIndex:
     ) -> "FromageImageIndex":
         """Embed `images` with `model.get_image_embeds`, `batch_size` at a time.
 
+        Images that cannot be read are left out: [`skipped`] lists them, and the log counts them by reason.
+
         Args:
             images: A folder, a TSV or CSV file (columns "image" or "url"; "id" and others optional), a `datasets`
-                dataset, or an iterable of PIL images, paths, URLs or rows like a table's. See [`image_sources`].
-            ids, metadata: One an image, where `images` has none of its own. Ids default to the images' numbers.
-            save_directory: Where the index is written as it grows. After a kill the same call goes on; once it is
-                complete, the same call opens it.
+                dataset, or an iterable of PIL images, paths, URLs or rows like a table's.
+            ids, metadata: One for each image, if `images` has none of its own. Ids default to the images' numbers.
+            save_directory: Where the index is written as it grows. After an interruption the same call resumes it;
+                once it is complete, the same call opens it.
             num_workers: Threads that read and preprocess images.
             limits: What an image may cost; see [`ImageLimits`].
-            shard: (i, n) takes every n-th image from the i-th on, for n processes whose indexes are then merged.
-
-        Images that cannot be read are left out; [`skipped`] lists them, and the log counts them by reason.
+            shard: (i, n) takes every n-th image from the i-th on, for n processes whose indexes [`merge`] joins.
 
         Raises:
-            ValueError: There is no image, or none that can be read, or `save_directory` holds another index.
+            ValueError: There is no image, or none can be read, or `save_directory` holds another index.
+
+        Example:
+
+            index = FromageImageIndex.build(model, processor, "photos/", save_directory="index")
         """
-        _check_dtype(dtype)
-        sources, total, root = image_sources(images, ids, metadata)
-        if shard is not None:
-            first, step = shard
-            if not 0 <= first < step:
-                raise ValueError(f"`shard` is (i, n) with i from 0 to n - 1, got {shard}.")
-            sources = itertools.islice(sources, first, None, step)
-            total = None if total is None else len(range(first, total, step))
-        facts = {
-            "dim": model.config.projection_dim,
-            "dtype": str(dtype).removeprefix("torch."),
-            "model": model.retrieval_fingerprint(),
-            "image_root": root,
-            "may_read_files": True,
-        }
         with contextlib.ExitStack() as stack:
             directory = Path(save_directory or stack.enter_context(tempfile.TemporaryDirectory()))
-            in_memory = isinstance(images, (list, tuple))  # which the caller holds in any case
-            if not is_built(directory, sources, facts):
-                embed = ImageEmbedder(model, processor, limits)
-                keep = in_memory and save_directory is not None
-                build_folder(directory, facts, sources, total, embed, batch_size, num_workers, show_progress, keep)
+            in_memory = isinstance(images, (list, tuple))  # the caller holds these in any case
+            keep = in_memory and save_directory is not None
+            root = build_index(directory, model, processor, images, ids, metadata, batch_size, dtype, num_workers,
+                               limits, show_progress, shard, keep)  # fmt: skip
             index = cls.from_pretrained(directory)
-            index.image_root, index._may_read_files = None if root is None else Path(root), True  # as the caller says
+            index.image_root, index._access.may_read_files = root, True  # as the caller says
             if save_directory is None:
-                index._into_memory(image_sources(images, ids, metadata)[0] if in_memory else ())
+                sources = image_sources(images, ids, metadata)[0] if in_memory else ()
+                index._store.into_memory((row.id, row.image) for row in sources if isinstance(row.image, Image.Image))
+                index._access.folder = None
         if backend != index.backend or backend_options:
             index.use_backend(backend, **backend_options)
             if save_directory is not None:
-                progress = read_index_file(directory)[0]["progress"]
-                index._save(save_directory, progress)  # still the index of these images to the next call
+                progress = read_listing(directory, INDEX_FILE)[0]["progress"]  # the next call is to open it
+                save_index(directory, index._store, index._access, index.model_fingerprint, progress)
         return index
 
-    def _into_memory(self, sources: Iterable[ImageSource]):
-        """Let go of the files, which are temporary, and keep those images of `sources` that are in memory."""
-        shards = tuple(Shard(shard.count, shard.rows().clone()) for shard in self._now.shards)
-        self._now = dataclasses.replace(self._now, shards=shards)
-        self._entries.detach()
-        self._folder = None
-        for source in sources:
-            if isinstance(source.image, Image.Image):
-                for position in self._positions([source.id]).values():
-                    self._images.setdefault(position, source.image)  # of those with one id the first is indexed
-
-    def add(self, embeds: Any, ids: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None):
-        """Append images by their embeddings (N, q): all or, after an error, none; arguments and errors as for the
+    def add(
+        self, embeds: torch.Tensor | ArrayLike, ids: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+    ) -> None:
+        """Append images by their embeddings (N, q): all or, after an error, none. Arguments and errors as for the
         class."""
-        rows = self._normalized(embeds).to(self.dtype)
-        entries = as_entries(ids, metadata)
+        rows, entries = self._store.normalized(embeds).to(self.dtype), as_entries(ids, metadata)
         if len(rows) != len(entries):
             raise ValueError(f"Got {len(rows)} embeddings, {len(entries)} ids and {len(entries)} metadata entries.")
-        self._insert([(rows, entries)])
+        self._store.insert([(rows, entries)])
 
-    def _insert(
-        self,
-        pieces: Iterable[tuple[torch.Tensor, list[tuple[str, str]]]],
-        images: dict[int, Image.Image | Path] | None = None,
-        skipped: Iterable[tuple[str, str, str]] = (),
-    ):
-        """Append embeddings with their ids and metadata, and `images` by their numbers among them: all or none."""
-        with self._lock:
-            before = now = self._now
-            try:
-                with self._entries.transaction():
-                    for rows, entries in pieces:
-                        self._entries.add(now.count, entries)
-                        now = now.grown(appended(now.shards, rows, self.device, SHARD_ROWS))
-                    self._entries.skip(skipped)
-                    if now.faiss is not None:
-                        for rows in now.rows_from(before.count):
-                            now.faiss.add(rows)
-            except BaseException:
-                if before.faiss is not None:
-                    before.faiss.restore(before.shards)
-                raise
-            self._images.update({before.count + number: image for number, image in (images or {}).items()})
-            self._now = now
-
-    def add_images(self, model: Any, processor: Any, images: Any, **kwargs: Any):
-        """Embed and append `images`; arguments as for [`build`].
-
-        Raises:
-            ValueError: `model` is not the one that made this index.
-        """
+    def add_images(self, model: EmbeddingModel, processor: ImageProcessorHolder, images: Any, **kwargs: Any) -> None:
+        """Embed and append `images`; arguments as for [`build`]. Raises a `ValueError` if another model made the
+        index."""
         self.check_model(model)
-        more = type(self).build(model, processor, images, dtype=self.dtype, **kwargs)
-        self._append(more)
+        self._append(type(self).build(model, processor, images, dtype=self.dtype, **kwargs))
 
-    def delete(self, ids: Sequence[str] | str):
-        """Remove images: of one id, or of several.
+    def update(
+        self,
+        ids: Sequence[str] | str,
+        metadata: Sequence[dict[str, Any]] | dict[str, Any] | None = None,
+        embeds: torch.Tensor | ArrayLike | None = None,
+    ) -> None:
+        """Replace the metadata or the embeddings, or both, of one image or of several: all or, after an error, none.
+
+        As if they were deleted and added again at once, the images move to the end of the index.
+
+        Args:
+            ids (`str` or `list[str]`): Images of the index.
+            metadata (`dict` or `list[dict]`, *optional*): In the place of the present one, not merged with it.
+            embeds (`torch.Tensor` or `numpy.ndarray` of shape `(N, q)`, *optional*): In the place of the present ones.
 
         Raises:
-            KeyError: One of `ids` is not in the index; then nothing is removed.
+            KeyError: One of `ids` is not in the index; then nothing is changed.
+            ValueError: There is nothing to replace, or metadata or embeddings are as [`add`] refuses them.
+
+        Example:
+
+            index.update("cat.png", metadata={**index.get("cat.png"), "caption": "a cat"})
         """
-        ids = as_ids(ids)
-        with self._lock:
-            found = self._positions(ids)
-            missing = [image_id for image_id in ids if image_id not in found]
-            if missing:
-                raise KeyError(f"The index has no images {missing[:10]}; nothing was removed.")
-            if not found:
-                return
-            positions = list(found.values())
-            now = self._now.without(positions)
-            self._entries.delete(positions)
-            self._now = now
-            for position in positions:
-                self._images.pop(position, None)
+        if metadata is None and embeds is None:
+            raise ValueError("`update` needs `metadata`, `embeds`, or both.")
+        self._store.update(ids, [metadata] if isinstance(metadata, dict) else metadata, embeds)
+
+    def delete(self, ids: Sequence[str] | str) -> None:
+        """Remove one image, or several. Raises a `KeyError` if one is not in the index; then nothing is removed."""
+        self._store.delete(ids)
 
     @classmethod
-    def merge(cls, indexes: Sequence["FromageImageIndex | str | os.PathLike"]) -> "FromageImageIndex":
+    def merge(cls, indexes: Sequence["FromageImageIndex | str | os.PathLike[str]"]) -> "FromageImageIndex":
         """One index of all images of `indexes` (or their folders), in order: the shards of a build on many machines.
 
         Raises:
             ValueError: They are of different models, widths or dtypes, or an id occurs twice.
         """
-        parts = [part if isinstance(part, cls) else cls.from_pretrained(part) for part in indexes]
+        parts = [part if isinstance(part, cls) else cls.from_pretrained(part) for part in indexes]  # type: ignore[arg-type]  # a cls is no path
         if not parts:
             raise ValueError("`merge` needs at least one index.")
         kinds = {(part.dim, part.dtype, part.model_fingerprint) for part in parts}
         if len(kinds) > 1:
             raise ValueError(f"Only indexes of one model and kind can be merged; got (width, dtype, model): {kinds}.")
-        merged = cls.__new__(cls)
-        merged._start(*kinds.pop())
-        roots, stored = {part.image_root for part in parts}, {part._root() for part in parts}
-        merged.image_root = roots.pop() if len(roots) == 1 else None
-        merged._stored_root = stored.pop() if len(stored) == 1 else None
+        dim, dtype, model_fingerprint = kinds.pop()
+        access = ImageAccess.shared([part._access for part in parts])
+        merged = cls._of(IndexStore(dim, dtype), access, model_fingerprint)
         for part in parts:
             merged._append(part)
         return merged
 
-    def _root(self) -> str | None:
-        """The folder that relative paths in the metadata start from, which is not to say that it may be read."""
-        return self._stored_root if self.image_root is None else str(Path(self.image_root).absolute())
-
-    def _append(self, other: "FromageImageIndex"):
-        """Add all of another index, with absolute paths where its images are elsewhere than this one's."""
-        if other.dim != self.dim:
-            raise ValueError(f"Embeddings of width {other.dim} cannot be added to those of width {self.dim}.")
-        with other._lock:
-            now, kept, skipped = other._now, {**other._images}, other.skipped
-        root = other._root()
-        root = None if root == self._root() else root
-        images: dict[int, Image.Image | Path] = {}
-
-        def pieces() -> Iterator[tuple[torch.Tensor, list[tuple[str, str]]]]:
-            number = itertools.count()
-            for rows, entries in zip(now.kept_rows(), other._kept_entries(now), strict=True):
-                images.update({n: kept[p] for (p, _, _), n in zip(entries, number, strict=False) if p in kept})
-                metadata = [facts for _, _, facts in entries]
-                if root is not None:
-                    metadata = [_with_root(facts, root) for facts in metadata]
-                # As they are: normalised again, they would be rounded again.
-                yield rows, as_entries([image_id for _, image_id, _ in entries], metadata)
-
-        with self._lock:
-            self._insert(pieces(), images, ((row["id"], row["source"], row["reason"]) for row in skipped))
-            self._may_read_files &= other._may_read_files
+    def _append(self, other: "FromageImageIndex") -> None:
+        root = other._access.root
+        with self._store.lock:
+            self._store.extend(other._store, None if root == self._access.root else root)
+            self._access.may_read_files &= other._access.may_read_files
 
     # ---- searching ------------------------------------------------------------------------------------------------
 
@@ -418,34 +330,33 @@ class FromageImageIndex:
                 default), `nprobe` and `training_size`; see [`FaissBackend`].
 
         Raises:
-            ValueError: The backend is not known, or cannot be trained on so few images.
+            ValueError: The backend is not known, has other options, or cannot be trained on so few images.
         """
-        if backend == "milvus":
-            raise ValueError("backend='milvus' is not in this version; it has 'flat' and 'faiss'.")
-        if backend not in ("flat", "faiss"):
-            raise ValueError(f"Unknown backend {backend!r}; this version has 'flat' and 'faiss'.")
-        if backend == "flat" and options:
-            raise ValueError(f"The flat backend takes no options, got {sorted(options)}.")
-        faiss, now = None, self._now
-        if backend == "faiss":
-            faiss = FaissBackend(**options)
-            faiss.build(now.shards, self.dim)
-        with self._lock:
-            for rows in self._now.rows_from(now.count) if faiss else ():  # added while it was trained
-                faiss.add(rows)
-            self._now = dataclasses.replace(self._now, faiss=faiss)
+        self._store.use_backend(make_backend(backend, options))
+        return self
+
+    def set_search_options(self, **options: Any) -> "FromageImageIndex":
+        """Change how the backend searches, without building it anew: `nprobe` for a FAISS index of an IVF factory.
+
+        [`save_pretrained`] saves the options with the index.
+
+        Raises:
+            ValueError: The backend has no such option; the message names those that it has.
+
+        Example:
+
+            index.use_backend("faiss", factory="IVF1024,Flat").set_search_options(nprobe=16)
+        """
+        self._store.now.backend.set_options(**options)
         return self
 
     def to(self, device: torch.device | str) -> "FromageImageIndex":
         """Keep the embeddings on `device`, where the flat search then runs."""
-        with self._lock:
-            self.device = torch.device(device)
-            shards = tuple(shard.to(device) for shard in self._now.shards)
-            self._now = dataclasses.replace(self._now, shards=shards)
+        self._store.to(device)
         return self
 
-    def check_model(self, model: Any):
-        """Raise a `ValueError` where `model` is not the one whose embeddings these are."""
+    def check_model(self, model: EmbeddingModel) -> None:
+        """Raise a `ValueError` if another model made these embeddings."""
         theirs = model.retrieval_fingerprint()
         if self.model_fingerprint is not None and theirs != self.model_fingerprint:
             raise ValueError(
@@ -455,185 +366,84 @@ class FromageImageIndex:
 
     def search(
         self,
-        embeds: Any,
+        embeds: torch.Tensor | ArrayLike,
         top_k: int = 1,
         exclude_ids: Sequence[str] | Sequence[Sequence[str]] | str | None = None,
         where: dict[str, Any] | None = None,
-        model: Any = None,
-    ) -> tuple[list[list[str]], torch.Tensor, list[list[dict[str, Any]]]]:
-        """Nearest images of `embeds` (Q, q), a tensor or an array, by cosine.
+        model: EmbeddingModel | None = None,
+    ) -> Hits:
+        """The nearest images of `embeds`, by cosine.
 
         Args:
-            exclude_ids: Ids never returned: one list for all queries, or one list a query; or a single id.
-            where: Only images whose metadata has these values; a list means any of its values, and metadata that is a
-                list has each of its items. Searched exactly, whatever the backend.
-            model: The model that made `embeds`, to make sure that it is the index's.
+            embeds (`torch.Tensor` or `numpy.ndarray` of shape `(Q, q)`): Queries.
+            top_k (`int`): Number of images for each query.
+            exclude_ids: Ids never returned: one list for all queries, or a list for each; or a single id.
+            where (`dict`, *optional*): Only images whose metadata has these values. A list means any of its values, and
+                metadata that is a list has each of its items. Such a search is exact, whatever the backend.
+            model (*optional*): The model that made `embeds`, to check that it is the index's.
 
         Returns:
-            Ids, one list of k a query; cosines (Q, k); metadata likewise. Ties rank by position in the index. Where
-            `where` leaves a query fewer than `top_k` images, its lists are of those that there are; then k is the
-            length of the longest list, and shorter ones have cosines of -inf at their end.
+            Ids (a list of k for each query), cosines (Q, k), and metadata (like the ids). Equal cosines rank by
+            position in the index. If `where` leaves a query fewer than `top_k` images, its lists hold what there is; k
+            is then the length of the longest list, and the cosines of shorter ones end in -inf.
 
         Raises:
             ValueError: `top_k` is less than 1 or, without `where`, more than the number of images left; a query is not
-                finite or of another width; or `model` is not the index's.
+                finite or has another width; or `model` is not the index's.
             CorruptIndexError: A file of the index is damaged.
-            ReplacedIndexError: Another index was saved into its folder before this one's files were all opened.
+            ReplacedIndexError: Another index was saved into its folder before all of this one's files were opened.
+
+        Example:
+
+            ids, scores, metadata = index.search(embeds, top_k=5, where={"license": ["CC0", "CC-BY"]})
         """
         if model is not None:
             self.check_model(model)
-        queries = self._normalized(embeds)
-        now, banned = self._with_excluded(exclude_ids, len(queries))
-        allowed = now.kept
-        if where:
-            allowed = torch.zeros(now.count, dtype=torch.bool)
-            allowed[self._entries.matching(where, now.count)] = True
-            allowed = allowed if now.kept is None else allowed & now.kept
-        counts = [len(rows) if allowed is None else int(allowed[rows].sum()) for rows in banned]
-        available = int(allowed.sum()) if where else now.count - now.removed
-        if not 1 <= top_k <= (top_k if where else available - max(counts, default=0)):
-            raise ValueError(
-                f"`top_k` is {top_k}, but the index has {max(available - max(counts, default=0), 0)} images to choose "
-                f"from (of {now.count - now.removed})."
-            )
-        top_k = min(top_k, available - min(counts, default=0))
-        scores, positions = [torch.empty(0, top_k)], []
-        for start in range(0, len(queries) if top_k else 0, _QUERIES_AT_A_TIME):
-            piece = slice(start, start + _QUERIES_AT_A_TIME)
-            several = (now.shards, queries[piece], top_k, banned[piece], allowed)
-            found = search_flat(*several) if now.faiss is None or where else search_faiss(now.faiss, *several)
-            scores.append(found[0])
-            positions += found[1].tolist()
-        scores = torch.cat(scores) if top_k else torch.empty(len(queries), 0)
-        if where:
-            lengths = (available - count for count in counts)
-            positions = [row[:length] for row, length in zip(positions or [[]] * len(queries), lengths, strict=True)]
-        entries = self._entries.at(sorted({position for row in positions for position in row}))
-        ids = [[entries[position][0] for position in row] for row in positions]
-        return ids, scores, [[entries[position][1] for position in row] for row in positions]
-
-    def _normalized(self, embeds: Any) -> torch.Tensor:
-        return F.normalize(as_embeds(embeds, self.dim), dim=-1)
-
-    def _with_excluded(self, exclude_ids: Any, count: int) -> tuple[Snapshot, list[torch.LongTensor]]:
-        """What there is, and the positions of excluded images in it, for each of `count` queries."""
-        lists = as_excluded(exclude_ids, count)
-        if not any(lists):
-            return self._now, [torch.empty(0, dtype=torch.long)] * count
-        with self._lock:  # an id that is deleted and added again between the two would be excluded in vain
-            now, known = self._now, self._positions(sorted({image_id for ids in lists for image_id in ids}))
-        return now, [torch.tensor(sorted({known[i] for i in ids if i in known}), dtype=torch.long) for ids in lists]
+        request = self._store.request(embeds, top_k, exclude_ids, where)
+        return request.snapshot.backend.search(request)
 
     # ---- keeping it -----------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | os.PathLike):
-        """Write the index into a folder, images in memory included. An index that is there stays whole until the new
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the index into a folder, with the images that it keeps. An index that is there stays whole until this
         one is."""
-        self._save(save_directory)
-
-    def _save(
-        self, directory: str | os.PathLike, progress: dict[str, Any] | None = None, scrub: Scrubber | None = None
-    ):
-        """Write it as it is now, whatever is changed meanwhile; `scrub` is for what is published."""
-        with self._lock:
-            now, images, skipped = self._now, {**self._images}, self.skipped
-        image_root = self._stored_root if self.image_root is None else str(Path(self.image_root).resolve())
-        facts = {
-            "dim": self.dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "model": self.model_fingerprint,
-            "image_root": None if scrub else image_root,
-            "may_read_files": self._may_read_files,
-        }
-        with one_at_a_time(directory):
-            writer, moved = IndexWriter(directory, facts, progress=progress), {}
-            for rows, entries in zip(now.kept_rows(), self._kept_entries(now), strict=True):
-                for number, (position, _, _) in enumerate(entries, writer.count):
-                    if position in images:
-                        moved[position] = writer.keep_image(number, images[position])
-                metadata = [facts if scrub is None else scrub(facts) for _, _, facts in entries]
-                writer.add(rows, [image_id for _, image_id, _ in entries], metadata)
-            rows = [(row["id"], row["source"], row["reason"]) for row in skipped]
-            writer.entries.skip(rows if scrub is None else [tuple(scrub(row, is_path=True)) for row in map(list, rows)])
-            self._move_images(writer.directory, images, moved)
-            self._finish(writer, now)
-
-    def _move_images(self, directory: Path, images: dict[int, Image.Image | Path], moved: dict[int, Path]):
-        """Of the images that are kept in `directory`, take the new files from now on: the old ones will be removed."""
-        with self._lock:
-            for position, path in moved.items():
-                old = images[position]
-                is_same = isinstance(old, Path) and self._images.get(position) is old
-                if is_same and old.parent.parent.resolve() == directory.resolve():
-                    self._images[position] = path
-
-    def _finish(self, writer: IndexWriter, now: Snapshot):
-        """Add the FAISS index to what was written."""
-        if now.faiss is None:
-            writer.finish()
-            return
-        temporary, faiss = writer.directory / "backend.tmp", now.faiss
-        if now.removed or not faiss.save(temporary, now.count):  # positions move up, or images were added meanwhile
-            faiss = FaissBackend(**faiss.options)
-            try:
-                faiss.build([Shard(len(rows), rows) for rows in now.kept_rows()], self.dim)
-            except ValueError as error:  # the images are not to be lost for it
-                logger.warning("Saved without its FAISS index: %s", error)
-                writer.finish()
-                return
-            faiss.save(temporary, now.count - now.removed)
-        crc32 = crc32_of_file(temporary)
-        path = writer.directory / f"backend-{crc32:08x}.faiss"
-        os.replace(temporary, path)
-        listed = {"file": path.name, "bytes": path.stat().st_size, "crc32": crc32, "options": faiss.options}
-        writer.finish({"faiss": listed}, files=[path.name])
+        save_index(save_directory, self._store, self._access, self.model_fingerprint)
 
     @classmethod
     def from_pretrained(
         cls,
-        index_name_or_path: str | os.PathLike,
+        index_name_or_path: str | os.PathLike[str],
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        image_root: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        image_root: str | os.PathLike[str] | None = None,
         repo_type: str = "dataset",
     ) -> "FromageImageIndex":
         """Open what [`save_pretrained`], [`build`] or [`push_to_hub`] wrote: a folder, or a repository of the Hub.
 
-        Embeddings, ids and metadata stay in their files; each file is checked when it is first used. Whoever wrote an
-        index could write anything: it is not taken at its word about where its images are.
+        Embeddings, ids and metadata stay in their files, and each file is checked when it is first used. Anyone may
+        have written the index, so it is not taken at its word about where its images are.
 
         Args:
-            image_root: The folder that metadata's relative "path"s are in. Images below it may be read, and those in
-                the index's own folder; see [`load_image`].
+            image_root: The folder that relative paths in the metadata start from. Images below it may be read, besides
+                those in the index's own folder; see [`load_image`].
 
         Raises:
             FileNotFoundError: The folder holds no finished index.
-            CorruptIndexError: A file is missing or of another size.
+            CorruptIndexError: A file is missing or has another size.
         """
         directory = Path(index_name_or_path)
-        if not directory.is_dir() and (directory.is_absolute() or len(directory.parts) > 2):
-            raise FileNotFoundError(f"There is no folder {directory}, and it is no repository's name (org/name).")
         if not directory.is_dir():
-            directory = Path(
-                snapshot_download(
-                    str(index_name_or_path), repo_type=repo_type, revision=revision, token=token, cache_dir=cache_dir,
-                    allow_patterns=_HUB_FILES,
-                )
-            )  # fmt: skip
-        state, shards, entries, folder = read_index_file(directory)
-        index = cls.__new__(cls)
-        index._start(state["dim"], getattr(torch, state["dtype"]), state["model"])
-        faiss = None
-        if state.get("faiss"):
-            file = listed_file(folder, state["faiss"])
-            faiss = FaissBackend.from_file(file, state["count"], state["dim"], state["faiss"]["options"])
-        index._now = Snapshot(tuple(shards), state["count"], faiss=faiss)
-        index._entries, index._folder, index._stored_root = entries, folder, state["image_root"]
-        kept = kept_images(directory, state)
-        index._images = {position: path for position, path in kept.items() if position < state["count"]}
-        index._may_read_files = False
-        index.image_root = None if image_root is None else Path(image_root)
+            if directory.is_absolute() or len(directory.parts) > 2:
+                raise FileNotFoundError(f"There is no folder {directory}, and it is no repository's name (org/name).")
+            directory = download_index(str(index_name_or_path), repo_type, revision, token, cache_dir)
+        opened = read_index(directory)
+        state, count = opened.state, opened.snapshot.count
+        images = {position: path for position, path in kept_images(directory, state).items() if position < count}
+        store = IndexStore(state["dim"], getattr(torch, state["dtype"]), opened.snapshot, opened.entries, dict(images))
+        access = ImageAccess(folder=directory, stored_root=state["image_root"], may_read_files=False)
+        index = cls._of(store, access, state["model"])
+        index.image_root = image_root
         return index
 
     def push_to_hub(
@@ -645,39 +455,68 @@ class FromageImageIndex:
         commit_message: str = "Upload image index",
         repo_type: str = "dataset",
     ) -> str:
-        """Upload the index in one commit, in the place of the one that is there; returns the commit's address.
+        """Upload the index in one commit, in the place of the one that is there, and return the commit's address.
 
-        Of absolute paths in the metadata the file's name alone is published, and this machine's folders are cut out of
-        all its texts.
+        Of absolute paths in the metadata only the file's name is published, and this machine's folders are cut out of
+        all texts. Raises a `ValueError` if an id is a path of this machine.
+        """
+        return push_index(repo_id, self._store, self._access, self.model_fingerprint, private, token, revision,
+                          commit_message, repo_type)  # fmt: skip
+
+    def to_dataset(self, images: bool = True, limits: ImageLimits = DEFAULT_LIMITS) -> "datasets.Dataset":
+        """The index as a `datasets.Dataset`, in memory, to look at or to publish, with the columns "id", "embedding",
+        the metadata and "image".
+
+        Metadata whose values a column cannot hold without loss (of several types, lists, dicts, `None`) is JSON in the
+        column "metadata". As for [`push_to_hub`], this machine's folders are cut out.
+
+        Args:
+            images (`bool`): Whether to add the images as [`load_image`] returns them. Those that it cannot read, or
+                may not, are `None`.
+            limits ([`ImageLimits`]): What an image may cost.
 
         Raises:
+            ImportError: `datasets` is not installed.
             ValueError: An id is a path of this machine.
+
+        Example:
+
+            index.to_dataset().push_to_hub("org/pictures")
         """
-        api = HfApi(token=token)
-        scrub = Scrubber([self._root(), self.image_root and Path(self.image_root).resolve()])
-        paths = [image_id for image_id in self.ids if scrub(image_id) != image_id]
-        if paths:
-            raise ValueError(
-                f"Ids that are paths of this machine would be published: {paths[:5]}. Give the images other ids."
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            self._save(folder, scrub=scrub)  # folders of this machine are of no one else's concern
-            api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, repo_type=repo_type, revision=revision,
-                commit_message=commit_message, delete_patterns=_HUB_FILES[1:],
-            )  # fmt: skip
-        return commit.commit_url
+        load = (lambda image_id: self.load_image(image_id, limits)) if images else None
+        return store_to_dataset(self._store, load, self._access.scrubber())
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: "datasets.Dataset",
+        embedding_column: str = "embedding",
+        id_column: str = "id",
+        image_column: str = "image",
+        dtype: torch.dtype | None = None,
+        model_fingerprint: str | None = None,
+        backend: str = "flat",
+        **backend_options: Any,
+    ) -> "FromageImageIndex":
+        """An index of a dataset that has embeddings, such as one of [`to_dataset`].
+
+        All other columns become metadata, where they have a value. Of images the index keeps the bytes. Files that the
+        metadata names are read only below `image_root`, as for an index that was opened: anyone may have written them.
+
+        Args:
+            embedding_column, id_column, image_column (`str`): Names of columns; that of images may be missing.
+            dtype (`torch.dtype`, *optional*): Of the stored embeddings; the dataset's by default.
+            model_fingerprint (`str`, *optional*): Of the model that made the embeddings. A dataset does not carry it.
+            backend (`str`): As for the class.
+
+        Raises:
+            ImportError: `datasets` is not installed.
+            ValueError: A column is missing, or holds what [`add`] refuses.
+        """
+        store = store_from_dataset(dataset, dtype, embedding_column, id_column, image_column)
+        return cls._of(store, ImageAccess(may_read_files=False), model_fingerprint).use_backend(
+            backend, **backend_options
+        )
 
 
-def _with_root(facts: dict[str, Any], root: str) -> dict[str, Any]:
-    path = facts.get("path")
-    return {**facts, "path": str(Path(root) / path)} if isinstance(path, str) and path else facts
-
-
-def _check_dtype(dtype: torch.dtype):
-    if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"Embeddings are stored in torch.float32 or torch.float16, not {dtype}.")
-
-
-__all__ = ["FromageImageIndex"]
+__all__ = ["FromageImageIndex", "IndexEntry"]

@@ -1,4 +1,4 @@
-"""Images for an index, from wherever they are: folders, tables, datasets, lists; read ahead by threads."""
+"""The images that an index is built from: folders, tables, datasets or lists, read ahead by threads."""
 
 import contextlib
 import csv
@@ -9,7 +9,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ _IMAGE_COLUMNS = ("image", "url", "path", "file_name")  # of tables and rows, in
 
 @dataclass
 class ImageSource:
-    """One image to be indexed: what [`load_rgb_image`] takes, its id, and facts to be kept with it."""
+    """One image to be indexed: what [`load_rgb_image`] takes, its id, and its metadata."""
 
     image: Any
     id: str
@@ -37,7 +37,7 @@ class ImageSource:
 
     @property
     def name(self) -> str:
-        """Its address or path, or what it is."""
+        """The image's URL or path, or else its type."""
         if isinstance(self.image, dict):
             return str(self.image.get("path") or "in memory")
         return str(self.image)[:1000] if isinstance(self.image, (str, os.PathLike)) else type(self.image).__name__
@@ -47,16 +47,19 @@ def image_sources(
     images: Any, ids: Sequence[str] | None = None, metadata: Sequence[dict[str, Any]] | None = None
 ) -> tuple[Iterator[ImageSource], int | None, str | None]:
     """The images of a folder, of a TSV or CSV file with a header, of a `datasets` dataset, or of any iterable of PIL
-    images, paths, URLs or rows (dicts with an "image"); how many they are, where that is known; and the folder that
-    metadata's relative paths start from.
+    images, paths, URLs or rows (dicts with an "image").
 
-    An id is that of `ids`, else the row's "id", else the file's path below the folder, else the image's number. Paths
-    and URLs, and a table's other columns, become metadata; `metadata` adds to it.
+    An image's id comes from `ids`, or else from its row's "id", its path below the folder, or its number. Paths, URLs
+    and a table's other columns become metadata; `metadata` adds to it.
+
+    Returns:
+        The images; their number, if it is known; and the folder that relative paths in the metadata start from.
 
     Raises:
-        ValueError: `images` is none of these, or there are not as many `ids` or `metadata` as images.
+        ValueError: `images` is none of these, or the number of `ids` or `metadata` is not that of the images.
     """
     root, ids = None, None if ids is None else as_ids(ids)
+    rows: Any
     if isinstance(images, (str, os.PathLike)):
         path = Path(images).absolute()
         root = path if path.is_dir() else path.parent
@@ -74,20 +77,19 @@ def image_sources(
         if given is not None and len(given) != count:
             got = "a stream of images; let its rows carry them" if count is None else f"{count} images"
             raise ValueError(f"Got {len(given)} {name} for {got}.")
-    ids, metadata = (
-        itertools.repeat(default) if given is None else given for given, default in ((ids, None), (metadata, {}))
-    )
-    columns = zip(rows, ids, metadata, strict=False)
+    given_ids: Iterable[str | None] = itertools.repeat(None) if ids is None else ids
+    given_metadata: Iterable[dict[str, Any]] = itertools.repeat({}) if metadata is None else metadata
+    columns = zip(rows, given_ids, given_metadata, strict=False)
     sources = (_source(number, *row, root) for number, row in enumerate(columns))
     return sources, count, None if root is None else str(root)
 
 
 def _may_be_image(file: Path) -> bool:
-    """By its name, and no folder, device or pipe, which could be read for ever; a broken link is a missing image."""
+    """By its name. A device or a pipe is none: it could be read for ever. A broken link is a missing image."""
     return file.suffix.lower() in Image.registered_extensions() and (file.is_file() or not file.exists())
 
 
-def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], root: Path | None) -> ImageSource:
+def _source(number: int, row: Any, given_id: str | None, given: dict[str, Any], root: Path | None) -> ImageSource:
     if not isinstance(row, dict):
         row = {"image": row}
     columns = [name for name in _IMAGE_COLUMNS if row.get(name) is not None]
@@ -98,7 +100,7 @@ def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], 
     if root is not None and isinstance(image, str) and image and not is_url(image):
         image = str(Path(root) / image)  # a table's are relative to it
     metadata = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
-    metadata = {name: value for name, value in metadata.items() if name not in (column, "id") and _is_fact(value)}
+    metadata = {name: value for name, value in metadata.items() if name not in (column, "id") and _is_scalar(value)}
     where = image if not isinstance(image, dict) else None if image.get("bytes") else image.get("path")
     if is_url(where):
         metadata["url"] = where
@@ -107,20 +109,19 @@ def _source(number: int, row: Any, given_id: str | None, facts: dict[str, Any], 
         metadata["path"] = (path.relative_to(root) if root and path.is_relative_to(root) else path).as_posix()
     image_id = given_id if given_id is not None else row.get("id")
     image_id = storable(str(number if image_id is None else image_id))
-    return ImageSource(image, image_id, {**metadata, **facts})
+    return ImageSource(image, image_id, {**metadata, **given})
 
 
-def _is_fact(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, bool)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a TSV or CSV file; relative image paths are relative to it."""
+    """Rows of a TSV or CSV file with a header that names the images' column."""
     is_tsv = path.suffix.lower() == ".tsv"
     # A quote in a TSV is a quote: captions have single ones. `datasets` and spreadsheets quote a CSV's.
-    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
-        reader = csv.DictReader(file, **quoting)
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.DictReader(file)
         try:
             rows = list(reader)
         except csv.Error as error:
@@ -147,7 +148,7 @@ def _not_utf8(path: Path) -> ValueError:
 
 
 def _undecoded(images: Any) -> Any:
-    """`images`; of a dataset, with its image column not decoded, so that a broken file costs that file alone."""
+    """`images`, with a dataset's image column not decoded, so that a broken file costs that file alone."""
     if is_datasets_available() and isinstance(images, (datasets.Dataset, datasets.IterableDataset)):
         for name, feature in (images.features or {}).items():
             if isinstance(feature, datasets.Image):
@@ -162,7 +163,7 @@ def _undecoded(images: Any) -> Any:
 def read_ahead(
     sources: Iterable[ImageSource], load: Callable[[Any], Any], workers: int, ahead: int
 ) -> Iterator[tuple[ImageSource, Any, UnreadableImageError | None]]:
-    """Each source with what `load` makes of its image, or with why it cannot be read; in order, loaded by threads."""
+    """Each source, in order, with what `load` makes of its image in a thread, or with the error that it raises."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         pending: deque = deque()
         try:
@@ -177,7 +178,7 @@ def read_ahead(
                 future.cancel()
 
 
-def _result(source, future):
+def _result(source: ImageSource, future: Future[Any]) -> tuple[ImageSource, Any, UnreadableImageError | None]:
     try:
         return source, future.result(), None
     except UnreadableImageError as error:
@@ -185,7 +186,7 @@ def _result(source, future):
 
 
 def _content(image: Any) -> str:
-    """What tells an image from another of the same name; nothing for a URL, and for one that cannot be read."""
+    """What tells an image from another of the same name; empty for a URL or an image that cannot be read."""
     with contextlib.suppress(OSError, SyntaxError, ValueError):
         if isinstance(image, Image.Image):
             return f"{image.size} {image.mode} {zlib.crc32(image.tobytes())}"
@@ -199,13 +200,13 @@ def _content(image: Any) -> str:
 
 
 class SourceDigest:
-    """A running digest of the images that were seen, to tell whether a build goes on with them: of their ids, and of
-    their bytes, their pixels, their file's size and time of change, or their address."""
+    """A running digest of the images of a build, to tell whether the next call is about the same ones. It covers ids,
+    and bytes, pixels, a file's size and time of change, or a URL."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
-    def update(self, source: ImageSource):
+    def update(self, source: ImageSource) -> None:
         self._hash.update(f"{source.id}\0{source.name}\0{_content(source.image)}\n".encode(errors="surrogatepass"))
 
     def hexdigest(self) -> str:

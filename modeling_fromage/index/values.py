@@ -1,4 +1,4 @@
-"""What a caller gives an image index, checked and made plain: embeddings, ids, metadata; NumPy's kinds among them."""
+"""Check and convert what callers give an index: embeddings, ids, metadata, filters; NumPy's types included."""
 
 import json
 from typing import Any
@@ -10,10 +10,10 @@ from ..image_ids_fromage import as_ids, is_id
 
 
 def as_embeds(embeds: Any, dim: int | None = None) -> torch.Tensor:
-    """A tensor or array (N, q) in fp32 on the CPU.
+    """A tensor or an array (N, q), in fp32 on the CPU.
 
     Raises:
-        ValueError: It is not of this shape, or not of numbers, or not finite.
+        ValueError: It has another shape, or holds something other than finite numbers.
     """
     if not isinstance(embeds, torch.Tensor):
         try:
@@ -31,14 +31,14 @@ def as_embeds(embeds: Any, dim: int | None = None) -> torch.Tensor:
 
 
 def as_list(value: Any) -> list[Any]:
-    """The items of a list, a tuple, a set or an array; one value by itself otherwise."""
+    """The items of a list, a tuple, a set or an array; another value as the only item."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     return list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
 
 
 def as_excluded(exclude_ids: Any, count: int) -> list[list[str]]:
-    """The excluded ids of each of `count` queries: those of one list for all of them (or one id), or of a list each.
+    """The excluded ids of each of `count` queries: of one list (or one id) for all of them, or of a list for each.
 
     Raises:
         ValueError: There are not as many lists as queries, or an id is no string.
@@ -51,32 +51,47 @@ def as_excluded(exclude_ids: Any, count: int) -> list[list[str]]:
     return [as_ids(ids) for ids in several]
 
 
-def as_entries(ids: Any, metadata: Any) -> list[tuple[str, str]]:
-    """Ids and metadata (dicts) as they are stored: (id, JSON) each.
+def as_wanted(where: Any) -> dict[str, list[Any]]:
+    """The values that a filter wants of each metadata name, as JSON has them.
 
     Raises:
-        ValueError: An id is no string, a metadata entry is no dict or JSON cannot hold it, or counts differ.
+        ValueError: It is not a dict of strings, numbers, booleans and `None`, or lists of these.
+    """
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where):
+        raise ValueError(f"`where` is a dict of metadata names and values, got {where!r}.")
+    listed = {name: as_list(value) for name, value in where.items()}
+    for name, values in listed.items():
+        if any(isinstance(value, (dict, list, tuple, np.ndarray)) for value in values):
+            raise ValueError(f"`where` compares texts, numbers, True, False and None, got {name!r}: {values}.")
+    return {name: json.loads(as_json(values, "`where`")) for name, values in listed.items()}
+
+
+def as_entries(ids: Any, metadata: Any) -> list[tuple[str, str]]:
+    """Ids and metadata as they are stored: (id, JSON) of each image.
+
+    Raises:
+        ValueError: An id is not a string, metadata is not a dict or JSON cannot hold it, or the counts differ.
     """
     ids = as_ids(ids)
     metadata = [{}] * len(ids) if metadata is None else list(metadata)
     if len(metadata) != len(ids):
         raise ValueError(f"Got {len(ids)} ids and {len(metadata)} metadata entries.")
-    for image_id, facts in zip(ids, metadata, strict=True):
-        if not isinstance(facts, dict):
-            raise ValueError(f"The metadata of an image is a dict, got {facts!r} for {image_id!r}.")
-    return [(name, as_json(facts, f"metadata of image {name!r}")) for name, facts in zip(ids, metadata, strict=True)]
+    for image_id, values in zip(ids, metadata, strict=True):
+        if not isinstance(values, dict):
+            raise ValueError(f"The metadata of an image is a dict, got {values!r} for {image_id!r}.")
+    return [(name, as_json(values, f"metadata of image {name!r}")) for name, values in zip(ids, metadata, strict=True)]
 
 
 def as_json(value: Any, name: str) -> str:
-    """JSON of plain values, NumPy's among them.
+    """`value` as JSON; NumPy's numbers and arrays as plain ones.
 
     Raises:
-        ValueError: It has no JSON; JSON has no NaN.
+        ValueError: JSON cannot hold it; it has no NaN, for one.
     """
     try:
         text = _READABLE_JSON.encode(value)
         # What is not UTF-8 in a file's name is a lone surrogate in Python, which JSON can only escape.
-        return text if text.isascii() or _is_utf8(text) else _ASCII_JSON.encode(value)
+        return text if text.isascii() or is_utf8(text) else _ASCII_JSON.encode(value)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"JSON cannot hold the {name}: {error}. Give texts, numbers, lists and dicts.") from error
 
@@ -92,7 +107,8 @@ _READABLE_JSON, _ASCII_JSON = (
 )
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode `text`: not lone surrogates, which stand for other bytes in a file's name."""
     try:
         text.encode()
     except UnicodeEncodeError:

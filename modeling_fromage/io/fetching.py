@@ -1,4 +1,4 @@
-"""Fetching image files from the web, where an address may be hostile: limits on time, bytes, pixels, formats, hosts."""
+"""Fetch image files from the web, where a URL may be hostile: within limits on time, bytes and hosts."""
 
 import base64
 import binascii
@@ -17,15 +17,15 @@ from ..images_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError
 
 _REDIRECTS = 5
 _CHUNK = 1 << 16
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are the IPv4 address that is meant
-_UNICAST = ipaddress.ip_network("2000::/3")  # all that is given out of the public IPv6 addresses
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are the IPv4 address
+_UNICAST = ipaddress.ip_network("2000::/3")  # the public IPv6 addresses that are allocated
 _HEADERS = {"User-Agent": "modeling-fromage", "Accept": "image/*,*/*;q=0.5", "Connection": "close"}
 
 
 def fetch(url: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The bytes behind a `http(s)://` or `data:` URL.
+    """The bytes behind an `http(s)://` or `data:` URL.
 
-    Every redirect's host is checked before it is connected to, by the very address that is connected to.
+    The host of each redirect is checked before connecting, by the very address that is then connected to.
 
     Raises:
         UnreadableImageError: A limit is passed, a host is private, or the server answers with an error.
@@ -50,15 +50,16 @@ def fetch(url: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
 
 
 def _get(url: str, name: str, limits: ImageLimits, deadline: float) -> bytes | str:
-    """The body behind `url`, or where it redirects to."""
+    """The body behind `url`, or the URL that it redirects to."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UnreadableImageError(name, "no http(s) address", url[:100])
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     # Without a port, http.client would take the end of an IPv6 address for one.
     connection = kind(parts.hostname, kind.default_port if parts.port is None else parts.port)
-    # http.client's own hook: what it returns is used for http, and wrapped, with the host's name checked, for https.
-    connection._create_connection = lambda address, *_: _connect(address, deadline, name, limits)
+    # http.client's own hook, which type stubs do not know: what it returns is used for http, and wrapped, with the
+    # host's name checked, for https.
+    setattr(connection, "_create_connection", lambda address, *_: _connect(address, deadline, name, limits))  # noqa: B010
     connection.connect()
     opened, response = connection.sock, None
     # The socket's timeout is for one read; a server that drips bytes passes it, but not this.
@@ -121,10 +122,10 @@ def _left(deadline: float) -> float:
 
 
 def _resolve(address: tuple[str, int], deadline: float) -> list[tuple]:
-    """`getaddrinfo`, which has no timeout of its own, in a thread that is left behind when it is late."""
-    answers = queue.SimpleQueue()
+    """`getaddrinfo` in a thread, which is left behind if it is late: it has no timeout of its own."""
+    answers: queue.SimpleQueue[list[tuple] | Exception] = queue.SimpleQueue()
 
-    def ask():
+    def ask() -> None:
         try:
             answers.put(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
         except (OSError, ValueError) as error:
@@ -150,7 +151,7 @@ def _is_public(address: str) -> bool:
     return found.is_global and not found.is_multicast
 
 
-def _shut(opened: socket.socket):
+def _shut(opened: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it is closed already
         opened.shutdown(socket.SHUT_RDWR)
 

@@ -20,11 +20,13 @@ import torch
 from torch.nn import functional as F
 
 from modeling_fromage import FromageImageIndex
-from modeling_fromage.index import files as files_module
-from modeling_fromage.index import index as index_module
+from modeling_fromage.index import reading as reading_module
+from modeling_fromage.index import shards as shards_module
+from modeling_fromage.index import writer as writer_module
+from modeling_fromage.index.backends import flat as flat_module
 from modeling_fromage.index.backends.faiss import FaissBackend
-from modeling_fromage.index.search import search_faiss, search_flat
-from modeling_fromage.index.store import CorruptIndexError, ReplacedIndexError
+from modeling_fromage.index.backends.flat import search_flat
+from modeling_fromage.index.folder import CorruptIndexError, ReplacedIndexError
 
 DIM, SECONDS = 32, 10
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,7 @@ def assert_finds_all(index: FromageImageIndex, ids: list[str]):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    for module in (files_module, index_module):
+    for module in (shards_module, writer_module):
         monkeypatch.setattr(module, "SHARD_ROWS", 300)
 
 
@@ -180,7 +182,7 @@ def test_searches_run_side_by_side_and_beside_changes(monkeypatch):
         assert changed.wait(10)
         return search_flat(*args)
 
-    monkeypatch.setattr(index_module, "search_flat", slow)
+    monkeypatch.setattr(flat_module, "search_flat", slow)
     with ThreadPoolExecutor(2) as pool:
         searches = [pool.submit(index.search, rows_of(ids[:3]), 4) for _ in range(2)]
         inside.wait(10)
@@ -197,11 +199,14 @@ def test_faiss_proposes_nothing_that_came_later(monkeypatch):
     ids, new = [f"image {i}" for i in range(9)], [f"image {i}" for i in range(9, 12)]
     index = index_of(ids, backend="faiss")
 
-    def late(*args):
-        index.add(rows_of(new), new)
-        return search_faiss(*args)
+    find = FaissBackend._find
 
-    monkeypatch.setattr(index_module, "search_faiss", late)
+    def late(*args):
+        if len(index) == len(ids):
+            index.add(rows_of(new), new)
+        return find(*args)
+
+    monkeypatch.setattr(FaissBackend, "_find", late)
     found, scores, _ = index.search(rows_of(new), 9)  # the new ones would come first
     assert [sorted(names) for names in found] == [ids] * 3
     torch.testing.assert_close(
@@ -212,7 +217,7 @@ def test_faiss_proposes_nothing_that_came_later(monkeypatch):
 @pytest.mark.parametrize("backend", ["flat", "faiss"])
 def test_a_save_is_of_one_moment(tmp_path, monkeypatch, small_shards, backend):
     ids = [f"image {i}" for i in range(700)]
-    index, write = index_of(ids, backend=backend), files_module.IndexWriter.add
+    index, write = index_of(ids, backend=backend), writer_module.IndexWriter.add
     numbers = itertools.count(1000)
 
     def change(writer, *args):
@@ -222,7 +227,7 @@ def test_a_save_is_of_one_moment(tmp_path, monkeypatch, small_shards, backend):
         index.add(rows_of(names), names, [{"name": name} for name in names])
 
     with monkeypatch.context() as patch:
-        patch.setattr(files_module.IndexWriter, "add", change)
+        patch.setattr(writer_module.IndexWriter, "add", change)
         index.save_pretrained(tmp_path)
     assert_finds_all(FromageImageIndex.from_pretrained(tmp_path), ids)
     assert_finds_all(index, [*ids[15:], *(f"image {i}" for i in range(1000, 1015))])
@@ -231,11 +236,11 @@ def test_a_save_is_of_one_moment(tmp_path, monkeypatch, small_shards, backend):
 def test_a_save_refuses_rows_without_entries(tmp_path):
     index = index_of(["image 0", "image 1"])
     index.save_pretrained(tmp_path)
-    index._entries.connection.execute("DELETE FROM entries WHERE position = 1")
+    index._store.entries.connection.execute("DELETE FROM entries WHERE position = 1")
     with pytest.raises(CorruptIndexError, match="2 embeddings from position 0 on have 1 entries"):
         index.save_pretrained(tmp_path)
     assert_finds_all(FromageImageIndex.from_pretrained(tmp_path), ["image 0", "image 1"])
-    writer = files_module.IndexWriter(tmp_path, {"dim": DIM, "dtype": "float32"})
+    writer = writer_module.IndexWriter(tmp_path, {"dim": DIM, "dtype": "float32"})
     with pytest.raises(ValueError, match="2 embeddings, 1 ids and 1 metadata"):
         writer.add(torch.zeros(2, DIM), ["image 0"], [{}])
 
@@ -246,9 +251,9 @@ def test_an_addition_that_fails_leaves_nothing(monkeypatch, added):
     index = index_of(ids, backend="faiss")
     add = FaissBackend.add
 
-    def fail(backend, rows):
+    def fail(backend, rows, entries):
         if added:
-            add(backend, rows[:2])
+            add(backend, rows[:2], entries)
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
@@ -309,7 +314,7 @@ def test_a_folder_that_another_process_saves_anew(tmp_path, small_shards):
     opened, flat, used, half_used = (FromageImageIndex.from_pretrained(tmp_path) for _ in range(4))
     flat.use_backend("flat")  # its embeddings are mapped
     half_used.use_backend("flat")
-    assert half_used.ids == ids and flat._now.shards[0].rows().shape == (5, DIM)
+    assert half_used.ids == ids and flat._store.now.shards[0].rows().shape == (5, DIM)
     assert_finds_all(used, ids)
     subprocess.run([sys.executable, "-c", SAVE_ANEW, str(tmp_path)], check=True, cwd=ROOT)
     assert_finds_all(used, ids)  # goes on with what it opened
@@ -331,12 +336,12 @@ def test_a_folder_that_another_process_saves_anew(tmp_path, small_shards):
 def test_opening_while_another_saves(tmp_path, monkeypatch):
     """Between reading `index.json` and looking at the files that it lists."""
     index_of(["image 0"]).save_pretrained(tmp_path)
-    check, saved = files_module._check_size, []
+    check, saved = reading_module._check_size, []
 
     def late(folder, entry):
         if not saved:
             saved.append(index_of(["image 1"]).save_pretrained(tmp_path))
         check(folder, entry)
 
-    monkeypatch.setattr(files_module, "_check_size", late)
+    monkeypatch.setattr(reading_module, "_check_size", late)
     assert_finds_all(FromageImageIndex.from_pretrained(tmp_path), ["image 1"])

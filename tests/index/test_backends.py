@@ -1,0 +1,98 @@
+"""FAISS against exact search, and backends that are refused."""
+
+import json
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from modeling_fromage import FromageImageIndex
+from modeling_fromage.index import folder as folder_module
+from modeling_fromage.index.folder import CorruptIndexError
+from tests.helpers.indexes import (
+    DIM,
+    VALUES,
+    WHERES,
+    assert_searches,
+    columns,
+    index_of,
+    make_entries,
+    small_shards,
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"factory": "IVF4,Flat", "nprobe": 4, "training_size": 150}])
+def test_faiss_finds_what_flat_search_does(tmp_path, monkeypatch, options):
+    small_shards(monkeypatch, 50)
+    entries, queries = make_entries(400), torch.randn(5, DIM)
+    index_of(entries[:380], backend="faiss", **options).save_pretrained(tmp_path)
+    index = FromageImageIndex.from_pretrained(tmp_path)
+    index.add(*columns(entries[380:]))
+    assert_searches(index, entries, queries, 10)
+    best = index.search(queries, 40)[0]
+    assert_searches(index, entries, queries, 10, exclude_ids=best)
+    assert_searches(index, entries, queries, 10, exclude_ids=best[0], where=WHERES[1])
+    deleted = {name for names in best for name in names}
+    index.delete(list(deleted))
+    entries = [entry for entry in entries if entry.id not in deleted]
+    assert_searches(index, entries, queries, 10)
+    index.save_pretrained(tmp_path)  # in which the positions move up
+    index = FromageImageIndex.from_pretrained(tmp_path)
+    expected = {"factory": "Flat", "nprobe": None, "training_size": 200_000, **options}
+    assert index.backend == "faiss" and index._store.now.backend.options == expected
+    assert_searches(index, entries, queries, 10)
+    assert_searches(index.use_backend("flat"), entries, queries, 10)
+
+
+def test_faiss_is_exact_where_its_lists_hold_too_few():
+    entries, queries = make_entries(200), torch.randn(5, DIM)
+    index = index_of(entries, backend="faiss", factory="IVF16,Flat", nprobe=1)
+    near = index.search(queries, 3)[1]
+    assert_searches(index, entries, queries, 150)
+    assert_searches(index, entries, queries, 3, where={"kind": VALUES})  # filters are exact, too
+    best = index.use_backend("flat").search(queries, 3)[1]
+    assert (near <= best).all() and (near < best).any()  # otherwise approximate
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("faiss", {"factory": "nonsense"}, "does not know the factory string 'nonsense'"),
+        ("faiss", {"factory": "IVF100,Flat"}, "cannot train 'IVF100,Flat' on 20 embeddings"),
+        ("milvus", {}, "milvus' is not in this version"),
+        ("lucene", {}, "Unknown backend 'lucene'"),
+        ("flat", {"nprobe": 2}, r"takes no options, got \['nprobe'\]"),
+    ],
+)
+def test_refused_backends(backend, options, message):
+    index = index_of(make_entries(20), backend="faiss")
+    with pytest.raises(ValueError, match=message):
+        index.use_backend(backend, **options)
+    assert index.backend == "faiss"  # as it was
+
+
+def test_too_few_left_for_faiss(tmp_path, caplog):
+    entries = make_entries(200)
+    index = index_of(entries, backend="faiss", factory="IVF16,Flat", nprobe=16)
+    index.delete([entry.id for entry in entries[8:]])
+    index.save_pretrained(tmp_path)
+    assert "without its FAISS index" in caplog.text
+    again = FromageImageIndex.from_pretrained(tmp_path)
+    assert again.backend == "flat" and again.ids == [entry.id for entry in entries[:8]]
+
+
+def test_hostile_faiss_files(tmp_path):
+    index_of(make_entries(5), backend="faiss").save_pretrained(tmp_path)
+    [path] = tmp_path.glob("*.faiss")
+    text = (tmp_path / "index.json").read_text()
+    wider, more = faiss.IndexFlatIP(DIM + 1), faiss.IndexFlatIP(DIM)
+    wider.add(np.ones((5, DIM + 1), dtype=np.float32))
+    more.add(np.ones((6, DIM), dtype=np.float32))
+    for data in (b"no index", bytes(faiss.serialize_index(wider)), bytes(faiss.serialize_index(more))):
+        path.write_bytes(data)
+        state = json.loads(text)
+        state["faiss"].update(bytes=len(data), crc32=folder_module.crc32_of_file(path))
+        (tmp_path / "index.json").write_text(json.dumps(state))
+        with pytest.raises(CorruptIndexError, match=r"\.faiss"):
+            FromageImageIndex.from_pretrained(tmp_path).search(torch.ones(1, DIM), 2)

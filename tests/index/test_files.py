@@ -128,8 +128,8 @@ def test_an_interrupted_save_leaves_a_whole_index(tmp_path, monkeypatch, backend
             except Killed:
                 found = contents(FromageImageIndex.from_pretrained(tmp_path))
                 died.append((calls[call - 1], next(name for name in whole if whole[name] == found)))
-    # The old one is there until all is written; then its files are removed. Each file is written (if it is a shard's, by
-    # `save_file`), moved into place and its temporary name removed; the listing's own removal is after it counts.
+    # The old one is there until all is written; then its files are removed. Each new file is moved into place, and its
+    # temporary name removed; the listing counts as soon as it is moved.
     saving = 3 * 3 + 2 * (backend == "faiss") + 1
     assert [name for _, name in died[:saving]] == ["old"] * saving and set(died[saving:]) == {("unlink", "new")}
     assert {name for name, _ in died[:saving]} == {"save_file", "replace", "unlink"}

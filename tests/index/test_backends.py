@@ -96,3 +96,46 @@ def test_hostile_faiss_files(tmp_path):
         (tmp_path / "index.json").write_text(json.dumps(state))
         with pytest.raises(CorruptIndexError, match=r"\.faiss"):
             FromageImageIndex.from_pretrained(tmp_path).search(torch.ones(1, DIM), 2)
+
+
+def test_search_options(tmp_path):
+    entries, queries = make_entries(400), torch.randn(20, DIM)
+    index = index_of(entries, backend="faiss", factory="IVF16,Flat", nprobe=1)
+    exact = index_of(entries).search(queries, 5).ids
+    assert index.search(queries, 5).ids != exact
+    assert index.set_search_options(nprobe=16) is index
+    assert index.search(queries, 5).ids == exact
+    index.save_pretrained(tmp_path)
+    again = FromageImageIndex.from_pretrained(tmp_path)
+    assert again._store.now.backend.options == {"factory": "IVF16,Flat", "nprobe": 16, "training_size": 200_000}
+    assert again.search(queries, 5).ids == exact
+    again.set_search_options(nprobe=1)
+    assert (
+        again.search(queries, 5).ids == index_of(entries, backend="faiss", factory="IVF16,Flat").search(queries, 5).ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ({"backend": "flat"}, {"nprobe": 2}, r"flat backend takes no options, got \['nprobe'\]"),
+        ({"backend": "faiss"}, {"nprobe": 2}, "'Flat' has no lists, so `nprobe` does not apply"),
+        ({"backend": "faiss"}, {"probes": 2, "nprobe": 1}, r"are \['nprobe'\], got \['probes'\]"),
+        *(
+            ({"backend": "faiss", "factory": "IVF4,Flat"}, {"nprobe": value}, "whole number from 1")
+            for value in (0, -1, True, 1.5, "4", None, 1 << 40)
+        ),
+    ],
+)
+def test_refused_search_options(backend, options, message):
+    index = index_of(make_entries(200), **backend)
+    before = index._store.now.backend.options
+    with pytest.raises(ValueError, match=message):
+        index.set_search_options(**options)
+    assert index._store.now.backend.options == before
+
+
+def test_unknown_options_are_named():
+    for options in ({"nprobes": 2}, {"factory": "Flat", "lists": 3}):
+        with pytest.raises(ValueError, match=r"takes the options \['factory', 'nprobe', 'training_size'\], got"):
+            index_of(make_entries(3)).use_backend("faiss", **options)

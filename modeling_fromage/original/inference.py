@@ -55,7 +55,8 @@ def original_generation(
         at = torch.zeros_like(ids, dtype=torch.bool)
         at[0, [i for i, token in enumerate(tokens) if token == processor.ret_token_id]] = True
         visual = None if pixels is None else model.get_image_features(pixels).pooler_output
-        embeds = model.embed_positions(ids, torch.ones_like(ids), visual, at)[0]
+        embed_positions: Any = model.embed_positions
+        embeds = embed_positions(ids, torch.ones_like(ids), visual, at)[0]
     else:
         output: Any = model.generate(
             input_ids=ids,

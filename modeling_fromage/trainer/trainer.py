@@ -1,18 +1,25 @@
-"""Training with the HF Trainer: the `[RET]` norm callback, separate losses in the log, recall in evaluation."""
+"""Training with the HF Trainer: the `[RET]` norm callback, the three losses in the log, recall in evaluation."""
 
 import logging
 import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.utils import get_total_norm
-from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    SaveStrategy,
+    TrainOutput,
+)
 
 from ..processing_fromage import FromageProcessor
 from .data_collator import FromageDataCollator
@@ -21,7 +28,7 @@ from .ranking import gallery_ranks, recall_at_k
 logger = logging.getLogger(__name__)
 
 LOSS_PARTS = ("captioning_loss", "ret_token_loss", "contrastive_loss")
-# A gradient scaler starts at 2 ** 16 and halves at every step that it skips: by now it has skipped 30.
+# A gradient scaler starts at 2 ** 16 and halves at every step that it skips: here it has skipped 30.
 SMALLEST_LOSS_SCALE = 2.0**-14
 
 WHAT_TO_CHECK = (
@@ -29,7 +36,7 @@ WHAT_TO_CHECK = (
     "float32 do not."
 )
 
-# Arguments with which something else would be trained, or nothing: the value that is off, and why.
+# Arguments that would train something other than the model's losses, or nothing: the value that is off, and why.
 UNSUPPORTED_IN_TRAINING = {
     "label_smoothing_factor": (
         0.0,
@@ -62,48 +69,56 @@ UNSUPPORTED_IN_EVALUATION = {
 class NormalizeRetEmbeddingCallback(TrainerCallback):
     """After each optimiser step, rescale `[RET]` to the mean norm of the LM's other embeddings (authors' code).
 
-    It also keeps a plain `Trainer` from training something else than the model's losses, and from going on with numbers
-    that are not finite.
+    It also stops a plain `Trainer` from training something other than the model's losses, and from continuing with
+    numbers that are not finite.
 
     Raises:
-        ValueError: An argument with which something else would be trained, such as `label_smoothing_factor`.
-        FloatingPointError: A gradient is NaN or infinite, before the optimiser takes the step; or a trained parameter,
-            after it. Names the step.
+        ValueError: An argument would train something else, such as `label_smoothing_factor`.
+        FloatingPointError: A gradient is NaN or infinite before the optimiser's step, or a trained parameter after it;
+            names the step.
     """
 
-    def on_init_end(self, args, state, control, **kwargs: Any):
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         refuse_arguments(args, UNSUPPORTED_IN_TRAINING)
 
-    def on_train_begin(self, args, state, control, **kwargs: Any):  # of a callback that was added later
-        refuse_arguments(args, UNSUPPORTED_IN_TRAINING)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_arguments(args, UNSUPPORTED_IN_TRAINING)  # again, for a callback that was added later
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs: Any):
-        if args.fp16:  # the gradient scaler skips such a step, and tries a smaller scale
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:  # the gradient scaler skips such a step and tries a smaller scale
             return
+        model: torch.nn.Module = kwargs["model"]
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         refuse_non_finite(gradients, state, "was not taken, for gradients that are not finite:")
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs: Any):
-        unwrapped = getattr(model, "module", model)
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: torch.nn.Module = kwargs["model"]
+        unwrapped: Any = getattr(model, "module", model)
         unwrapped.normalize_ret_embedding()
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         refuse_non_finite(trained, state, "left numbers that are not finite:")
 
 
-def refuse_non_finite(tensors: dict[str, torch.Tensor], state: TrainerState, what: str):
+def refuse_non_finite(tensors: dict[str, torch.Tensor], state: TrainerState, what: str) -> None:
     """
     Raises:
-        FloatingPointError: Names those of `tensors` with a NaN or an infinity.
+        FloatingPointError: Names the `tensors` with a NaN or an infinity.
     """
-    if not get_total_norm(tensors.values(), float("inf")).isfinite():  # one wait for the device
+    if not get_total_norm(tensors.values(), float("inf")).isfinite():  # synchronises with the device once
         names = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         raise FloatingPointError(f"Step {state.global_step + 1} {what} {', '.join(names)}. {WHAT_TO_CHECK}")
 
 
-def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, str]]):
+def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, str]]) -> None:
     """
     Raises:
-        ValueError: One of `args` is not at the value that is off.
+        ValueError: One of `args` differs from its value in `unsupported`.
     """
     for name, (off, reason) in unsupported.items():
         value = getattr(args, name)
@@ -112,30 +127,39 @@ def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, 
 
 
 class FromageTrainer(Trainer):
-    """The HF Trainer with [`NormalizeRetEmbeddingCallback`], the three losses in the log, and recall over the whole
-    evaluation set, both directions, as `eval_text_to_image_R@1`, ..., beside their number of pairs.
+    """The HF Trainer with [`NormalizeRetEmbeddingCallback`], the three losses in the log, and recall in both directions
+    over the whole evaluation set, as `eval_text_to_image_R@1`, ..., next to `eval_num_pairs`.
 
-    Without a `data_collator` it makes a [`FromageDataCollator`] of `processing_class`. It sets
-    `remove_unused_columns=False`, since the collator reads the raw columns, and
-    `accelerator_config={"dispatch_batches": False}`: of a streamed data set each process collates its own batches, as
-    a batch whose captions were concatenated has fewer captioning rows than images and cannot be cut.
-
-    `train(resume_from_checkpoint=True)` goes on after the last complete checkpoint, and starts from the beginning where
-    there is none yet, so that a run that may be killed at any moment has one command.
+    It sets `remove_unused_columns=False`, since the collator reads the raw columns, and
+    `accelerator_config={"dispatch_batches": False}`, so that each process collates its own batches of a streamed data
+    set: a batch of concatenated captions has fewer captioning rows than images and cannot be cut.
 
     A run's checkpoints hold the trained parts and the optimiser's state. They name the backbones by Hub id and commit,
     else by absolute path; on another machine `from_pretrained(checkpoint, text_model_id=..., vision_model_id=...)`
-    loads them, and `train(resume_from_checkpoint=...)` goes on with a model that was assembled there. A backbone whose
-    weights have changed is in them whole. With the plain Trainer, whose checkpoints are those of `save_pretrained`, so
-    are backbones that are on no Hub and lie more than two folders up.
+    loads them, and `train(resume_from_checkpoint=...)` continues with a model assembled there. A backbone whose weights
+    have changed is saved whole. The plain Trainer's checkpoints are those of `save_pretrained`: they also hold
+    backbones that are on no Hub and lie more than two folders up.
+
+    Args:
+        model ([`FromageForConditionalGeneration`]): The model, or one that PEFT wraps.
+        args ([`TrainingArguments`], *optional*): As in transformers.
+        data_collator ([`FromageDataCollator`], *optional*): Defaults to one of `processing_class`.
+        more, kwargs: As in transformers: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
 
     Raises:
-        ValueError: An argument would train something else than the model's losses (`label_smoothing_factor`,
-            `compute_loss_func`, ...), there is neither a collator nor a [`FromageProcessor`] to make one of, or the
-            collator's processor has other token ids than the model, or lays captions out in another way than
-            `processing_class`, which is saved. In `train`: checkpoints of the run are to be pushed and name folders of
-            this machine, or would leave out what PEFT trains.
+        ValueError: An argument would train something other than the model's losses (`label_smoothing_factor`,
+            `compute_loss_func`, ...); there is neither a collator nor a [`FromageProcessor`] to make one of; or the
+            collator's processor has other token ids than the model, or another caption format than `processing_class`,
+            which is saved. In `train`: checkpoints that are to be pushed during the run name folders of this machine,
+            or would leave out what PEFT trains.
         FloatingPointError: A loss, gradient or trained parameter is NaN or infinite; names the step.
+
+    Example:
+
+        args = TrainingArguments("outputs", per_device_train_batch_size=32, max_steps=500)
+        trainer = FromageTrainer(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=processor)
+        trainer.train(resume_from_checkpoint=True)
+        trainer.evaluate()["eval_text_to_image_R@1"]
     """
 
     def __init__(
@@ -148,12 +172,13 @@ class FromageTrainer(Trainer):
     ):
         args = TrainingArguments("tmp_trainer") if args is None else args
         refuse_arguments(args, UNSUPPORTED_IN_TRAINING | UNSUPPORTED_IN_EVALUATION)
-        if args.accelerator_config.dispatch_batches:
+        accelerator_config = cast(AcceleratorConfig, args.accelerator_config)  # TrainingArguments makes it one
+        if accelerator_config.dispatch_batches:
             raise ValueError(
                 "`dispatch_batches=True` cuts every tensor of a batch alike, but a batch of concatenated captions has "
                 "fewer captioning rows than images. Leave it out."
             )
-        args.accelerator_config.dispatch_batches = False
+        accelerator_config.dispatch_batches = False
         args.remove_unused_columns = False
         super().__init__(model, args, data_collator, *more, **kwargs)
         if self.compute_loss_func is not None:
@@ -175,72 +200,77 @@ class FromageTrainer(Trainer):
         if isinstance(self.data_collator, FromageDataCollator) and isinstance(self.processing_class, FromageProcessor):
             self.data_collator.check_format(self.processing_class)
         self.add_callback(NormalizeRetEmbeddingCallback())
-        self._parts: dict[str, torch.Tensor] = {}  # of the last batch
+        self._parts: dict[str, torch.Tensor] = {}  # losses of the last batch
         self._logged_parts = LossParts()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers. With `resume_from_checkpoint=True` training continues after the last complete checkpoint,
+        or starts from the beginning where there is none, so that a run that may be killed needs only one command."""
         given = str(resume_from_checkpoint).lower()
         if given in ("true", "false") and not os.path.exists(given):  # as YAML and command lines have it
             resume_from_checkpoint = given == "true"
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or "")
             if resume_from_checkpoint is None:
                 logger.warning(
                     "%s has no complete checkpoint yet: training starts from the beginning.", self.args.output_dir
                 )
         self._logged_parts = LossParts()
-        # What could not be saved or pushed is refused before the first step.
-        if self.args.save_strategy != SaveStrategy.NO and isinstance(self._unwrapped, PreTrainedModel):
+        # A run whose checkpoints could not be saved or pushed is refused before its first step.
+        is_bare = isinstance(self._unwrapped, PreTrainedModel)  # and not in a PeftModel
+        if self.args.save_strategy != SaveStrategy.NO and is_bare:
             self._unwrapped.refuse_unsaved_peft()
-        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # which pushes checkpoints of the run
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # pushes during the run
             self._refuse_local_backbones()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
-    def _unwrapped(self) -> torch.nn.Module:
+    def _unwrapped(self) -> Any:  # the model, a PeftModel around it, or another module
         return self.accelerator.unwrap_model(self.model)
 
     @property
     def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank has the weights
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank has all weights
 
-    def _refuse_local_backbones(self):
+    def _refuse_local_backbones(self) -> None:
         if hasattr(self._unwrapped, "refuse_local_backbones"):
             self._unwrapped.refuse_local_backbones(compare_weights=not self._is_sharded)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any):
-        """As the Trainer's; backbones are named, if by a path of this machine, rather than copied."""
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in the Trainer, but backbones are named, if need be by a path of this machine, rather than copied."""
         unwrapped = self._unwrapped
         with unwrapped.absolute_paths() if hasattr(unwrapped, "absolute_paths") else nullcontext():
             super()._save_checkpoint(*args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if not self._restore_adapter(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
         if not self._restore_adapter(self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _restore_adapter(self, checkpoint: str) -> bool:
-        """Load an adapter that `add_adapter` has put in, which the Trainer does not know of; whether there is one."""
+    def _restore_adapter(self, checkpoint: str | None) -> bool:
+        """Load an adapter that `add_adapter` has added, of which the Trainer does not know; whether there is one."""
         has_adapter = getattr(self._unwrapped, "_hf_peft_config_loaded", False) and not self._is_sharded
         if has_adapter:
             self._unwrapped.restore_adapter(checkpoint)
         return has_adapter
 
-    def push_to_hub(self, *args: Any, **kwargs: Any):
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_local_backbones()
         return super().push_to_hub(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs: Any):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training:
             values = {name: outputs.get(name) for name in LOSS_PARTS}
             self._parts = {name: value.detach().mean() for name, value in values.items() if value is not None}
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model, inputs, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         step = self.state.global_step + 1
         if not loss.isfinite().all():
@@ -257,27 +287,32 @@ class FromageTrainer(Trainer):
         self._logged_parts.add(self._parts, 1 / self.current_gradient_accumulation_steps)
         return loss
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._logged_parts.steps:
             logs = {**logs, **self._logged_parts.means(self.accelerator)}
             self._logged_parts = LossParts()
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """As the Trainer's, with each loss part's mean and the recall among all N pairs.
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in the Trainer, with the mean of each loss and the recall among all pairs.
 
         Raises:
-            ValueError: Several processes share a streamed data set, of which none knows which examples fill the others'
-                last batch: they would count twice.
+            ValueError: Several processes share a streamed data set: none of them knows which examples fill up the last
+                batch, so these would count twice.
         """
         if isinstance(dataloader.dataset, IterableDataset) and self.args.world_size > 1:
             raise ValueError(
                 f"{description} on a streamed data set in {self.args.world_size} processes would count examples twice. "
                 "Give a data set with a length, or evaluate in one process."
             )
-        collator = self.data_collator
+        collator: Any = self.data_collator
         was_training = getattr(collator, "training", None)
         if was_training is not None:
             collator.training = False  # no concatenated captions
@@ -287,17 +322,20 @@ class FromageTrainer(Trainer):
             if was_training is not None:
                 collator.training = was_training
         values = dict(zip(self._output_names, output.predictions, strict=True))
-        for name in (
-            "loss",
-            *LOSS_PARTS,
-        ):  # the loop's own mean takes a last, smaller batch of a stream for a whole one
-            if name in values:
-                output.metrics[f"{metric_key_prefix}_{name}"] = float(torch.as_tensor(values[name]).float().mean())
+        # The loop's own mean counts the last, smaller batch of a stream as a whole one.
+        means = {name: torch.as_tensor(values[name]).float().mean() for name in ("loss", *LOSS_PARTS) if name in values}
+        metrics = {f"{metric_key_prefix}_{name}": float(mean) for name, mean in means.items()}
         if "image_embeds" in values:
-            output.metrics.update(self._recall(values, metric_key_prefix))
-        return output
+            metrics |= self._recall(values, metric_key_prefix)
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, torch.Tensor | None]:
         inputs = {**self._prepare_inputs(inputs), "return_logits": False}
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -305,8 +343,8 @@ class FromageTrainer(Trainer):
         self._output_names = [name for name in names if outputs.get(name) is not None]
         count = len(inputs["input_ids"])
         predictions = [outputs[name].detach() for name in self._output_names]
-        predictions = tuple(p.repeat(count) if p.dim() == 0 else p for p in predictions)  # a loss counts once a row
-        return loss.detach(), predictions, inputs.get("labels")
+        repeated = tuple(p.repeat(count) if p.dim() == 0 else p for p in predictions)  # a loss counts once a row
+        return loss.detach(), repeated, inputs.get("labels")
 
     @staticmethod
     def _recall(values: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -320,20 +358,20 @@ class FromageTrainer(Trainer):
 
 
 class LossParts:
-    """The three losses since the last log, weighted as the Trainer weights the loss that it logs: a batch counts as one
-    of those that its optimiser step accumulates, and the mean is over processes."""
+    """Sums of the three losses since the last log, weighted as the Trainer weights the loss that it logs: each batch by
+    one over the number that its optimiser step accumulates, averaged over processes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.steps = 0.0
 
-    def add(self, parts: dict[str, torch.Tensor], weight: float):
+    def add(self, parts: dict[str, torch.Tensor], weight: float) -> None:
         self.steps += weight
         for name, value in parts.items():
             self.sums[name] = self.sums.get(name, 0) + weight * value
 
     def means(self, accelerator: Any) -> dict[str, float]:
-        """Of all processes, which must call this together, as they log together."""
+        """Means over all processes, which must call this together."""
         if not self.sums:
             return {}
         means = accelerator.reduce(torch.stack(list(self.sums.values())) / self.steps, "mean")
@@ -341,8 +379,8 @@ class LossParts:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a run with a whole `trainer_state.json`, the last file that the Trainer writes into one;
-    `None` where there is none."""
+    """The newest checkpoint of a run with a complete `trainer_state.json`, the last file that the Trainer writes into
+    it; `None` where there is none."""
     name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := name.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):

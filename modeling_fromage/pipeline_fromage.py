@@ -174,6 +174,8 @@ class FromagePipeline(Pipeline):
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
         images = ImageSearch(self.index, self.model, load_images, where, limits, self._logged)
         inputs = self.preprocess(prompt, limits=limits, allow_local_files=allow_local_files, rets_in_text=True)
+        if not inputs["text"]:
+            raise ValueError("The prompt is empty. Give it a text or an image.")
         text = self.processor.retrieval_text(inputs["text"])
         tensors: Any = self.processor(images=inputs["images"] or None, text=text, return_tensors="pt")
         embeds = self.model.get_text_embeds(**tensors.to(self.model.device, self.model.vision_model.dtype))

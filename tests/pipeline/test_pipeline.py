@@ -8,20 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer, pipeline
+from transformers import TextStreamer, pipeline
 from transformers.pipelines import any_to_any
 
 from modeling_fromage import FromageChat, FromageImageIndex, FromagePipeline, UnreadableImageError
 from modeling_fromage.interleaved_generation_fromage import InterleavedGeneration
 from tests.helpers.backbones import make_model, make_processor
-
-COLOURS = ["red", "green", "blue", "white", "black", "orange"]
-NEWLINE, RET = 202, 501
-
-
-def picture(colour):
-    return Image.new("RGB", (40, 30), colour)
+from tests.helpers.pipelines import COLOURS, NEWLINE, RET, kinds, picture, plain, scripted
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +22,6 @@ def pipe():
     model, processor = make_model("opt_clip"), make_processor()
     index = FromageImageIndex.build(model, processor, [picture(c) for c in COLOURS], ids=COLOURS, show_progress=False)
     return pipeline("interleaved-generation", model=model, processor=processor, index=index, max_new_tokens=8)
-
-
-class Script(LogitsProcessor):
-    """Makes a model write these tokens, whatever it would, one list for each call of `generate`."""
-
-    def __init__(self, *scripts):
-        self.scripts, self.widths = [list(script) for script in scripts], []
-
-    def __call__(self, input_ids, scores):
-        width = input_ids.shape[1]
-        if not self.widths or width != self.widths[-1] + len(self.written):
-            self.widths.append(width)
-            self.written, self.script = [], self.scripts.pop(0)
-        token = self.script[len(self.written)]
-        self.written.append(token)
-        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
-
-
-def scripted(*scripts):
-    return {"logits_processor": LogitsProcessorList([Script(*scripts)]), "max_new_tokens": sum(map(len, scripts))}
-
-
-def kinds(segments):
-    return [segment["type"] for segment in segments]
-
-
-def plain(segments):
-    """Segments without what compares badly."""
-    return [{name: value for name, value in s.items() if name not in ("score", "image")} for s in segments]
 
 
 MIXED = [

@@ -13,7 +13,7 @@ from transformers import pipeline
 from modeling_fromage import FromageChat, FromageImageIndex, FromagePipeline, UnreadableImageError
 from modeling_fromage.interleaved_generation_fromage import InterleavedGeneration
 from tests.helpers.backbones import make_model, make_processor
-from tests.pipeline.test_pipeline import COLOURS, RET, kinds, picture, plain, scripted
+from tests.helpers.pipelines import COLOURS, RET, kinds, picture, plain, scripted
 
 
 @pytest.fixture(scope="module")

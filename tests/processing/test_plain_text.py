@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from modeling_fromage import FromageChat, FromageImageIndex, FromagePipeline, FromageProcessor
 from tests.helpers.backbones import make_model, make_processor
-from tests.pipeline.test_pipeline import COLOURS, RET, kinds, picture, plain, scripted
+from tests.helpers.pipelines import COLOURS, RET, kinds, picture, plain, scripted
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"

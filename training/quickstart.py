@@ -157,7 +157,7 @@ def evaluate(model, processor, collator, trainer, held_out: Split) -> dict[str, 
 
 @torch.no_grad()
 def search_texts(model, processor, texts: list[str], index: FromageImageIndex, top_k: int):
-    inputs = processor(text=[text + processor.ret_token for text in texts], return_tensors="pt", padding=True)
+    inputs = processor(text=[processor.retrieval_text(text) for text in texts], return_tensors="pt", padding=True)
     return index.search(model.get_text_embeds(inputs["input_ids"], inputs["attention_mask"]), top_k)
 
 

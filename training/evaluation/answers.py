@@ -19,7 +19,7 @@ def context(processor: Any, turns: Sequence[Turn], protocol: VisdialProtocol) ->
     """An image, the rounds before the last of `turns`, and its question."""
     texts = [f"Q: {turn.question}?\nA: {turn.answer}\n" for turn in turns[:-1]]
     question = f"Q: {turns[-1].question}?\n{protocol.answer_cue}"
-    return image_text(processor) + processor.bos_text + "".join(texts) + question
+    return processor.add_bos(image_text(processor) + "".join(texts) + question)
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def retrieve(
         # Of the images, those that such a dialogue is about.
         numbers, rows = torch.tensor([images.rows[dialogue.image] for dialogue in long]).unique(return_inverse=True)
         texts = [dialogue_text(dialogue.turns[:count]) for dialogue in long]
-        prompts = [processor.bos_text + text + processor.ret_token for text in texts]
+        prompts = [processor.retrieval_text(text) for text in texts]
         pairs = {"ours": (embeds[numbers], embed_prompts(model, processor, prompts, batch_size=batch_size))}
         if dual_encoder is not None:
             pairs["dual encoder"] = (images.dual_embeds[numbers], dual_encoder.text_embeds(texts))

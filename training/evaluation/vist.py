@@ -160,12 +160,12 @@ def encode_photos(
 def prompt(processor: Any, story: Story, captions: int, images: int, protocol: VistProtocol) -> str:
     """The last `captions` captions of a story, each of the first `images` followed by its image, then `[RET]`."""
     texts = story.captions[-captions:]
-    bos = processor.bos_text
     if protocol.bos_before_captions:
+        bos = processor.bos_text
         parts = [bos + text + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
         return "".join(parts) + processor.ret_token
     parts = [text.strip() + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
-    return bos + " ".join(parts) + processor.ret_token
+    return processor.retrieval_text(" ".join(parts))
 
 
 def score(

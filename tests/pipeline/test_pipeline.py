@@ -355,21 +355,33 @@ def test_any_to_any(pipe, monkeypatch):
     assert found[0]["generated_text"].strip() == expected
 
 
-def test_a_stranger_loads_the_pipeline(pipe, tmp_path):
-    """From a saved folder, in a process that has not this package."""
+def test_a_stranger_answers_with_images_of_an_index_of_their_own(pipe, tmp_path):
+    """From a saved folder, in a process that has not this package: any object with `search` is an index."""
     pipe.save_pretrained(tmp_path / "model")
-    index = pipe._forward_params["index"]
-    index.save_pretrained(tmp_path / "index")
-    script = f"""
+    torch.save((pipe.index.embeds, pipe.index.ids), tmp_path / "embeds.pt")
+    script = """
 import sys; sys.modules["modeling_fromage"] = None
+import torch
 from transformers import pipeline
-pipe = pipeline(model={str(tmp_path / "model")!r}, trust_remote_code=True, index={str(tmp_path / "index")!r})
+
+class Index:
+    def __init__(self, embeds, ids):
+        self.embeds, self.ids = embeds, ids
+
+    def search(self, embeds, top_k=1, exclude_ids=None, where=None):
+        scores, rows = (embeds @ self.embeds.T).topk(min(top_k, len(self.ids)))
+        return [[self.ids[i] for i in row] for row in rows], scores, [[{} for _ in row] for row in rows]
+
+folder, embeds = sys.argv[1:]
+pipe = pipeline(model=folder, trust_remote_code=True, index=Index(*torch.load(embeds)))
 answer = pipe(["a cat[RET]"], max_new_tokens=0, load_images=False)
-print(type(pipe).__name__, pipe.task, answer[-1]["id"])
+found = pipe.search("a cat", top_k=3, load_images=False)
+print(type(pipe).__name__, pipe.task, answer[-1]["id"], *(hit["id"] for hit in found))
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "embeds.pt")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
-    expected = pipe(["a cat[RET]"], max_new_tokens=0)[-1]["id"]
-    assert run.stdout.split()[-3:] == ["FromagePipeline", "interleaved-generation", expected]
+    expected = [hit["id"] for hit in pipe.search("a cat", top_k=3)]
+    assert run.stdout.split()[-6:] == ["FromagePipeline", "interleaved-generation", expected[0], *expected]
     assert not any(Path(tmp_path / "model").glob("*.safetensors.tmp"))

@@ -63,7 +63,9 @@ def test_vist_of_the_original(scripts):
             shutil.copy(IMAGES / photo["url_o"], scripts.images / f"{photo['id']}.png")
     (scripts.images / "f38.png").write_bytes(b"no picture")
     sis = [scripts.write("sis.json", golden["sis_file"])]
-    results, manifest = vist.evaluate(scripts.model, scripts.processor, sis, scripts.images, protocol="paper")
+    evaluator = vist.VistEvaluator(data=sis, images=scripts.images)
+    evaluation = evaluator.run(scripts.model, scripts.processor)
+    results, manifest = evaluation.results, evaluation.manifest
     recall = results["settings"]["5 captions + 4 images"]["ours"]
     assert {k: recall[f"R@{k}"] for k in (1, 5, 10)} == {int(k): pytest.approx(v) for k, v in golden["recall"].items()}
     assert results["denominator"]["N"] == golden["n_evaluated"] == recall["N"]
@@ -93,9 +95,8 @@ def test_visdial_answers_of_the_original(scripts):
     dialogue_images(scripts)
     data = scripts.write("answers.json", golden["dialogs_file"])
     dense = scripts.write("dense.json", golden["dense"][::-1])  # annotations need not be sorted
-    results, _ = visdial.evaluate(
-        scripts.model, scripts.processor, data, scripts.images, dense, protocol="paper", tasks=["answers"]
-    )
+    evaluator = visdial.VisdialEvaluator(data=data, images=scripts.images, dense=dense, tasks=["answers"])
+    results = evaluator.run(scripts.model, scripts.processor).results
     metrics, printed = results["answers"]["ours"], golden["metrics_printed"]
     assert {name: round(metrics[name], 5) for name in ("R@1", "R@5", "R@10", "MRR", "NDCG")} == {
         name: printed[name] for name in ("R@1", "R@5", "R@10", "MRR", "NDCG")
@@ -125,9 +126,8 @@ def test_visdial_retrieval_of_the_original(scripts):
     dialogue_images(scripts)
     content = {"data": {name: golden[name] for name in ("questions", "answers", "dialogs")}}
     data = scripts.write("retrieval.json", content)
-    results, _ = visdial.evaluate(
-        scripts.model, scripts.processor, data, scripts.images, tasks=["retrieval"], rounds=[1, 10]
-    )
+    evaluator = visdial.VisdialEvaluator(data=data, images=scripts.images, tasks=["retrieval"], rounds=[1, 10])
+    results = evaluator.run(scripts.model, scripts.processor).results
     recall = results["retrieval"]["10"]["image_to_dialogue"]["ours"]  # what the script calls text to image
     assert {name: round(recall[name], 5) for name in ("R@1", "R@5", "R@10")} == golden["metrics_printed"]
     assert results["retrieval"]["1"] != results["retrieval"]["10"] and set(results["retrieval"]) == {"1", "10"}

@@ -190,7 +190,8 @@ def test_evaluation_reads_captions_as_they_were_trained(tmp_path):
     model = make_model("opt_clip")
 
     def perplexity(processor, **options):
-        results, _ = captioning.evaluate(model, processor, str(table), tasks=["perplexity"], **options)
+        evaluator = captioning.CaptioningEvaluator(data=str(table), tasks=["perplexity"], **options)
+        results = evaluator.run(model, processor).results
         return results["perplexity"], results["caption_format"]
 
     trained = perplexity(formatted())

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+
 from .dialogues import ROUNDS, Dialogue, Turn, VisdialProtocol
 from .dual_encoder import DualEncoder
 from .images import EncodedImages
@@ -15,7 +17,7 @@ from .prompts import image_text, tokenize
 from .score_cache import ScoreCache
 
 
-def context(processor: Any, turns: Sequence[Turn], protocol: VisdialProtocol) -> str:
+def context(processor: FromageProcessor, turns: Sequence[Turn], protocol: VisdialProtocol) -> str:
     """An image, the rounds before the last of `turns`, and its question."""
     texts = [f"Q: {turn.question}?\nA: {turn.answer}\n" for turn in turns[:-1]]
     question = f"Q: {turns[-1].question}?\n{protocol.answer_cue}"
@@ -24,7 +26,12 @@ def context(processor: Any, turns: Sequence[Turn], protocol: VisdialProtocol) ->
 
 @torch.no_grad()
 def score_answers(
-    model: Any, processor: Any, dialogue: Dialogue, rounds: list[int], features: torch.Tensor, protocol: VisdialProtocol
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
+    dialogue: Dialogue,
+    rounds: list[int],
+    features: torch.Tensor,
+    protocol: VisdialProtocol,
 ) -> list[torch.Tensor]:
     """The log-likelihood (options,) of each candidate answer in some rounds of a dialogue, by an image (vision width,).
 
@@ -107,8 +114,8 @@ def answer_metrics(
 
 
 def rank_answers(
-    model: Any,
-    processor: Any,
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
     dialogues: Sequence[Dialogue | None],
     images: EncodedImages,
     protocol: VisdialProtocol,

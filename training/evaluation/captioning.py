@@ -3,24 +3,26 @@
 On COCO's `captions_*.json`, or on whatever [`load_captioned_images`] reads (CC3M-style tables, folders, datasets).
 """
 
+import argparse
 import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm.auto import tqdm
 
-from modeling_fromage import FromageDataCollator
+from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.index.sources import ImageSource, image_sources
+from modeling_fromage.io.command_line import at_least
 from modeling_fromage.original.inference import truncate_caption
 
 from ..data.captioned_images import load_captioned_images
-from .dual_encoder import DualEncoder
+from .evaluator import Evaluation, Evaluator
 from .files import read_json
 from .images import encode_images
 from .metrics import retrieval_metrics
@@ -37,7 +39,7 @@ class CaptionedImages:
     `processor` says which texts are special tokens.
     """
 
-    processor: Any
+    processor: FromageProcessor
     sources: dict[str, Any] = field(default_factory=dict)
     captions: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter = field(default_factory=Counter)
@@ -54,7 +56,9 @@ class CaptionedImages:
         self.captions.setdefault(image_id, []).append(text)
 
 
-def read_captions(processor: Any, data: str, folder: Path | None = None, split: str = "validation") -> CaptionedImages:
+def read_captions(
+    processor: FromageProcessor, data: str, folder: Path | None = None, split: str = "validation"
+) -> CaptionedImages:
     """Read COCO's captions (a `.json` file, of images in `folder`), or whatever [`load_captioned_images`] reads.
 
     Rows of a table that name the same image are captions of one image.
@@ -113,7 +117,11 @@ def _identity(source: ImageSource) -> str:
 
 @torch.no_grad()
 def generate_captions(
-    model: Any, processor: Any, features: torch.Tensor, max_new_tokens: int = 32, batch_size: int = 32
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
+    features: torch.Tensor,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
 ) -> list[str]:
     """Greedy captions of images by their pooled features (N, vision width), up to what ends a caption or an end token.
 
@@ -141,7 +149,7 @@ def generate_captions(
 
 @torch.no_grad()
 def score_captions(
-    model: Any,
+    model: FromageForConditionalGeneration,
     collator: FromageDataCollator,
     features: torch.Tensor,
     rows: list[int],
@@ -196,55 +204,91 @@ def caption_metrics(references: dict[str, list[str]], written: dict[str, str]) -
     }
 
 
-def evaluate(
-    model: Any,
-    processor: Any,
-    data: str,
-    folder: Path | None = None,
-    split: str = "validation",
-    tasks: Sequence[str] = TASKS,
-    caption_prefix: str | None = None,
-    caption_suffix: str | None = None,
-    max_length: int | None = None,
-    max_new_tokens: int = 32,
-    batch_size: int = 32,
-    dual_encoder: DualEncoder | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Generated captions, perplexity and retrieval; results, and the manifest of what was really used.
+@dataclass(kw_only=True)
+class CaptioningEvaluator(Evaluator):
+    """Generated captions, perplexity of the written ones, and retrieval between images and captions.
 
     How captions are laid out is the processor's to say, unless it is given here.
+
+    Args:
+        data: COCO's `captions_*.json`, or what [`load_captioned_images`] reads.
+        images: Folder of COCO's images.
+        split: Of a folder or Hub dataset.
+        tasks: Some of [`TASKS`].
+        caption_prefix, caption_suffix, max_length: As the processor's.
+        max_new_tokens: Of a generated caption.
     """
-    if "captions" in tasks:
-        caption_metrics({"": ["a cat"]}, {"": "a cat"})  # fails now, if it does, and not when all is written
-    processor.set_caption_format(caption_prefix, caption_suffix, max_length)
-    read = read_captions(processor, data, folder, split)
-    images = encode_images(model, processor, read.sources, dual_encoder=dual_encoder, batch_size=batch_size)
-    rows = [images.rows[image_id] for image_id in images.ids for _ in read.captions[image_id]]
-    captions = [text for image_id in images.ids for text in read.captions[image_id]]
-    manifest: dict[str, Any] = {"images": images.ids, "not_usable": images.skipped}
-    results: dict[str, Any] = {}
-    if "captions" in tasks:
-        texts = generate_captions(model, processor, images.features, max_new_tokens, batch_size)
-        written = {image_id: truncate_caption(text) for image_id, text in zip(images.ids, texts, strict=True)}
-        references = {image_id: read.captions[image_id] for image_id in images.ids}
-        results["captions"] = {"N": len(written), **caption_metrics(references, written)}
-        manifest["captions"] = written
-    if "perplexity" in tasks or "retrieval" in tasks:
-        collator = FromageDataCollator(processor, training=False)
-        loss, count, embeds = score_captions(model, collator, images.features, rows, captions, batch_size)
-    if "perplexity" in tasks:
-        results["perplexity"] = {"perplexity": math.exp(loss), "loss": loss, "tokens": count}
-    if "retrieval" in tasks:
-        pairs = {"ours": (image_embeds(model, images.features), embeds)}
-        if dual_encoder is not None:
-            pairs["dual encoder"] = (images.dual_embeds, dual_encoder.text_embeds(captions))
-        results["retrieval"] = retrieval_metrics(pairs, torch.tensor(rows), DIRECTIONS)
-    results |= {
-        "denominator": {"rule": "usable images, and all of their captions", "images": len(images.ids),
-                        "captions": len(captions), "tokens_of_a_caption": processor.max_length},
-        "caption_format": {"caption_prefix": processor.caption_prefix, "caption_suffix": processor.caption_suffix,
-                           "max_length": processor.max_length},
-        "images": images.report(),
-        "left_out": dict(+read.left_out),
-    }  # fmt: skip
-    return results, manifest
+
+    name: ClassVar[str] = "captions"
+    sections: ClassVar[Mapping[str, str]] = {"captions": "", "perplexity": "", "retrieval": ""}
+
+    data: str
+    images: Path | None = None
+    split: str = "validation"
+    tasks: Sequence[str] = TASKS
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    max_length: int | None = None
+    max_new_tokens: int = 32
+
+    @property
+    def primary_metric(self) -> str:
+        names = {"retrieval": "text_to_image_R@1", "captions": "CIDEr", "perplexity": "perplexity"}
+        return next(name for task, name in names.items() if task in self.tasks)
+
+    @property
+    def greater_is_better(self) -> bool:
+        return self.primary_metric != "perplexity"
+
+    @property
+    def data_files(self) -> list[Path]:
+        return [Path(self.data)]
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--data", required=True, help="captions_val2014.json; or a table, folder or Hub dataset")
+        parser.add_argument("--images", type=Path, help="folder of COCO's images")
+        parser.add_argument("--split", default="validation", help="of a dataset")
+        parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+        parser.add_argument("--caption-prefix", help="text between image and caption, by default as in training")
+        parser.add_argument("--caption-suffix", help="text that ends a caption, by default as in training")
+        parser.add_argument("--max-length", type=int, help="tokens of a written caption, by default as in training")
+        parser.add_argument("--max-new-tokens", type=at_least(1), default=32, help="tokens of a generated caption")
+
+    def run(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> Evaluation:
+        if "captions" in self.tasks:
+            caption_metrics({"": ["a cat"]}, {"": "a cat"})  # fails now, if it does, and not when all is generated
+        processor.set_caption_format(self.caption_prefix, self.caption_suffix, self.max_length)
+        read = read_captions(processor, self.data, self.images, self.split)
+        images = encode_images(
+            model, processor, read.sources, dual_encoder=self.dual_encoder, batch_size=self.batch_size
+        )
+        rows = [images.rows[image_id] for image_id in images.ids for _ in read.captions[image_id]]
+        captions = [text for image_id in images.ids for text in read.captions[image_id]]
+        manifest: dict[str, Any] = {"images": images.ids, "not_usable": images.skipped}
+        results: dict[str, Any] = {}
+        if "captions" in self.tasks:
+            texts = generate_captions(model, processor, images.features, self.max_new_tokens, self.batch_size)
+            written = {image_id: truncate_caption(text) for image_id, text in zip(images.ids, texts, strict=True)}
+            references = {image_id: read.captions[image_id] for image_id in images.ids}
+            results["captions"] = {"N": len(written), **caption_metrics(references, written)}
+            manifest["captions"] = written
+        if "perplexity" in self.tasks or "retrieval" in self.tasks:
+            collator = FromageDataCollator(processor, training=False)
+            loss, count, embeds = score_captions(model, collator, images.features, rows, captions, self.batch_size)
+        if "perplexity" in self.tasks:
+            results["perplexity"] = {"perplexity": math.exp(loss), "loss": loss, "tokens": count}
+        if "retrieval" in self.tasks:
+            pairs = {"ours": (image_embeds(model, images.features), embeds)}
+            if self.dual_encoder is not None:
+                pairs["dual encoder"] = (images.dual_embeds, self.dual_encoder.text_embeds(captions))
+            results["retrieval"] = retrieval_metrics(pairs, torch.tensor(rows), DIRECTIONS)
+        caption_format = {name: getattr(processor, name) for name in ("caption_prefix", "caption_suffix", "max_length")}
+        results |= {
+            "denominator": {"rule": "usable images, and all of their captions", "images": len(images.ids),
+                            "captions": len(captions), "tokens_of_a_caption": processor.max_length},
+            "caption_format": caption_format,
+            "images": images.report(),
+            "left_out": dict(+read.left_out),
+        }  # fmt: skip
+        return Evaluation(results, manifest)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+
 from .files import find_images, read_json
 from .images import EncodedImages, encode_images
 
@@ -16,6 +18,7 @@ class VisdialProtocol:
     """How dialogues and answers become tokens and scores, and images pixels.
 
     Attributes:
+        name: Of the option, and in results files.
         answer_cue: What stands between the last question and its candidates.
         bos_before_answers: Whether a candidate begins with a BOS of its own, which is scored; else with a blank.
         allow_empty_answers: Whether an empty candidate is scored, by its BOS; else it ranks last.
@@ -25,6 +28,7 @@ class VisdialProtocol:
         squash_images: Whether images are first resized to 224 x 224, aspect ratio not kept.
     """
 
+    name: str
     answer_cue: str
     bos_before_answers: bool
     allow_empty_answers: bool
@@ -33,24 +37,25 @@ class VisdialProtocol:
     squash_images: bool
 
 
-PROTOCOLS = {
-    "paper": VisdialProtocol(
-        answer_cue="A: ",
-        bos_before_answers=True,
-        allow_empty_answers=True,
-        shift=False,
-        dense_rounds_from_0=True,
-        squash_images=True,
-    ),
-    "corrected": VisdialProtocol(
-        answer_cue="A:",
-        bos_before_answers=False,
-        allow_empty_answers=False,
-        shift=True,
-        dense_rounds_from_0=False,
-        squash_images=False,
-    ),
-}
+PAPER = VisdialProtocol(
+    name="paper",
+    answer_cue="A: ",
+    bos_before_answers=True,
+    allow_empty_answers=True,
+    shift=False,
+    dense_rounds_from_0=True,
+    squash_images=True,
+)
+CORRECTED = VisdialProtocol(
+    name="corrected",
+    answer_cue="A:",
+    bos_before_answers=False,
+    allow_empty_answers=False,
+    shift=True,
+    dense_rounds_from_0=False,
+    squash_images=False,
+)
+PROTOCOLS = {protocol.name: protocol for protocol in (PAPER, CORRECTED)}
 
 
 @dataclass
@@ -136,7 +141,12 @@ def _read_turn(turn: dict[str, Any], questions: list[str], answers: list[str]) -
 
 
 def encode_dialogue_images(
-    model: Any, processor: Any, dialogues: Dialogues, folder: Path, protocol: VisdialProtocol, **kwargs: Any
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
+    dialogues: Dialogues,
+    folder: Path,
+    protocol: VisdialProtocol,
+    **kwargs: Any,
 ) -> EncodedImages:
     """The dialogues' images, from files of `folder` whose names end in their ids, such as
     `VisualDialog_val2018_000000254080.jpg`."""

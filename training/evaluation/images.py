@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from modeling_fromage import UnreadableImageError
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor, UnreadableImageError
 from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import DEFAULT_LIMITS, is_url, load_rgb_image
 from modeling_fromage.index.sources import ImageSource, read_ahead
@@ -51,7 +51,7 @@ class EncodedImages:
 class _Loader:
     """From an image's id and where it is to its pixels, for the vision tower and for a dual encoder; in threads."""
 
-    processor: Any
+    processor: FromageProcessor
     squash: bool
     dual_encoder: DualEncoder | None
     keep_in: Path | None
@@ -76,8 +76,8 @@ class _Loader:
 
 @torch.no_grad()
 def encode_images(
-    model: Any,
-    processor: Any,
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
     sources: Mapping[str, Any],
     squash: bool = False,
     dual_encoder: DualEncoder | None = None,

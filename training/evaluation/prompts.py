@@ -6,26 +6,27 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.backbones_fromage import context_length
 
 
-def image_text(processor: Any) -> str:
+def image_text(processor: FromageProcessor) -> str:
     """What stands for one image in a prompt."""
     return processor.image_token * processor.num_image_tokens
 
 
-def tokenize(processor: Any, prompts: list[str], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(processor: FromageProcessor, prompts: list[str], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (N, L), padded on the left, of prompts whose images and BOS are written out."""
     inputs = processor.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
     return inputs["input_ids"], inputs["attention_mask"]
 
 
-def has_special_token(processor: Any, texts: list[str]) -> bool:
+def has_special_token(processor: FromageProcessor, texts: list[str]) -> bool:
     """Whether a text holds `<|image|>` or `[RET]` literally, and so cannot be told from one with an image."""
     return any(token in text for text in texts for token in (processor.image_token, processor.ret_token))
 
 
-def is_too_long(model: Any, processor: Any, *texts: str) -> bool:
+def is_too_long(model: FromageForConditionalGeneration, processor: FromageProcessor, *texts: str) -> bool:
     """Whether texts, one behind the other, are longer than the language model's context."""
     tokens = processor.tokenizer(list(texts), add_special_tokens=False).input_ids
     return sum(map(len, tokens)) > context_length(model.config.text_config)
@@ -33,8 +34,8 @@ def is_too_long(model: Any, processor: Any, *texts: str) -> bool:
 
 @torch.no_grad()
 def embed_prompts(
-    model: Any,
-    processor: Any,
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
     prompts: list[str],
     features: list[torch.Tensor] | None = None,
     batch_size: int = 32,
@@ -73,7 +74,9 @@ def embed_prompts(
 
 
 @torch.no_grad()
-def image_embeds(model: Any, features: torch.Tensor, batch_size: int = 4096) -> torch.Tensor:
+def image_embeds(
+    model: FromageForConditionalGeneration, features: torch.Tensor, batch_size: int = 4096
+) -> torch.Tensor:
     """Unit-norm embeddings (N, q) of pooled features (N, vision width), on the CPU, in fp32."""
     pieces = [
         model.get_image_embeds(pooled_image_features=piece.to(model.device)) for piece in features.split(batch_size)

@@ -4,17 +4,23 @@ Section 4.2 of the paper, by the authors' scripts with their quirks or without t
 [`training.evaluation.dialogues.PROTOCOLS`].
 """
 
+import argparse
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage.io.command_line import at_least
 
 from ..publishing.provenance import digest_of
 from .answers import context, rank_answers
 from .dialogues import (
+    PAPER,
     PROTOCOLS,
     ROUNDS,
     Dialogue,
@@ -25,6 +31,7 @@ from .dialogues import (
     read_dialogues,
 )
 from .dual_encoder import DualEncoder
+from .evaluator import Evaluation, Evaluator
 from .images import EncodedImages
 from .metrics import retrieval_metrics
 from .prompts import embed_prompts, has_special_token, image_embeds, is_too_long
@@ -39,8 +46,8 @@ def dialogue_text(turns: Sequence[Turn]) -> str:
 
 
 def retrieve(
-    model: Any,
-    processor: Any,
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
     dialogues: list[Dialogue],
     images: EncodedImages,
     rounds: Sequence[int],
@@ -69,7 +76,13 @@ def retrieve(
     return results
 
 
-def leave_out(model: Any, processor: Any, read: Dialogues, images: EncodedImages, protocol: VisdialProtocol):
+def leave_out(
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
+    read: Dialogues,
+    images: EncodedImages,
+    protocol: VisdialProtocol,
+):
     """Set dialogues that cannot be used to `None`, and count why."""
     for number, dialogue in enumerate(read.dialogues):
         if dialogue is None:
@@ -94,69 +107,100 @@ def leave_out(model: Any, processor: Any, read: Dialogues, images: EncodedImages
         read.left_out[problem] += 1
 
 
-def evaluate(
-    model: Any,
-    processor: Any,
-    data: Path,
-    folder: Path,
-    dense: Path | None = None,
-    protocol: str = "paper",
-    tasks: Sequence[str] = TASKS,
-    rounds: Sequence[int] = tuple(range(1, ROUNDS + 1)),
-    sample: int | None = None,
-    batch_size: int = 32,
-    dual_encoder: DualEncoder | None = None,
-    scores: Path | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both tasks; results, and the manifest of what was really used.
+@dataclass(kw_only=True)
+class VisdialEvaluator(Evaluator):
+    """Ranking of candidate answers, and retrieval between images and dialogues.
 
     Args:
-        protocol: A key of [`PROTOCOLS`].
+        data: `visdial_1.0_val.json`.
+        images: Folder of the images.
+        dense: `visdial_1.0_val_dense_annotations.json`, for NDCG.
+        protocol: One of [`PROTOCOLS`].
+        tasks: Some of [`TASKS`].
+        rounds: Retrieval from the first N rounds, for each N.
         sample: Take so many dialogues at random (always the same), to try things out.
-        scores: File of the answers' scores, from which a run that broke off goes on.
     """
-    rules, read = PROTOCOLS[protocol], read_dialogues(data, dense)
-    total = len(read.dialogues)
-    if sample is not None:
-        kept = set(random.Random(0).sample(range(total), min(sample, total)))  # noqa: S311 (no secret)
-        read.dialogues = [dialogue if i in kept else None for i, dialogue in enumerate(read.dialogues)]
-    images = encode_dialogue_images(
-        model, processor, read, folder, rules, batch_size=batch_size, dual_encoder=dual_encoder
-    )
-    leave_out(model, processor, read, images, rules)
-    used = [dialogue for dialogue in read.dialogues if dialogue is not None]
-    if not used:
-        raise ValueError(f"No dialogue can be used: {dict(read.left_out)}; images: {images.report()}.")
-    results: dict[str, Any] = {}
-    if "retrieval" in tasks:
-        results["retrieval"] = retrieve(model, processor, used, images, rounds, dual_encoder, batch_size)
-    if "answers" in tasks:
-        facts = {
-            "data": digest_of(data),
+
+    name: ClassVar[str] = "visdial"
+    sections: ClassVar[Mapping[str, str]] = {"answers": "dialogue_to_answer", "retrieval": "rounds"}
+    protocols: ClassVar[Mapping[str, Any]] = PROTOCOLS
+
+    data: Path
+    images: Path
+    dense: Path | None = None
+    protocol: VisdialProtocol = PAPER
+    tasks: Sequence[str] = TASKS
+    rounds: Sequence[int] = tuple(range(1, ROUNDS + 1))
+    sample: int | None = None
+
+    @property
+    def primary_metric(self) -> str:
+        if "answers" in self.tasks:
+            return f"dialogue_to_answer_{'MRR' if self.dense is None else 'NDCG'}"
+        return f"rounds_{self.rounds[-1]}_image_to_dialogue_R@1"
+
+    @property
+    def data_files(self) -> list[Path]:
+        return [self.data] if self.dense is None else [self.data, self.dense]
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--data", type=Path, required=True, help="visdial_1.0_val.json")
+        parser.add_argument("--dense", type=Path, help="visdial_1.0_val_dense_annotations.json, for NDCG")
+        parser.add_argument("--images", type=Path, required=True, help="folder VisualDialog_val2018")
+        parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+        parser.add_argument("--rounds", type=int, nargs="+", default=list(range(1, ROUNDS + 1)), metavar="N",
+                            help="retrieval from the first N rounds, for each N; by default 1 to 10")  # fmt: skip
+        parser.add_argument(
+            "--sample", type=at_least(1), metavar="N", help="take N dialogues, always the same, to try things out"
+        )
+
+    def run(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> Evaluation:
+        options: dict[str, Any] = {"batch_size": self.batch_size, "dual_encoder": self.dual_encoder}
+        read = read_dialogues(self.data, self.dense)
+        total = len(read.dialogues)
+        if self.sample is not None:
+            kept = set(random.Random(0).sample(range(total), min(self.sample, total)))  # noqa: S311 (no secret)
+            read.dialogues = [dialogue if i in kept else None for i, dialogue in enumerate(read.dialogues)]
+        images = encode_dialogue_images(model, processor, read, self.images, self.protocol, **options)
+        leave_out(model, processor, read, images, self.protocol)
+        used = [dialogue for dialogue in read.dialogues if dialogue is not None]
+        if not used:
+            raise ValueError(f"No dialogue can be used: {dict(read.left_out)}; images: {images.report()}.")
+        results: dict[str, Any] = {}
+        if "retrieval" in self.tasks:
+            results["retrieval"] = retrieve(model, processor, used, images, self.rounds, **options)
+        if "answers" in self.tasks:
+            cache = ScoreCache(self.scores, self._depends_on(model, images))
+            results["answers"], uncounted = rank_answers(
+                model, processor, read.dialogues, images, self.protocol, self.dual_encoder, cache
+            )
+            read.left_out += uncounted
+        results |= {
+            "denominator": {
+                "rule": "answers: rounds with candidates, of dialogues whose image is usable; NDCG: those with a dense "
+                "annotation; retrieval: those dialogues and images",
+                "dialogues": len(used),
+                "images": len(images.ids),
+            },
+            "images": images.report(),
+            "dialogues": {"read": total, "sampled": self.sample, "left_out": dict(+read.left_out)},
+        }
+        manifest = {
+            "dialogues": [dialogue.image for dialogue in used],
+            "images": images.ids,
+            "not_usable": images.skipped,
+        }
+        return Evaluation(results, manifest)
+
+    def _depends_on(self, model: FromageForConditionalGeneration, images: EncodedImages) -> dict[str, Any]:
+        """What the answers' scores are scores of."""
+        return {
+            "data": digest_of(self.data),
             "model": model.retrieval_fingerprint(),
             "dtype": str(model.language_model.dtype),
-            "protocol": protocol,
-            "sample": sample,
+            "protocol": self.protocol.name,
+            "sample": self.sample,
             "images": hashlib.sha256("\n".join(images.ids).encode()).hexdigest(),
-            "dual_encoder": None if dual_encoder is None else dual_encoder.model.name_or_path,
+            "dual_encoder": None if self.dual_encoder is None else self.dual_encoder.model.name_or_path,
         }
-        results["answers"], uncounted = rank_answers(
-            model, processor, read.dialogues, images, rules, dual_encoder, ScoreCache(scores, facts)
-        )
-        read.left_out += uncounted
-    results |= {
-        "denominator": {
-            "rule": "answers: rounds with candidates, of dialogues whose image is usable; NDCG: those with a dense "
-            "annotation; retrieval: those dialogues and images",
-            "dialogues": len(used),
-            "images": len(images.ids),
-        },
-        "images": images.report(),
-        "dialogues": {"read": total, "sampled": sample, "left_out": dict(+read.left_out)},
-    }
-    manifest = {
-        "dialogues": [dialogue.image for dialogue in used],
-        "images": images.ids,
-        "not_usable": images.skipped,
-    }
-    return results, manifest

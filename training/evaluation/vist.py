@@ -3,16 +3,20 @@
 Section 4.1 of the paper, by the authors' script with its quirks or without them: see [`PROTOCOLS`].
 """
 
+import argparse
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+
 from .dual_encoder import DualEncoder
+from .evaluator import Evaluation, Evaluator
 from .files import find_images, read_json
 from .images import EncodedImages, encode_images
 from .metrics import rank_metrics, target_ranks
@@ -32,6 +36,7 @@ class VistProtocol:
     """How stories become prompts, and photos pixels.
 
     Attributes:
+        name: Of the option, and in results files.
         url_fields: Fields of the file that name a photo's address, the first that is there.
         sort_sentences: Whether sentences are put in the order of the story; else that of the file.
         allow_empty_sentences: Whether a story with an empty sentence counts.
@@ -42,6 +47,7 @@ class VistProtocol:
             model has its projections for.
     """
 
+    name: str
     url_fields: tuple[str, ...]
     sort_sentences: bool
     allow_empty_sentences: bool
@@ -50,24 +56,25 @@ class VistProtocol:
     first_projection_only: bool
 
 
-PROTOCOLS = {
-    "paper": VistProtocol(
-        url_fields=("url_o",),
-        sort_sentences=False,
-        allow_empty_sentences=True,
-        bos_before_captions=True,
-        squash_images=True,
-        first_projection_only=True,
-    ),
-    "corrected": VistProtocol(
-        url_fields=("url_o", "url_m"),
-        sort_sentences=True,
-        allow_empty_sentences=False,
-        bos_before_captions=False,
-        squash_images=False,
-        first_projection_only=False,
-    ),
-}
+PAPER = VistProtocol(
+    name="paper",
+    url_fields=("url_o",),
+    sort_sentences=False,
+    allow_empty_sentences=True,
+    bos_before_captions=True,
+    squash_images=True,
+    first_projection_only=True,
+)
+CORRECTED = VistProtocol(
+    name="corrected",
+    url_fields=("url_o", "url_m"),
+    sort_sentences=True,
+    allow_empty_sentences=False,
+    bos_before_captions=False,
+    squash_images=False,
+    first_projection_only=False,
+)
+PROTOCOLS = {protocol.name: protocol for protocol in (PAPER, CORRECTED)}
 
 
 @dataclass
@@ -88,7 +95,7 @@ class Stories:
     left_out: Counter = field(default_factory=Counter)
 
 
-def read_stories(paths: Sequence[Path], protocol: VistProtocol = PROTOCOLS["paper"]) -> Stories:
+def read_stories(paths: Sequence[Path], protocol: VistProtocol = PAPER) -> Stories:
     """Read `{train,val,test}.story-in-sequence.json` files (SIS).
 
     Raises:
@@ -144,7 +151,13 @@ def _read_files(
 
 
 def encode_photos(
-    model: Any, processor: Any, stories: Stories, folder: Path, download: bool, protocol: VistProtocol, **kwargs: Any
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
+    stories: Stories,
+    folder: Path,
+    download: bool,
+    protocol: VistProtocol,
+    **kwargs: Any,
 ) -> EncodedImages:
     """The photos that a story names, from `folder` by their ids; with `download`, missing ones are fetched into it.
 
@@ -157,7 +170,7 @@ def encode_photos(
     return encode_images(model, processor, sources, protocol.squash_images, keep_in=folder, **kwargs)
 
 
-def prompt(processor: Any, story: Story, captions: int, images: int, protocol: VistProtocol) -> str:
+def prompt(processor: FromageProcessor, story: Story, captions: int, images: int, protocol: VistProtocol) -> str:
     """The last `captions` captions of a story, each of the first `images` followed by its image, then `[RET]`."""
     texts = story.captions[-captions:]
     if protocol.bos_before_captions:
@@ -169,8 +182,8 @@ def prompt(processor: Any, story: Story, captions: int, images: int, protocol: V
 
 
 def score(
-    model: Any,
-    processor: Any,
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
     stories: list[Story],
     photos: EncodedImages,
     setting: str,
@@ -205,7 +218,11 @@ def ranks(scores: torch.Tensor, stories: list[Story], photos: EncodedImages, set
 
 
 def usable(
-    model: Any, processor: Any, read: Stories, photos: EncodedImages, protocol: VistProtocol
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
+    read: Stories,
+    photos: EncodedImages,
+    protocol: VistProtocol,
 ) -> tuple[list[Story], Counter]:
     """The stories all of whose photos can be used, as in the authors' script; and why others are left out."""
     stories, left_out = [], Counter(read.left_out)
@@ -223,42 +240,62 @@ def usable(
     return stories, left_out
 
 
-def evaluate(
-    model: Any,
-    processor: Any,
-    data: Sequence[Path],
-    folder: Path,
-    protocol: str = "paper",
-    mask: str = "shown",
-    download: bool = False,
-    batch_size: int = 32,
-    dual_encoder: DualEncoder | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Recall of the fifth image in three settings; results, and the manifest of what was really used.
+@dataclass(kw_only=True)
+class VistEvaluator(Evaluator):
+    """Recall of a story's fifth image, in three settings.
 
     Args:
-        protocol: A key of [`PROTOCOLS`].
+        data: SIS files.
+        images: Folder of photos, named by their Flickr ids.
+        protocol: One of [`PROTOCOLS`].
+        mask: A key of [`MASKS`].
+        download: Fetch photos that are missing into the folder.
     """
-    rules = PROTOCOLS[protocol]
-    read = read_stories(data, rules)
-    photos = encode_photos(
-        model, processor, read, folder, download, rules, batch_size=batch_size, dual_encoder=dual_encoder
-    )
-    stories, left_out = usable(model, processor, read, photos, rules)
-    settings = {}
-    for name in SETTINGS:
-        scores = score(model, processor, stories, photos, name, rules, batch_size=batch_size)
-        settings[name] = {"ours": rank_metrics(ranks(scores, stories, photos, name, mask))}
-        if dual_encoder is not None:
-            scores = score_dual(dual_encoder, stories, photos, name)
-            settings[name]["dual encoder"] = rank_metrics(ranks(scores, stories, photos, name, mask))
-    results = {
-        "settings": settings,
-        "gallery": {"rule": "every usable image that a story of the files names", "N": len(photos.ids)},
-        "masking": MASKS[mask],
-        "denominator": {"rule": "usable stories of which all images are usable", "N": len(stories)},
-        "images": photos.report(),
-        "stories": {"read": len(read.stories) + sum(read.left_out.values()), "left_out": dict(left_out)},
-    }
-    manifest = {"gallery": photos.ids, "stories": [story.id for story in stories], "not_usable": photos.skipped}
-    return results, manifest
+
+    name: ClassVar[str] = "vist"
+    sections: ClassVar[Mapping[str, str]] = {"settings": "story_to_image"}
+    protocols: ClassVar[Mapping[str, Any]] = PROTOCOLS
+
+    data: Sequence[Path]
+    images: Path
+    protocol: VistProtocol = PAPER
+    mask: str = "shown"
+    download: bool = False
+
+    @property
+    def primary_metric(self) -> str:
+        return "story_to_image_5_captions_4_images_R@1"
+
+    @property
+    def data_files(self) -> list[Path]:
+        return list(self.data)
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--data", type=Path, nargs="+", required=True, help="val.story-in-sequence.json, ...")
+        parser.add_argument("--images", type=Path, required=True, help="folder of photos, named by their Flickr ids")
+        parser.add_argument("--download", action="store_true", help="fetch photos that are missing into that folder")
+        parser.add_argument("--mask", choices=sorted(MASKS), default="shown", help="images that are no candidates")
+
+    def run(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> Evaluation:
+        options = {"batch_size": self.batch_size, "dual_encoder": self.dual_encoder}
+        read = read_stories(self.data, self.protocol)
+        photos = encode_photos(model, processor, read, self.images, self.download, self.protocol, **options)
+        stories, left_out = usable(model, processor, read, photos, self.protocol)
+        settings: dict[str, dict[str, Any]] = {}
+        for name in SETTINGS:
+            scores = score(model, processor, stories, photos, name, self.protocol, batch_size=self.batch_size)
+            settings[name] = {"ours": rank_metrics(ranks(scores, stories, photos, name, self.mask))}
+            if self.dual_encoder is not None:
+                scores = score_dual(self.dual_encoder, stories, photos, name)
+                settings[name]["dual encoder"] = rank_metrics(ranks(scores, stories, photos, name, self.mask))
+        results = {
+            "settings": settings,
+            "gallery": {"rule": "every usable image that a story of the files names", "N": len(photos.ids)},
+            "masking": MASKS[self.mask],
+            "denominator": {"rule": "usable stories of which all images are usable", "N": len(stories)},
+            "images": photos.report(),
+            "stories": {"read": len(read.stories) + sum(read.left_out.values()), "left_out": dict(left_out)},
+        }
+        manifest = {"gallery": photos.ids, "stories": [story.id for story in stories], "not_usable": photos.skipped}
+        return Evaluation(results, manifest)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..evaluation.vist import MASKS
+from ..evaluation.vist import MASKS, PAPER
 from .results import read_results
 
 _TASKS = {"vist": "VIST, fifth image", "visdial": "VisDial"}
@@ -56,7 +56,7 @@ def _our_cell(results: dict[str, Any], row: dict[str, Any]) -> str:
     if metrics is None or any(name not in metrics for name in row["metrics"]):
         return ""
     figures = _cell([100 * metrics[name] for name in row["metrics"]])
-    note = "" if results["protocol"] == "paper" else f", {results['protocol']}"
+    note = "" if results["protocol"] == PAPER.name else f", {results['protocol']}"
     return f"{figures} (N = {metrics['N']:,}{note})"
 
 

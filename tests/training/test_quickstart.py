@@ -1,4 +1,4 @@
-"""The quickstart from end to end on tiny backbones and made-up data, and its split of emoji by family."""
+"""The quickstart from end to end on tiny backbones and made-up data."""
 
 import base64
 import json
@@ -11,7 +11,6 @@ import pytest
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from tests.helpers.backbones import PARITY
 from training import quickstart
-from training.quickstart_emoji.emoji import family, held_out_names
 
 
 def test_quickstart_with_own_backbones_and_data(tmp_path, capsys):
@@ -105,13 +104,3 @@ def test_nothing_to_train_on(tmp_path, capsys):
     with pytest.raises(SystemExit):
         quickstart.main(["use_cpu=true", *options, "--data", str(table), "--output-dir", str(tmp_path / "out")])
     assert "None of the 10 images can be read. Check the paths or URLs" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_families_stay_on_one_side():
-    squares = [f"large {colour} square" for colour in "red orange yellow green blue purple brown".split()]
-    clocks = [f"clock face {hour} oclock" for hour in "one two three four five six seven eight".split()]
-    others = [f"{adjective} thing{i}" for i in range(200) for adjective in ("big", "small")]
-    held_out = held_out_names(squares + clocks + others)
-    assert not held_out & {*squares, *clocks}  # large families are for training
-    assert 0.05 < len(held_out) / len(others) < 0.25
-    assert {family(name) for name in held_out}.isdisjoint(family(name) for name in {*others} - held_out)

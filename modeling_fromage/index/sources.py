@@ -1,7 +1,6 @@
 """The images that an index is built from: folders, tables, datasets or lists, read ahead by threads."""
 
 import contextlib
-import csv
 import hashlib
 import itertools
 import math
@@ -20,11 +19,13 @@ from transformers.utils import is_datasets_available
 
 from ..image_ids_fromage import as_ids, storable
 from ..images_fromage import UnreadableImageError, is_url
+from ..io.tables import SUFFIXES, is_table, read_rows
 
 if is_datasets_available():
     import datasets
 
 _IMAGE_COLUMNS = ("image", "url", "path", "file_name")  # of tables and rows, in this order
+_EXPECTED = f"a folder, a table ({', '.join(SUFFIXES)}), a dataset or a list of images"
 
 
 @dataclass
@@ -46,8 +47,8 @@ class ImageSource:
 def image_sources(
     images: Any, ids: Sequence[str] | None = None, metadata: Sequence[dict[str, Any]] | None = None
 ) -> tuple[Iterator[ImageSource], int | None, str | None]:
-    """The images of a folder, of a TSV or CSV file with a header, of a `datasets` dataset, or of any iterable of PIL
-    images, paths, URLs or rows (dicts with an "image").
+    """The images of a folder, of a table (see [`read_rows`]), of a `datasets` dataset, or of any iterable of PIL images,
+    paths, URLs or rows (dicts with an "image").
 
     An image's id comes from `ids`, or else from its row's "id", its path below the folder, or its number. Paths, URLs
     and a table's other columns become metadata; `metadata` adds to it.
@@ -66,10 +67,10 @@ def image_sources(
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if _may_be_image(file))
             rows = [{"image": str(file), "id": file.relative_to(path).as_posix()} for file in found]
-        elif path.suffix.lower() in (".tsv", ".csv"):
+        elif is_table(path):
             rows = _read_table(path)
         else:
-            raise ValueError(f"Expected a folder, a .tsv or .csv file, a dataset or a list of images, got {images!r}.")
+            raise ValueError(f"Expected {_EXPECTED}, got {images!r}.")
     else:
         rows = _undecoded(images)
     count = len(rows) if isinstance(rows, Sized) else None
@@ -117,17 +118,8 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a TSV or CSV file with a header that names the images' column."""
-    is_tsv = path.suffix.lower() == ".tsv"
-    # A quote in a TSV is a quote: captions have single ones. `datasets` and spreadsheets quote a CSV's.
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.DictReader(file)
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path) from error
+    """Rows of a table with a column of images."""
+    rows = [row for _, row in read_rows(path)]
     if rows and not any(name in rows[0] for name in _IMAGE_COLUMNS):
         raise ValueError(f"{path} needs a header with one of the columns {_IMAGE_COLUMNS}; it has {list(rows[0])}.")
     for row in rows:
@@ -135,16 +127,6 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
             if name in row:
                 row[name] = row[name] or ""  # of a short row: left out like a missing file, not for all to fail
     return rows
-
-
-def _not_utf8(path: Path) -> ValueError:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return ValueError(f"{path}, line {number} is not UTF-8 ({error}). Save the table as UTF-8.")
-    return ValueError(f"{path} is not UTF-8. Save the table as UTF-8.")  # it has just changed
 
 
 def _undecoded(images: Any) -> Any:
@@ -157,7 +139,7 @@ def _undecoded(images: Any) -> Any:
         return images
     if isinstance(images, Iterable) and not isinstance(images, (bytes, dict)):
         return images
-    raise ValueError(f"Expected a folder, a .tsv or .csv file, a dataset or a list of images, got {type(images)}.")
+    raise ValueError(f"Expected {_EXPECTED}, got {type(images)}.")
 
 
 def read_ahead(

@@ -1,12 +1,14 @@
-"""Captioned images from a TSV, a folder or a `datasets` repository."""
+"""Captioned images from a table, a folder or a `datasets` repository."""
 
-import csv
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from modeling_fromage.images_fromage import is_url
+from modeling_fromage.io.tables import is_table, read_rows
 
 _CAPTION_COLUMNS = ("caption", "text", "captions", "title")
 
@@ -17,55 +19,77 @@ def load_captioned_images(
     """Load a dataset of `{"image", "caption"}`; images stay undecoded until the collator reads them.
 
     Args:
-        source: A `.tsv` or `.csv` file with a header and columns `caption` and `image` (URLs, or paths relative to the
-            file); a `.tsv` file of captions and URLs without a header, as Conceptual Captions is published; a folder
-            that the `imagefolder` builder of `datasets` reads (`metadata.csv` with `file_name` and `caption`), or one
-            of Parquet files; or the id of a `datasets` repository.
+        source: A table (see [`read_rows`]) with columns of captions and of images (URLs, or paths relative to the
+            file); a folder that the `imagefolder` builder of `datasets` reads (`metadata.csv` with `file_name` and
+            `caption`), or one of Parquet files; or the id of a `datasets` repository.
         split: Split of a folder or repository.
-        caption_column: Found among caption, text, captions and title where absent.
+        image_column: Column of images.
+        caption_column: Column of captions. By default the first of caption, text, captions and title.
 
     Raises:
-        ValueError: The table cannot be read, a column is missing, or there is no example.
+        ValueError: The table cannot be read, a column is missing, a row has no image or caption, or there is no
+            example.
     """
     path = Path(source)
-    is_table = path.suffix in (".tsv", ".csv")
-    if is_table and not path.is_file():
-        raise ValueError(f"There is no file {source}.")
-    if is_table:
-        # A quote in a TSV is a quote, as in the image index's tables: captions have single ones.
-        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        if path.suffix == ".tsv" and _has_no_header(path):
-            options["column_names"] = ["caption", image_column]
-        options |= {"path": "csv", "data_files": str(path), "keep_default_na": False}
-    elif path.is_dir() and not any(path.rglob("*.parquet")):
-        options = {"path": "imagefolder", "data_dir": source}
-    else:
-        options = {"path": source}
     try:
-        dataset = load_dataset(**options, split="train" if is_table else split)
+        if is_table(path):
+            return _load_table(path, image_column, caption_column)
+        if path.is_dir() and not any(path.rglob("*.parquet")):
+            dataset = load_dataset("imagefolder", data_dir=source, split=split)
+        else:
+            dataset = load_dataset(source, split=split)
     except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError) and str(path) in str(error.__cause__):
+            raise error.__cause__ from None
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
-    caption_column = caption_column or next((c for c in _CAPTION_COLUMNS if c in dataset.column_names), None)
-    if image_column not in dataset.column_names or caption_column not in dataset.column_names:
-        raise ValueError(
-            f"{source} needs a column {image_column!r} and one of {_CAPTION_COLUMNS}; it has {dataset.column_names}. "
-            "Name them with image_column and caption_column."
-        )
+    caption_column = _find_columns(source, dataset.column_names, image_column, caption_column)
     if not len(dataset):
         raise ValueError(f"{source} has no examples.")
     dataset = dataset.select_columns([image_column, caption_column])
     names = {image_column: "image", caption_column: "caption"}
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
-    if is_table:
-        return dataset.map(lambda row: {"image": _absolute(row["image"], path.parent)}, desc="Resolving image paths")
     return dataset.cast_column("image", Image(decode=False))
 
 
-def _has_no_header(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
-        fields = file.readline().rstrip("\r\n").split("\t")
-    return len(fields) == 2 and is_url(fields[1])
+def _find_columns(source: str, columns: list[str], image_column: str, caption_column: str | None) -> str:
+    """The column of captions.
+
+    Raises:
+        ValueError: It is missing, or that of the images is.
+    """
+    caption_column = caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
+    if image_column not in columns or caption_column not in columns:
+        raise ValueError(
+            f"{source} needs a column {image_column!r} and one of {_CAPTION_COLUMNS}; it has {columns}. "
+            "Name them with image_column and caption_column."
+        )
+    return caption_column
 
 
-def _absolute(image: str, folder: Path) -> str:
-    return image if is_url(image) else str(folder / image)
+def _load_table(path: Path, image_column: str, caption_column: str | None) -> Dataset:
+    headerless = (caption_column or _CAPTION_COLUMNS[0], image_column)
+    first = next(read_rows(path, headerless), None)
+    if first is None:
+        raise ValueError(f"{path} has no examples.")
+    caption_column = _find_columns(str(path), list(first[1]), image_column, caption_column)
+    found = path.stat()
+    arguments = {
+        "path": str(path),
+        "headerless": headerless,
+        "columns": (image_column, caption_column),
+        "version": (str(path.absolute()), found.st_mtime_ns, found.st_size),  # `datasets` caches by the arguments
+    }
+    return Dataset.from_generator(_pairs, gen_kwargs=arguments)
+
+
+def _pairs(path: str, headerless: tuple[str, str], columns: tuple[str, str], version: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a table as the dataset has them."""
+    folder, (image_column, caption_column) = Path(path).parent, columns
+    for line, row in read_rows(Path(path), headerless):
+        image, caption = row.get(image_column), row.get(caption_column)
+        if image is None or caption is None:
+            missing = image_column if image is None else caption_column
+            raise ValueError(f"{path}, line {line} has no {missing!r}. Complete the row, or take it out.")
+        if isinstance(image, str) and not is_url(image):
+            image = str(folder / image)
+        yield {"image": image, "caption": caption}

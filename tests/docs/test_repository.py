@@ -1,30 +1,76 @@
-"""What the repository says of itself is true: the workflow runs what `.ci/run` runs, by targets that exist."""
+"""What the repository says about itself is true: its workflow, its lowest versions, its exceptions from type checks."""
 
+import io
 import re
+import tokenize
+import tomllib
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
+CODE = ("modeling_fromage", "training", "hub_scripts", "tests")
+MAX_TYPE_IGNORES = 20
 
 
 def targets() -> set[str]:
     return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
+def workflow() -> dict:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+
+
 def test_the_workflow_calls_make_targets_alone():
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    steps = [step for job in workflow()["jobs"].values() for step in job["steps"]]
     commands = [step["run"] for step in steps if "run" in step]
     assert all(re.fullmatch(r"make [\w-]+", command) for command in commands)
     called = {command.removeprefix("make ") for command in commands}
     assert called <= targets()
-    assert called == set(
-        re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    local = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(local) == {"quality", "test"} and called == {*local, "test-lowest", "build"}
 
 
 def test_hooks_call_make_targets():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     (hook,) = [hook for repository in config["repos"] for hook in repository["hooks"]]
     assert hook["entry"].removeprefix("make ") in targets()
+
+
+def test_the_lowest_versions_are_those_that_are_tested():
+    """Each `>=` of pyproject.toml is a `==` of constraints-lowest.txt; what the tests alone use is left free there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    stated = project["dependencies"] + [line for name in ("train", "index", "quickstart") for line in extras[name]]
+    requirements = [Requirement(line) for line in stated if not line.startswith("modeling-fromage")]
+    lowest = {r.name.lower(): s.version for r in requirements for s in r.specifier if s.operator == ">="}
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert {name: tested.get(name) for name in lowest} == lowest
+
+
+def test_exceptions_from_type_checks_are_few_and_have_reasons():
+    """`# type: ignore[code]` is followed by its reason, in a comment of the same line or of the line before."""
+    found = []
+    for path in (path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+        if "fixtures" in path.parts:
+            continue
+        text = path.read_text(encoding="utf-8")
+        comments = {
+            token.start[0]: token.string
+            for token in tokenize.generate_tokens(io.StringIO(text).readline)
+            if token.type == tokenize.COMMENT
+        }
+        for line, comment in comments.items():
+            if match := re.search(r"#\s*type:\s*ignore(\[[\w, -]+\])?\s*(.*)", comment):
+                reason = match[2].strip(" #()") or comments.get(line - 1, "").strip("# ")
+                found.append((f"{path.relative_to(ROOT)}:{line}", match[1], reason))
+    assert not [where for where, code, reason in found if not code or not reason]
+    assert len(found) <= MAX_TYPE_IGNORES, found
+
+
+def test_mypy_is_not_told_to_look_away():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    sections = [tools["mypy"], *tools["mypy"].get("overrides", [])]
+    assert not any(section.get("ignore_errors") or section.get("disable_error_code") for section in sections)

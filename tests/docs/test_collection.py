@@ -1,11 +1,7 @@
 """What happens while tests are collected: nothing is fetched."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import processes
+from tests.helpers.paths import ROOT
 
 IMPORT = """
 import sys
@@ -30,7 +26,5 @@ assert told and all("python -m tests.helpers.fetch_transformers_tests" in trace 
 
 def test_nothing_is_fetched_at_import(tmp_path):
     """Where transformers' own tests were not fetched yet, they fail, and say what to do."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", IMPORT]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = processes.run("-c", IMPORT, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr[-3000:]

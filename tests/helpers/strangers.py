@@ -1,11 +1,10 @@
 """A process that has not this package, and loads checkpoints with the code that they carry."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+
+from tests.helpers import processes
 
 STRANGER = """
 import sys
@@ -36,8 +35,7 @@ def ask_stranger(folder: str | Path, tmp_path: Path, **environment: str) -> list
     """Load `folder` (or a Hub id) with `trust_remote_code` in a process of its own that has not this package."""
     script, result = tmp_path / "stranger.py", tmp_path / "result.pt"
     script.write_text(STRANGER)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), **environment}
-    command = [sys.executable, str(script), str(folder), str(result)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {"HF_HOME": str(tmp_path / "hf_home"), **environment}
+    run = processes.run(script, folder, result, cwd=tmp_path, **environment)
     assert run.returncode == 0, run.stderr[-3000:]
     return torch.load(result, weights_only=True)

@@ -29,6 +29,15 @@ if len(sys.argv) > 2:
     processor.push_to_hub(sys.argv[2])
 """
 
+PUSH_AGAIN = """
+import sys, time
+from hub_scripts import push_to_hub
+
+time.sleep = lambda seconds: None  # between the client's attempts
+push_to_hub.load_as_a_stranger = lambda folder, repo_id: ""  # as the dry run did
+push_to_hub.main(sys.argv[1:])
+"""
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
@@ -63,16 +72,17 @@ def test_push_and_pull(hub, tmp_path):
     assert config["text_model_revision"] == first_commit  # a commit, though none was asked for
 
     (tmp_path / "results.json").write_text(json.dumps({"text_to_image": {"R@1": 0.25}, "num_pairs": 1530, "log": [1]}))
-    push = ["-m", "hub_scripts.push_to_hub", "model", "org/fromage", "--results", "results.json", "--data", "made up"]
-    printed = run(hub, tmp_path, *push, "--dry-run")
+    (tmp_path / "again.py").write_text(PUSH_AGAIN)
+    push = ["model", "org/fromage", "--results", "results.json", "--data", "made up"]
+    printed = run(hub, tmp_path, "-m", "hub_scripts.push_to_hub", *push, "--dry-run")
     assert "without this package" in printed and "org/fromage" not in hub.heads
 
     hub.faults["upload"] = 100
-    error = run(hub, tmp_path, *push, ok=False)
+    error = run(hub, tmp_path, "again.py", *push, ok=False)
     assert "broke off" in error and "run the same command again" in error
     assert hub.repositories["org/fromage"][hub.heads["org/fromage"]] == {}  # nothing was committed
     hub.faults["upload"] = 0
-    printed = run(hub, tmp_path, *push)
+    printed = run(hub, tmp_path, "again.py", *push)
     assert f"/org/fromage/commit/{hub.heads['org/fromage']}" in printed
 
     files = hub.repositories["org/fromage"][hub.heads["org/fromage"]]

@@ -1,14 +1,12 @@
 """Every command says in one line what is wrong with what it was given, and what to do."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hub_scripts import build_image_index, convert_original_checkpoint, make_tiny_checkpoint, push_to_hub
+from tests.helpers import processes
 from tests.helpers.backbones import PARITY
 from training import benchmark, benchmark_answers, benchmark_index, cache_features, evaluate, quickstart, train
 
@@ -168,15 +166,13 @@ def test_one_line_of_what_is_wrong(command, arguments, message, places, tmp_path
 
 def test_line_and_traceback(places, tmp_path):
     """In a process of its own; an environment variable shows where the error comes from."""
-    command = [sys.executable, "-m", "training.train", str(places / "none.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    short = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = ["-m", "training.train", places / "none.yaml"]
+    short = processes.run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert short.returncode == 2 and "Traceback" not in short.stderr
     assert re.fullmatch(
         r".*: error: .*none.yaml cannot be read: .* \[FROMAGE_TRACEBACK=1 shows where\]", short.stderr.splitlines()[-1]
     )
-    environment["FROMAGE_TRACEBACK"] = "1"
-    long = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    long = processes.run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT), FROMAGE_TRACEBACK="1")
     assert long.returncode == 1 and "Traceback" in long.stderr and "FileNotFoundError" in long.stderr
 
 

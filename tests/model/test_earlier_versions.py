@@ -1,9 +1,6 @@
 """What an earlier version wrote still loads and gives the same; see tests/fixtures/earlier/README.md."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ from modeling_fromage import (
     FromagePipeline,
     FromageProcessor,
 )
-from tests.helpers.backbones import PARITY
+from tests.helpers import processes
+from tests.helpers.paths import FIXTURES, IMAGES
 
-EARLIER = Path(__file__).parents[1] / "fixtures" / "earlier"
-IMAGES = PARITY / "common" / "images"
+EARLIER = FIXTURES / "earlier"
 EXPECTED = json.loads((EARLIER / "expected.json").read_text(encoding="utf-8"))
 
 STRANGER = """
@@ -95,7 +92,6 @@ def test_saved_pipeline_answers_where_the_package_is_not_installed(tmp_path):
     """By the code that it carries, which reads the index as it did then."""
     script = tmp_path / "stranger.py"
     script.write_text(STRANGER)
-    command = [sys.executable, str(script), EARLIER / "pipeline", IMAGES / "img_003.png", EARLIER / "index"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    run = processes.run(script, EARLIER / "pipeline", IMAGES / "img_003.png", EARLIER / "index", cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     assert_same_answer(json.loads(run.stdout.splitlines()[-1]))

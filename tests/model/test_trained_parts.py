@@ -4,14 +4,13 @@ import copy
 import hashlib
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import AutoModel
 
 from modeling_fromage import FromageImageIndex, FromagePipeline
+from tests.helpers import processes
 from tests.helpers.backbones import make_model, make_processor
 from tests.helpers.checkpoints import assemble, assert_equal, outputs
 from tests.helpers.paths import ROOT
@@ -154,6 +153,6 @@ torch.save(outputs(model), sys.argv[2])
 def test_a_pickle_is_read_by_another_process(tmp_path):
     model = make_model("granite_clip")
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "model.pickle"), str(tmp_path / "result.pt")]
-    subprocess.run(command, cwd=ROOT, check=True)
+    run = processes.run("-c", FRESH, tmp_path / "model.pickle", tmp_path / "result.pt", cwd=ROOT)
+    assert run.returncode == 0, run.stderr
     assert_equal(torch.load(tmp_path / "result.pt"), outputs(model))

@@ -2,9 +2,9 @@
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.helpers.batches import double_model, make_batch
+from tests.helpers.processes import run_ranks
 
 
 def gradients(rows: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -28,7 +28,7 @@ def worker(rank: int, folder: str):
 
 def test_two_processes_equal_one(tmp_path):
     expected_loss, expected = gradients([0, 1, 2, 3, 4])
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    run_ranks(worker, str(tmp_path))
     loss, grads = torch.load(tmp_path / "result.pt", weights_only=True)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0)
     assert grads.keys() == expected.keys()

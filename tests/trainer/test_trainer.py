@@ -7,7 +7,6 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from datasets import Dataset
 from datasets import IterableDataset as StreamedDataset
 from torch.utils.data import IterableDataset
@@ -15,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_fromage import FromageDataCollator, FromageTrainer, NormalizeRetEmbeddingCallback
 from tests.helpers.backbones import make_model, make_processor
+from tests.helpers.processes import run_ranks
 
 PARTS = ("captioning_loss", "ret_token_loss", "contrastive_loss")
 WEIGHTS = {"captioning_loss_weight": 0.5, "ret_token_loss_weight": 2.0, "contrastive_loss_weight": 3.0}
@@ -250,7 +250,7 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(train_in_two, args=(str(tmp_path), port), nprocs=2)
+    run_ranks(train_in_two, str(tmp_path), port)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for kind in ("torch", "datasets"):
         assert len(first[kind]["seen"]) == len(second[kind]["seen"]) == 12

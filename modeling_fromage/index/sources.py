@@ -47,7 +47,7 @@ class ImageSource:
 def image_sources(
     images: Any, ids: Sequence[str] | None = None, metadata: Sequence[dict[str, Any]] | None = None
 ) -> tuple[Iterator[ImageSource], int | None, str | None]:
-    """The images of a folder, of a table (see [`read_rows`]), of a `datasets` dataset, or of any iterable of PIL images,
+    """The images of a folder, a table (see [`read_rows`]), a `datasets` dataset, or of any iterable of PIL images,
     paths, URLs or rows (dicts with an "image").
 
     An image's id comes from `ids`, or else from its row's "id", its path below the folder, or its number. Paths, URLs

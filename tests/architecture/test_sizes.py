@@ -37,7 +37,6 @@ def test_sizes():
     assert len(EXCEPTIONS) <= 5
 
 
-@pytest.mark.xfail(strict=True, reason="the model is made of mixins still")
 def test_the_model_has_three_bases_at_most():
     """Composition: the model class inherits from its base and from transformers, and calls functions for the rest."""
     assert len(FromageForConditionalGeneration.__bases__) <= 3

@@ -23,6 +23,7 @@ class Import:
     line: int
     relative: bool
     guarded: bool  # by `try:` with a handler
+    for_types: bool  # below `if TYPE_CHECKING:`
 
     @property
     def package(self) -> str:
@@ -53,18 +54,21 @@ def imports(name: str, path: Path) -> Iterator[Import]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and node.handlers]
     guarded = {id(node) for attempt in tries for statement in attempt.body for node in ast.walk(statement)}
+    checks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {id(node) for check in checks for statement in check.body for node in ast.walk(statement)}
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(name, alias.name, (), node.lineno, False, id(node) in guarded)
+                yield Import(name, alias.name, (), node.lineno, False, id(node) in guarded, id(node) in for_types)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             names = tuple(alias.name for alias in node.names)
             submodules = [f"{module}.{each}" for each in names if f"{module}.{each}" in modules()]
             for target in submodules or [module]:
-                yield Import(name, target, names, node.lineno, node.level > 0, id(node) in guarded)
+                kinds = (node.level > 0, id(node) in guarded, id(node) in for_types)
+                yield Import(name, target, names, node.lineno, *kinds)
 
 
 @cache

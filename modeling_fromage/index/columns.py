@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-Entries = Iterable[tuple[int, str, dict[str, Any]]]  # position, id and metadata
+Entries = Iterable[tuple[int, dict[str, Any]]]  # position and metadata
 Scalar = str | int | float | bool | None
 _ABSENT = object()
-_ROWS_AT_A_TIME = 8192
+_ROWS_AT_A_TIME = 1024
 _MOST_BYTES = 1 << 28  # of all columns of an index; a larger one is read anew for each filter
 _BYTES_PER_VALUE = 120  # of a distinct value, in the dict of codes and beside its own
 
@@ -95,24 +95,29 @@ class _Column:
 
     def extend(self, name: str, entries: Entries, start: int) -> None:
         """Append the values of `name` of entries from `start` on; `start` is the position after the column's last."""
-        shift = len(self) - start
-        for position, _, metadata in entries:
-            self.pad(position + shift)
+        codes, shift = self._codes, len(self) - start
+        for position, metadata in entries:
+            row = position + shift
+            if row > len(self._rows):
+                self.pad(row)
             value = metadata.get(name, _ABSENT)
             if isinstance(value, list):
-                codes = [self._code(item) for item in value]
-                self._item_rows.extend([position + shift] * len(codes))
-                self._item_codes.extend(codes)
+                items = [self._code(item) for item in value]
+                self._item_rows.extend([row] * len(items))
+                self._item_codes.extend(items)
+                self._rows.append(-1)
+            elif value is _ABSENT or isinstance(value, dict):
                 self._rows.append(-1)
             else:
-                self._rows.append(-1 if value is _ABSENT else self._code(value))
+                code = codes.get(value)
+                self._rows.append(self._code(value) if code is None else code)
 
     def pad(self, count: int) -> None:
         """Fill up to `count` positions."""
         self._rows.extend([-1] * (count - len(self._rows)))
 
     def _code(self, value: Any) -> int:
-        """The number of a value; -1 of a list or a dict, which nothing is equal to."""
+        """The number of a value; -1 for a list or a dict, which equals nothing."""
         if isinstance(value, (dict, list)):
             return -1
         value = _comparable(value)

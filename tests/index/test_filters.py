@@ -89,8 +89,10 @@ def test_filters_see_what_is_added_updated_and_deleted():
 def test_columns_are_bounded_and_made_once(monkeypatch):
     store = store_of([{name: f"{name} {i}" for name in "abcd"} for i in range(100)])
     reads = []
-    between = MetadataStore.between
-    monkeypatch.setattr(MetadataStore, "between", lambda self, *args: reads.append(args) or between(self, *args))
+    between = MetadataStore._metadata_between
+    monkeypatch.setattr(
+        MetadataStore, "_metadata_between", lambda self, *args: reads.append(args) or between(self, *args)
+    )
 
     def reads_of(name: str) -> int:
         reads.clear()

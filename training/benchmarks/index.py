@@ -84,7 +84,7 @@ def measure_ivf(index: FromageImageIndex, lists: int, rounds: int) -> list[dict[
     built = time.perf_counter() - start
     rows = []
     for nprobe in (1, 4, 16, 64):
-        index._faiss.nprobe = min(nprobe, lists)
+        index.set_search_options(nprobe=min(nprobe, lists))
         seconds = []
         for _ in range(rounds):
             start = time.perf_counter()

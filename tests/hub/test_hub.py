@@ -108,6 +108,14 @@ def test_push_and_pull(hub, tmp_path):
     assert [path.name for path in snapshot.iterdir()] == [first_commit]
 
 
+def test_both_spellings_of_license():
+    for word in ("license", "licence"):
+        options = push_to_hub.make_parser().parse_args(
+            ["model", "org/name", f"--{word}", "mit", f"--text-{word}", "a", f"--vision-{word}", "b"]
+        )
+        assert (options.license, options.text_license, options.vision_license) == ("mit", "a", "b")
+
+
 def test_names_of_results_stay_in_their_cell_of_the_card():
     hostile = "R@1 | 0.99 |\n\n# Best <img src=x> [of](http://all) `*\\\x1b[2J"
     ((name, value),) = push_to_hub._numbers({"nested": {hostile: 0.25}, "log": [1]})

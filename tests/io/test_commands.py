@@ -8,7 +8,7 @@ import pytest
 from hub_scripts import build_image_index, convert_original_checkpoint, make_tiny_checkpoint, push_to_hub
 from tests.helpers import processes
 from tests.helpers.backbones import PARITY
-from training import benchmark, benchmark_answers, benchmark_index, cache_features, evaluate, quickstart, train
+from training import benchmark, benchmark_answers, benchmark_index, cache_features, cli, evaluate, quickstart, train
 
 ROOT = Path(__file__).parents[2]
 CASE, IMAGES = PARITY / "case_a_opt_tied", (PARITY / "common" / "images").resolve()
@@ -174,6 +174,65 @@ def test_line_and_traceback(places, tmp_path):
     )
     long = processes.run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT), FROMAGE_TRACEBACK="1")
     assert long.returncode == 1 and "Traceback" in long.stderr and "FileNotFoundError" in long.stderr
+
+
+def run_cli(arguments: list[str], tmp_path, code: str = "") -> subprocess.CompletedProcess:
+    """`fromage` with `arguments`, after `code`, in a process of its own."""
+    program = f"import sys; {code}; from training.cli import main; main({arguments!r})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FROMAGE_TRACEBACK": ""}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+
+
+def test_fromage_names_the_extra_of_a_missing_package(tmp_path):
+    run = run_cli(["train", "config.yaml"], tmp_path, "sys.modules['yaml'] = None")
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == (
+        "fromage: error: `fromage train` needs yaml, which is not installed: pip install 'modeling-fromage[train]'. "
+        "[FROMAGE_TRACEBACK=1 shows where]"
+    )
+
+
+@pytest.fixture
+def arguments_restored(monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+
+def test_fromage_names_itself(arguments_restored, capsys, tmp_path):
+    """As the user called it: in usage lines, in the descriptions and in errors."""
+    for name, command in cli.COMMANDS.items():
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "--help"])
+        printed = capsys.readouterr().out
+        assert ended.value.code == 0 and printed.startswith(f"usage: fromage {name} "), name
+        assert f"python -m {command.module}" not in printed
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(tmp_path / "none.yaml")])
+    assert re.match("fromage train: error: .*none.yaml cannot be read", capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["trian"], "invalid choice: 'trian'"), ([], "COMMAND")])
+def test_fromage_lists_its_commands(arguments, message, arguments_restored, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fromage: error: ") and message in error
+    assert not arguments or all(name in error for name in cli.COMMANDS)
+
+
+def test_a_command_succeeds(arguments_restored, tmp_path, capsys):
+    """And nothing that it returns becomes the exit status."""
+    assert cli.main(["tiny", str(tmp_path)]) is None
+    assert capsys.readouterr().out.strip() == str(tmp_path / "fromage")
+
+
+def test_python_m_names_the_module(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hub_scripts.make_tiny_checkpoint", "--help"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout.startswith("usage: python -m hub_scripts.make_tiny_checkpoint ")
 
 
 def test_errors_of_ours_keep_their_traceback(monkeypatch, tmp_path):

@@ -176,27 +176,22 @@ def test_line_and_traceback(places, tmp_path):
     assert long.returncode == 1 and "Traceback" in long.stderr and "FileNotFoundError" in long.stderr
 
 
-def run_cli(arguments: list[str], tmp_path, code: str = "") -> subprocess.CompletedProcess:
-    """`fromage` with `arguments`, after `code`, in a process of its own."""
-    program = f"import sys; {code}; from training.cli import main; main({arguments!r})"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FROMAGE_TRACEBACK": ""}
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-
-
-def test_fromage_names_the_extra_of_a_missing_package(tmp_path):
-    run = run_cli(["train", "config.yaml"], tmp_path, "sys.modules['yaml'] = None")
-    assert run.returncode == 2
-    assert run.stderr.splitlines()[-1] == (
-        "fromage: error: `fromage train` needs yaml, which is not installed: pip install 'modeling-fromage[train]'. "
-        "[FROMAGE_TRACEBACK=1 shows where]"
-    )
-
-
 @pytest.fixture
 def arguments_restored(monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+
+def test_fromage_names_the_extra_of_a_missing_package(arguments_restored, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "training" and name != cli.__name__]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "config.yaml"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "fromage: error: `fromage train` needs datasets, which is not installed: pip install "
+        "'modeling-fromage[train]'. [FROMAGE_TRACEBACK=1 shows where]\n"
+    )
 
 
 def test_fromage_names_itself(arguments_restored, capsys, tmp_path):

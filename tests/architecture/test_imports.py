@@ -4,7 +4,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from tests.helpers.source_code import Import, all_imports, modules
+from tests.helpers.source_code import Import, all_imports, flat_files, modules
 
 CODE = ("modeling_fromage", "training", "hub_scripts")
 # By sub-package of modeling_fromage, the others that it may import; each may import itself and the flat files.
@@ -14,8 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": set(),
     "original": {"index"},
 }
-# Flat modules below the model: they work without it.
-BELOW_THE_MODEL = {
+MODEL = {
     "adapter",
     "backbone_checks",
     "backbones",
@@ -109,12 +108,10 @@ def test_the_configuration_stands_below_everything():
     assert reached_from("modeling_fromage.configuration_fromage") <= allowed
 
 
-@pytest.mark.parametrize("name", sorted(BELOW_THE_MODEL))
-def test_below_the_model(name):
-    module = f"modeling_fromage.{name}_fromage"
-    if module not in modules():
-        pytest.skip("no such file")
-    assert MODEL not in reached_from(module)
+@pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
+def test_no_flat_module_imports_the_model(path):
+    """The model stands on them; the processor and the pipeline take any object that works as it does."""
+    assert MODEL not in reached_from(f"modeling_fromage.{path.stem}")
 
 
 @pytest.mark.parametrize("name", ["losses", "packing"])

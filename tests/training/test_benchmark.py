@@ -24,7 +24,7 @@ def test_baseline_has_our_losses_and_gradients():
     batch = step.make_batch(preset, "cpu", torch.float64)
     expected = plain.loss(batch["pixel_values"], batch["tokens"], batch["lengths"])
     expected.backward()
-    loss = model(**step.our_inputs(batch)).loss
+    loss = model(**step.our_inputs(preset, batch)).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # the baseline takes logits in fp32
     for ours, theirs in [

@@ -13,7 +13,7 @@ import torch
 
 from ..publishing.provenance import provenance
 from .baseline import PlainFromage
-from .presets import IMAGE_ID, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
+from .presets import PRESETS, Preset, join, make_backbones
 from .timing import seconds_of
 
 IMAGES, PROMPT_TOKENS, DIALOGUE_TOKENS, CANDIDATES, BATCH, ROUNDS = 4, 56, 120, 100, 8, 10
@@ -24,28 +24,31 @@ class Sides:
     """Our model and the baseline, of the same weights, and the inputs of both."""
 
     def __init__(self, preset: Preset, device: str):
+        self.preset = preset
         language_model, vision_model = make_backbones(preset, device)
-        self.model = join(language_model, vision_model)
-        trimmed, _ = make_backbones(preset, device, RET_ID + 1)
+        self.model = join(preset, language_model, vision_model)
+        trimmed, _ = make_backbones(preset, device, preset.ret_id + 1)
         weights = language_model.state_dict()
-        trimmed.load_state_dict({k: v[: RET_ID + 1] if len(v) == 50_272 else v for k, v in weights.items()})
+        trimmed.load_state_dict({k: v[: preset.ret_id + 1] if len(v) == preset.rows else v for k, v in weights.items()})
         self.plain = PlainFromage(trimmed, vision_model).to(device)
         adapter = self.model.adapter
         self.plain.visual_embeddings.load_state_dict(adapter.multi_modal_projector.state_dict())
         self.plain.text_fc.load_state_dict(adapter.text_projection[0].state_dict())
         with torch.no_grad():
-            self.plain.embeddings.weight[RET_ID] = adapter.ret_embedding.weight[0]
+            self.plain.embeddings.weight[preset.ret_id] = adapter.ret_embedding.weight[0]
         generator = torch.Generator().manual_seed(0)
         size = preset.vision["image_size"]
         pixels = torch.rand(IMAGES, 3, size, size, generator=generator)
         self.pixels = pixels.to(device, getattr(torch, preset.dtype))
-        self.tokens = torch.randint(4, VOCAB, (1, PROMPT_TOKENS), generator=generator).to(device)
-        self.dialogue = torch.randint(4, VOCAB, (1, DIALOGUE_TOKENS), generator=generator).to(device)
+        self.tokens = torch.randint(4, preset.vocab_size, (1, PROMPT_TOKENS), generator=generator).to(device)
+        self.dialogue = torch.randint(4, preset.vocab_size, (1, DIALOGUE_TOKENS), generator=generator).to(device)
         lengths = torch.arange(CANDIDATES) % 8 + 2  # BOS and an answer of one to eight tokens
-        self.candidates = [torch.randint(4, VOCAB, (int(n),), generator=generator).to(device) for n in lengths]
+        self.candidates = [
+            torch.randint(4, preset.vocab_size, (int(n),), generator=generator).to(device) for n in lengths
+        ]
 
     def ids(self, tokens: torch.Tensor, images: int) -> torch.Tensor:
-        image = tokens.new_full((1, 1), IMAGE_ID)
+        image = tokens.new_full((1, 1), self.preset.image_id)
         return torch.cat([part for piece in tokens.tensor_split(images, dim=1) for part in (image, piece)], dim=1)
 
     def plain_generation(self, count: int) -> torch.Tensor:
@@ -59,7 +62,7 @@ class Sides:
             pixel_values=self.pixels.repeat(batch, 1, 1, 1),
             max_new_tokens=count,
             do_sample=False,
-            eos_token_id=IMAGE_ID,  # never written: both write `count` tokens
+            eos_token_id=self.preset.image_id,  # never written: both write `count` tokens
             pad_token_id=1,
             return_dict_in_generate=True,
         )

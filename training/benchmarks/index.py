@@ -101,7 +101,7 @@ def measure_ivf(index: FromageImageIndex, lists: int, rounds: int) -> list[dict[
 def measure_build(preset_name: str, count: int, rounds: int, batch_size: int = 32) -> dict[str, float]:
     """Images a second of a build from JPEG files, and of the encoder by itself on ready pixels."""
     preset = PRESETS[preset_name]
-    model = join(*make_backbones(preset, "cpu"))
+    model = join(preset, *make_backbones(preset, "cpu"))
     size = preset.vision["image_size"]
 
     class Processor:

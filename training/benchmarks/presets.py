@@ -14,13 +14,31 @@ from ..publishing.results import results_file, results_folder
 
 @dataclass
 class Preset:
-    """Shapes of the two backbones, and the batch."""
+    """Shapes of the two backbones, and the batch.
 
+    Attributes:
+        shapes: The backbones in words.
+        device: Where it is measured by default.
+        vocab_size: Of the tokenizer; `<|image|>` and `[RET]` follow. The language model has some rows more.
+    """
+
+    shapes: str
     text: dict[str, int]
     vision: dict[str, int]
     batch_size: int
     rounds: int
     dtype: str
+    device: str = "cpu"
+    vocab_size: int = 50_265  # OPT's tokenizer
+    rows: int = 50_272  # of OPT's embedding matrix
+
+    @property
+    def image_id(self) -> int:
+        return self.vocab_size
+
+    @property
+    def ret_id(self) -> int:
+        return self.vocab_size + 1
 
 
 _OPT_125M = {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
@@ -32,34 +50,38 @@ _VIT_B_32 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers":
 _VIT_L_14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
              "image_size": 224, "patch_size": 14}  # fmt: skip
 PRESETS = {
-    "cpu": Preset(_OPT_125M, _VIT_B_32, batch_size=16, rounds=15, dtype="float32"),
-    "paper": Preset(_OPT_6_7B, _VIT_L_14, batch_size=180, rounds=9, dtype="bfloat16"),
+    "cpu": Preset("OPT-125m and ViT-B/32", _OPT_125M, _VIT_B_32, batch_size=16, rounds=15, dtype="float32"),
+    "paper": Preset(
+        "OPT-6.7B and ViT-L/14", _OPT_6_7B, _VIT_L_14, batch_size=180, rounds=9, dtype="bfloat16", device="cuda"
+    ),
     "tiny": Preset(
+        "tiny shapes",
         {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
          "patch_size": 8},
-        batch_size=4, rounds=3, dtype="float32",
+        batch_size=4, rounds=3, dtype="float32", vocab_size=993, rows=1000,
     ),
 }  # fmt: skip
-VOCAB, MAX_LENGTH = 50_265, 24  # OPT's tokenizer; the limit of a caption, BOS and [RET] included
-IMAGE_ID, RET_ID = VOCAB, VOCAB + 1
+MAX_LENGTH = 24  # of a caption, BOS and [RET] included
 
 
-def make_backbones(preset: Preset, device: str, rows: int = 50_272) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A language model of `rows` vocabulary rows (OPT's 50,272 by default) and a vision encoder, in eval mode."""
+def make_backbones(preset: Preset, device: str, rows: int | None = None) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A language model of `rows` vocabulary rows (the preset's by default) and a vision encoder, in eval mode."""
     torch.manual_seed(0)
     dtype = getattr(torch, preset.dtype)
-    text = OPTConfig(vocab_size=rows, max_position_embeddings=2048, **preset.text)
+    text = OPTConfig(vocab_size=rows or preset.rows, max_position_embeddings=2048, **preset.text)
     with torch.device(device):
         language_model = AutoModelForCausalLM.from_config(text, dtype=dtype)
         vision_model = AutoModel.from_config(CLIPVisionConfig(**preset.vision), dtype=dtype)
     return language_model.eval(), vision_model.eval()
 
 
-def join(language_model: PreTrainedModel, vision_model: PreTrainedModel) -> FromageForConditionalGeneration:
+def join(
+    preset: Preset, language_model: PreTrainedModel, vision_model: PreTrainedModel
+) -> FromageForConditionalGeneration:
     """Our model of two backbones."""
     config = FromageConfig.from_vision_text_configs(
-        vision_model.config, language_model.config, image_token_id=IMAGE_ID, ret_token_id=RET_ID
+        vision_model.config, language_model.config, image_token_id=preset.image_id, ret_token_id=preset.ret_id
     )
     model = FromageForConditionalGeneration(config, language_model, vision_model)
     model.adapter.to(language_model.device)
@@ -82,7 +104,7 @@ def choose_device(preset: str, device: str | None) -> str:
     Raises:
         ValueError: There is no such GPU.
     """
-    device = device or ("cuda" if preset == "paper" else "cpu")
+    device = device or PRESETS[preset].device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--preset {preset} needs a GPU, and torch sees none.")
     return device

@@ -18,14 +18,14 @@ from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, PreTrainedModel, PreTrainedTokenizerFast
 
-from modeling_fromage import FromageDataCollator, FromageProcessor
+from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.packing_fromage import PackedRows
 
 from ..publishing.provenance import provenance
 from .baseline import PlainFromage
-from .presets import IMAGE_ID, MAX_LENGTH, PRESETS, RET_ID, VOCAB, Preset, join, make_backbones
+from .presets import MAX_LENGTH, PRESETS, Preset, join, make_backbones
 from .timing import in_new_process, memory_counter, seconds_of
 
 MODES = ("baseline", "live", "cached")
@@ -42,9 +42,9 @@ def caption_lengths(count: int) -> torch.Tensor:
 def make_batch(preset: Preset, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     lengths = caption_lengths(preset.batch_size)
-    tokens = torch.randint(4, VOCAB, (preset.batch_size, MAX_LENGTH), generator=generator)
+    tokens = torch.randint(4, preset.vocab_size, (preset.batch_size, MAX_LENGTH), generator=generator)
     place = torch.arange(MAX_LENGTH)
-    tokens = tokens.masked_fill(place >= lengths[:, None], 1).masked_fill(place == lengths[:, None] - 1, RET_ID)
+    tokens = tokens.masked_fill(place >= lengths[:, None], 1).masked_fill(place == lengths[:, None] - 1, preset.ret_id)
     tokens[:, 0] = 2
     size = preset.vision["image_size"]
     pixels = torch.rand(preset.batch_size, 3, size, size, generator=generator)
@@ -53,14 +53,17 @@ def make_batch(preset: Preset, device: str, dtype: torch.dtype) -> dict[str, tor
 
 def make_step(mode: str, preset: Preset, device: str) -> Callable[[], torch.Tensor]:
     """A whole training step (forward, backward, clipping, AdamW, `[RET]`'s norm) of one mode, on one batch."""
-    # The original trims OPT's 50,272 rows to the tokenizer's.
-    language_model, vision_model = make_backbones(preset, device, RET_ID + 1 if mode == "baseline" else 50_272)
+    # The original trims the embedding matrix to the tokenizer's rows.
+    language_model, vision_model = make_backbones(preset, device, preset.ret_id + 1 if mode == "baseline" else None)
     batch = make_batch(preset, device, getattr(torch, preset.dtype))
-    make = _plain_step if mode == "baseline" else _our_step
-    return make(language_model, vision_model, batch, cached=mode == "cached")
+    if mode == "baseline":
+        return _plain_step(language_model, vision_model, batch)
+    return _our_step(join(preset, language_model, vision_model).train(), our_inputs(preset, batch), mode == "cached")
 
 
-def _plain_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
+def _plain_step(
+    language_model: PreTrainedModel, vision_model: PreTrainedModel, batch: dict[str, torch.Tensor]
+) -> Callable[[], torch.Tensor]:
     model = PlainFromage(language_model, vision_model).to(batch["tokens"].device)
     optimizer = torch.optim.AdamW(model.trained(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -77,26 +80,26 @@ def _plain_step(language_model, vision_model, batch, cached: bool) -> Callable[[
     return step
 
 
-def our_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def our_inputs(preset: Preset, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the collator would make of the batch's captions: inputs of `forward`."""
     mask = (torch.arange(MAX_LENGTH, device=batch["tokens"].device) < batch["lengths"][:, None]).long()
     # The captioning row of the collator: the image, then the caption without [RET].
-    image = torch.full_like(batch["tokens"][:, :1], IMAGE_ID)
+    image = torch.full_like(batch["tokens"][:, :1], preset.image_id)
     input_ids = torch.cat([image, batch["tokens"]], dim=1)[:, :-1]
     attention_mask = torch.cat([torch.ones_like(image), mask[:, 1:]], dim=1)  # without [RET]'s place
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "labels": input_ids.masked_fill((attention_mask == 0) | (input_ids == IMAGE_ID), -100),
+        "labels": input_ids.masked_fill((attention_mask == 0) | (input_ids == preset.image_id), -100),
         "retrieval_input_ids": batch["tokens"],
         "retrieval_attention_mask": mask,
         "pixel_values": batch["pixel_values"],
     }
 
 
-def _our_step(language_model, vision_model, batch, cached: bool) -> Callable[[], torch.Tensor]:
-    model = join(language_model, vision_model).train()
-    inputs = our_inputs(batch)
+def _our_step(
+    model: FromageForConditionalGeneration, inputs: dict[str, torch.Tensor], cached: bool
+) -> Callable[[], torch.Tensor]:
     if cached:
         pixels = inputs.pop("pixel_values")
         inputs["pooled_image_features"] = model.get_pooled_image_features(pixels)
@@ -129,7 +132,7 @@ def floor_operations(preset: Preset) -> dict[str, int]:
     """Operations that a step cannot do without, attention's own small part left out: see the comments."""
     d, ffn, layers = preset.text["hidden_size"], preset.text["ffn_dim"], preset.text["num_hidden_layers"]
     per_token = 2 * layers * (4 * d * d + 2 * d * ffn)  # of the blocks, forward
-    head = 2 * d * (RET_ID + 1)
+    head = 2 * d * (preset.ret_id + 1)
     lengths = caption_lengths(preset.batch_size)
     n, text = preset.batch_size, int(lengths.sum())
     captioning = 2 * per_token * (text - n)  # forward and backward: visual token, BOS, and words but the last
@@ -267,10 +270,9 @@ def table(results: dict[str, Any]) -> str:
         memory = f"{results['memory_above_weights'][mode] / 1e9:.2f} GB"
         faster, fewer = (f"{ratios[key]:.2f}" if key in ratios else "1" for key in ("time", "operations"))
         rows.append(f"| {names[mode]} | {results['seconds'][mode]:.3f} | {faster} | {fewer} | {memory} |")
-    shapes = {"cpu": "OPT-125m and ViT-B/32", "paper": "OPT-6.7B and ViT-L/14", "tiny": "tiny shapes"}
     places, ratios = results["places"], results["ratios"]
     note = (
-        f"{shapes[results['preset']]}, batch {results['batch_size']}, {results['dtype']}, captions of "
+        f"{PRESETS[results['preset']].shapes}, batch {results['batch_size']}, {results['dtype']}, captions of "
         f"{results['tokens_per_caption']:.1f} tokens on average; {results['hardware']}, torch "
         f"{results['versions']['torch']}; medians of {len(results['seconds_all']['baseline'])} steps, in turns. "
         f"{places['tokens']} tokens a step take {places['ours']} places of the language model, in the original's "

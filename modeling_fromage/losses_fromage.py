@@ -89,10 +89,11 @@ class ChunkedTokenLoss(torch.autograd.Function):
                 chunk, rows = chunk.detach().requires_grad_(), ret_rows.detach().requires_grad_()
                 frozen, ret = logits_of(chunk, rows)
             losses, gradients = _losses_and_gradients(frozen.detach(), ret.detach(), chunk_targets, ret_token_id)
-            grad_chunk, grad = torch.autograd.grad((frozen, ret), (chunk, rows), gradients)
+            torch.autograd.backward((frozen, ret), gradients, inputs=(chunk, rows))
             total = total + losses.sum()
-            grads.append(grad_chunk)
-            grad_rows += grad
+            leaves: Any = (chunk, rows)  # which have a gradient now
+            grads.append(leaves[0].grad)
+            grad_rows += leaves[1].grad
         ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden), grad_rows)
         return total if grads else _at_least_fp32(hidden.new_zeros(()))
 

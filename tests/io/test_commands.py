@@ -1,6 +1,9 @@
 """Every command says in one line what is wrong with what it was given, and what to do."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest

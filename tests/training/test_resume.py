@@ -48,14 +48,14 @@ if kill_at == "in_state":  # of the second checkpoint: weights and optimiser are
 
     transformers.trainer_callback.TrainerState.save_to_json = save_to_json
 if kill_at == "in_weights":
-    whole = checkpoint._move_into_place
+    whole = checkpoint._replace_checkpoint
 
     def move(staging, directory):
         if "checkpoint-4" in str(directory):
             os.kill(os.getpid(), signal.SIGKILL)
         whole(staging, directory)
 
-    checkpoint._move_into_place = move
+    checkpoint._replace_checkpoint = move
 if kill_at == "between":
     step = transformers.trainer_callback.CallbackHandler.on_step_end
 

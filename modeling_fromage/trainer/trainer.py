@@ -22,12 +22,12 @@ from transformers.trainer_utils import (
 )
 
 from ..processing_fromage import FromageProcessor
+from ..training_losses_fromage import LOSS_WEIGHTS
 from .data_collator import FromageDataCollator
 from .ranking import gallery_ranks, recall_at_k
 
 logger = logging.getLogger(__name__)
 
-LOSS_PARTS = ("captioning_loss", "ret_token_loss", "contrastive_loss")
 # A gradient scaler starts at 2 ** 16 and halves at every step that it skips: here it has skipped 30.
 SMALLEST_LOSS_SCALE = 2.0**-14
 
@@ -266,7 +266,7 @@ class FromageTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training:
-            values = {name: outputs.get(name) for name in LOSS_PARTS}
+            values = {name: outputs.get(name) for name in LOSS_WEIGHTS}
             self._parts = {name: value.detach().mean() for name, value in values.items() if value is not None}
         return (loss, outputs) if return_outputs else loss
 
@@ -323,7 +323,9 @@ class FromageTrainer(Trainer):
                 collator.training = was_training
         values = dict(zip(self._output_names, output.predictions, strict=True))
         # The loop's own mean counts the last, smaller batch of a stream as a whole one.
-        means = {name: torch.as_tensor(values[name]).float().mean() for name in ("loss", *LOSS_PARTS) if name in values}
+        means = {
+            name: torch.as_tensor(values[name]).float().mean() for name in ("loss", *LOSS_WEIGHTS) if name in values
+        }
         metrics = {f"{metric_key_prefix}_{name}": float(mean) for name, mean in means.items()}
         if "image_embeds" in values:
             metrics |= self._recall(values, metric_key_prefix)
@@ -339,7 +341,7 @@ class FromageTrainer(Trainer):
         inputs = {**self._prepare_inputs(inputs), "return_logits": False}
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        names = (*LOSS_PARTS, "image_embeds", "text_embeds", "loss")
+        names = (*LOSS_WEIGHTS, "image_embeds", "text_embeds", "loss")
         self._output_names = [name for name in names if outputs.get(name) is not None]
         count = len(inputs["input_ids"])
         predictions = [outputs[name].detach() for name in self._output_names]

@@ -9,7 +9,7 @@ shapes and needs a GPU. Results go to a JSON file with the hardware, the version
 
 import argparse
 
-from modeling_fromage.io.command_line import errors_in_one_line
+from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
 from .benchmarks import answers, index, step
 from .benchmarks.presets import add_preset_options, choose_device
@@ -17,7 +17,7 @@ from .publishing.results import read_results, render_pages, results_folder, writ
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add_preset_options(parser, "benchmark")
     parser.add_argument("--render", action="store_true", help="only write the repository's tables from the results")
     return parser

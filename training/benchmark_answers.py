@@ -7,7 +7,7 @@ rounds of dialogue, and 100 answers; ranking is of the answers of all ten rounds
 
 import argparse
 
-from modeling_fromage.io.command_line import at_least, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .benchmarks import answers
 from .benchmarks.presets import add_preset_options, choose_device
@@ -15,7 +15,7 @@ from .publishing.results import results_folder, write_results
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add_preset_options(parser, "answers")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     return parser

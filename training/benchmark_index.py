@@ -6,7 +6,7 @@ clusters; and the rate of a build from JPEG files against that of the bare encod
 
 import argparse
 
-from modeling_fromage.io.command_line import at_least, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .benchmarks import index
 from .benchmarks.presets import PRESETS
@@ -14,7 +14,7 @@ from .publishing.results import results_file, results_folder, write_results
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--count", type=at_least(1), default=1_000_000, help="images in the index")
     parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS), help="the encoder of the build")
     parser.add_argument("--lists", type=at_least(1), default=1024, help="of the IVF index")

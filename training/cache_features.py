@@ -29,7 +29,7 @@ from modeling_fromage.backbone_loading_fromage import load_backbone
 from modeling_fromage.backbones_fromage import pool_vision_output
 from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
-from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, device_option, errors_in_one_line
 from modeling_fromage.io.fetching import fetch
 
 from .arguments import ModelArguments, parse_config
@@ -148,7 +148,7 @@ def cache_features(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("config", help="YAML file of training.train")
     parser.add_argument("directory", help="folder for the features")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")

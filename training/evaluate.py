@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
-from modeling_fromage.io.command_line import at_least, device_option, dtype_option, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, device_option, dtype_option, errors_in_one_line
 
 from .evaluation import EVALUATORS
 from .evaluation.dual_encoder import DualEncoder
@@ -26,7 +26,7 @@ OUTPUT = Path("outputs/evaluate")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for evaluator in EVALUATORS:
         summary = (evaluator.__doc__ or "").partition("\n")[0]

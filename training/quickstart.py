@@ -30,7 +30,7 @@ from modeling_fromage import (
     UnreadableImageError,
 )
 from modeling_fromage.images_fromage import is_url, load_rgb_image
-from modeling_fromage.io.command_line import at_least, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .arguments import parse_config
 from .config import CONFIGS
@@ -268,7 +268,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--language-model", help="Hub id or folder of a causal language model")
     parser.add_argument("--vision-model", help="Hub id or folder of a vision encoder")
     parser.add_argument("--data", help="TSV file or folder of captioned images")

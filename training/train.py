@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
-from modeling_fromage.io.command_line import errors_in_one_line
+from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
 from .arguments import DataArguments, ModelArguments, describe_keys, parse_config
 from .config import packaged_configs
@@ -88,9 +88,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=describe_keys(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, epilog=describe_keys())
     parser.add_argument(
         "config", help=f"YAML file, or one that comes with this package: {', '.join(packaged_configs())}"
     )

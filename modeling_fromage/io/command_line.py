@@ -25,14 +25,15 @@ _DTYPES = {
 }
 
 
-def command_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that shows `description` as it is, and names the command as the user called it.
+def command_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that shows `description` and `epilog` as they are, and names the command as the user called it.
 
     That is `fromage train`, or `python -m training.train` (which argparse itself does from Python 3.14 on).
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     prog = f"python -m {spec.name}" if spec is not None and sys.argv[0].endswith(".py") else None
-    return argparse.ArgumentParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog, description=description, epilog=epilog, formatter_class=raw)
 
 
 @contextmanager

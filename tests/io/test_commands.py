@@ -173,7 +173,8 @@ def test_line_and_traceback(places, tmp_path):
     short = processes.run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert short.returncode == 2 and "Traceback" not in short.stderr
     assert re.fullmatch(
-        r".*: error: .*none.yaml cannot be read: .* \[FROMAGE_TRACEBACK=1 shows where\]", short.stderr.splitlines()[-1]
+        r"python -m training.train: error: .*none.yaml cannot be read: .* \[FROMAGE_TRACEBACK=1 shows where\]",
+        short.stderr.splitlines()[-1],
     )
     long = processes.run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT), FROMAGE_TRACEBACK="1")
     assert long.returncode == 1 and "Traceback" in long.stderr and "FileNotFoundError" in long.stderr

@@ -36,6 +36,7 @@ test-gpu: $(VENV)/dev.stamp
 quality: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

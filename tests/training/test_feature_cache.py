@@ -19,8 +19,10 @@ from tests.helpers.backbones import PARITY, make_processor
 from tests.helpers.training import losses
 from training import cache_features, train
 from training.data import feature_cache as features
+from training.data import feature_writing
 from training.data.captioned_images import load_captioned_images
 from training.data.feature_cache import CachedFeatures
+from training.data.feature_writing import VisionEncoder, write_features
 
 
 @pytest.fixture(autouse=True)
@@ -188,13 +190,13 @@ def test_files_that_are_gone_are_known_by_their_paths(config, tmp_path):
 
 
 def test_images_within_the_data_set_and_behind_addresses(config, tmp_path, monkeypatch):
-    model_args, _, _ = train.parse_config(str(config), [f"output_dir={tmp_path}"])
+    encoder = VisionEncoder.from_pretrained(str(tmp_path / "backbones" / "vision_model"), "pooler")
 
     def dataset(*images):
         return Dataset.from_list([{"image": image, "caption": "a picture"} for image in images])
 
     held = [{"bytes": picture(colour), "path": "same.bmp"} for colour in ("red", "green", "blue")]
-    assert cache_features.cache_features(model_args, dataset(*held), tmp_path / "held") == 1
+    assert write_features(encoder, dataset(*held), tmp_path / "held") == 1
     opened(dataset(*held), tmp_path / "held")
     with pytest.raises(ValueError, match="image 1, same.bmp"):
         opened(dataset(held[0], held[2], held[1]), tmp_path / "held")
@@ -202,24 +204,24 @@ def test_images_within_the_data_set_and_behind_addresses(config, tmp_path, monke
     opened(dataset({"bytes": None, "path": str(tmp_path / "here.bmp")}, *held[1:]), tmp_path / "held")
 
     fetched = []
-    monkeypatch.setattr(cache_features, "fetch", lambda url: fetched.append(url) or picture("red"))
+    monkeypatch.setattr(feature_writing, "fetch", lambda url: fetched.append(url) or picture("red"))
     addresses = ["https://example.org/a.bmp", "https://example.org/b.bmp"]
-    cache_features.cache_features(model_args, dataset(*addresses), tmp_path / "fetched")
+    write_features(encoder, dataset(*addresses), tmp_path / "fetched")
     opened(dataset(*addresses), tmp_path / "fetched")
     with pytest.raises(ValueError, match="image 1, https://example.org/c.bmp"):
         opened(dataset(addresses[0], "https://example.org/c.bmp"), tmp_path / "fetched")
     opened(dataset(addresses[0], str(tmp_path / "here.bmp")), tmp_path / "fetched")  # its own copy
     assert fetched == addresses
-    monkeypatch.setattr(cache_features, "fetch", lambda url: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    monkeypatch.setattr(feature_writing, "fetch", lambda url: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(ValueError, match="https://example.org/a.bmp: no image"):
-        cache_features.cache_features(model_args, dataset(*addresses), tmp_path / "script")
+        write_features(encoder, dataset(*addresses), tmp_path / "script")
     for image, reason in (
         ({"bytes": None, "path": None}, "in memory: no image"),
         (str(tmp_path / "none.bmp"), "none.bmp: No such file"),
         ({"bytes": b"no picture", "path": "x.bmp"}, "x.bmp: no image"),
     ):
         with pytest.raises(ValueError, match=reason):
-            cache_features.cache_features(model_args, dataset(image), tmp_path / "unreadable")
+            write_features(encoder, dataset(image), tmp_path / "unreadable")
 
 
 def test_caches_that_know_names_alone_are_refused(config, tmp_path):
@@ -260,7 +262,7 @@ def test_features_that_half_precision_does_not_hold(config, tmp_path, scale):
 
 
 def test_features_that_are_not_finite_are_refused(config, tmp_path, monkeypatch):
-    cache, pool = tmp_path / "cache", cache_features.pool_vision_output
+    cache, pool = tmp_path / "cache", feature_writing.pool_vision_output
     batches = []
 
     def overflowing(*arguments):
@@ -269,7 +271,7 @@ def test_features_that_are_not_finite_are_refused(config, tmp_path, monkeypatch)
             batches[-1][1, 3] = float("inf")
         return batches[-1]
 
-    monkeypatch.setattr(cache_features, "pool_vision_output", overflowing)
+    monkeypatch.setattr(feature_writing, "pool_vision_output", overflowing)
     with pytest.raises(ValueError, match=r"features of image 9, .*img_009.png, are not finite in float32"):
         run(config, cache)
     assert [path.name for path in sorted(cache.iterdir())] == ["features-00000.safetensors", "manifest.json"]

@@ -1,4 +1,4 @@
-"""Ranking of Visual Dialog's candidate answers."""
+"""Ranks the candidate answers of Visual Dialog by their likelihood."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from .dialogues import ROUNDS, Dialogue, Turn, VisdialProtocol
 from .dual_encoder import DualEncoder
 from .images import EncodedImages
 from .metrics import ndcg, rank_metrics, target_ranks
-from .prompts import image_text, tokenize
+from .prompts import tokenize
 from .score_cache import ScoreCache
 
 
 def context(processor: FromageProcessor, turns: Sequence[Turn], protocol: VisdialProtocol) -> str:
-    """An image, the rounds before the last of `turns`, and its question."""
+    """The prompt of the last of `turns`: the image, the earlier rounds, and its question."""
     texts = [f"Q: {turn.question}?\nA: {turn.answer}\n" for turn in turns[:-1]]
     question = f"Q: {turns[-1].question}?\n{protocol.answer_cue}"
-    return processor.add_bos(image_text(processor) + "".join(texts) + question)
+    return processor.add_bos(processor.image_placeholders + "".join(texts) + question)
 
 
 @torch.no_grad()
@@ -33,9 +33,9 @@ def score_answers(
     features: torch.Tensor,
     protocol: VisdialProtocol,
 ) -> list[torch.Tensor]:
-    """The log-likelihood (options,) of each candidate answer in some rounds of a dialogue, by an image (vision width,).
+    """Log-likelihoods (options,) of the candidate answers in each of `rounds`, given image features (vision_width,).
 
-    A round's dialogue is encoded once for all its candidates. A candidate without a token ranks last.
+    The prompt of a round is encoded once for all its candidates. A candidate without tokens ranks last.
     """
     contexts = [context(processor, dialogue.turns[: i + 1], protocol) for i in rounds]
     start = processor.bos_text if protocol.bos_before_answers else " "
@@ -48,7 +48,7 @@ def score_answers(
     empty = ~mask.any(-1)
     if bool(empty.all()):
         return [torch.full((count,), -torch.inf) for count in counts]
-    mask[..., -1] = 1  # candidates need a token; what the empty ones score is thrown away
+    mask[..., -1] = 1  # every candidate needs a token; scores of empty ones are masked below
     context_ids, context_mask = tokenize(processor, contexts, model.device)
     scores = model.score_candidates(
         context_ids,
@@ -63,17 +63,17 @@ def score_answers(
 
 
 def answered_rounds(dialogue: Dialogue) -> list[int]:
-    """The rounds that have candidates and say which of them is right."""
+    """The rounds that have candidates and a correct answer."""
     return [i for i, turn in enumerate(dialogue.turns) if turn.options and turn.target is not None]
 
 
 def dense_rows(
     dialogues: Sequence[Dialogue | None], protocol: VisdialProtocol
 ) -> list[tuple[tuple[int, int], list[float]]]:
-    """Dialogue and round (from 0) of every dense annotation, and the relevance of the candidates.
+    """The dialogue and round (from 0) of every dense annotation, with the relevance of its candidates.
 
-    The authors' script adds the file's round, from 1, to ten times the dialogue's number, so that it takes each
-    annotation for the round behind it, and round 10 for the next dialogue's first.
+    The authors' script adds the file's round, which counts from 1, to ten times the dialogue's number. It thus assigns
+    each annotation to the following round, and round 10 to the first round of the next dialogue.
     """
     rows = []
     for number, dialogue in enumerate(dialogues):
@@ -89,7 +89,7 @@ def dense_rows(
 def answer_metrics(
     scores: dict[tuple[int, int], torch.Tensor], dialogues: Sequence[Dialogue | None], protocol: VisdialProtocol
 ) -> tuple[dict[str, Any], Counter]:
-    """NDCG, MRR, recall and mean rank of all rounds, and of each; and what could not be counted."""
+    """NDCG, MRR, recall and mean rank over all rounds, MRR by round, and counts of skipped annotations by reason."""
     left_out: Counter = Counter()
     ranks: list[list[int]] = [[] for _ in range(ROUNDS)]
     for (number, i), row in scores.items():
@@ -122,9 +122,9 @@ def rank_answers(
     dual_encoder: DualEncoder | None = None,
     score_cache: ScoreCache | None = None,
 ) -> tuple[dict[str, Any], Counter]:
-    """[`answer_metrics`] of all dialogues with an image, of the model and of the baseline; and what is left out.
+    """[`answer_metrics`] of the model and of the baseline on all dialogues with an image.
 
-    Scores are kept in `score_cache` after each dialogue; those that it has are not computed again.
+    Scores go into `score_cache` after each dialogue and are not computed again.
     """
     scores: dict[str, dict[tuple[int, int], torch.Tensor]] = {"ours": {}, "dual encoder": {}}
     left_out: Counter = Counter()
@@ -158,8 +158,10 @@ def rank_answers(
 def score_answers_dual(
     dual_encoder: DualEncoder, dialogue: Dialogue, rounds: list[int], image: torch.Tensor
 ) -> list[torch.Tensor]:
-    """The baseline's cosine (options,) of an image (d,) and each candidate behind its question; without the rounds
-    before, which its text half has no room for."""
+    """The baseline's cosine similarities (options,) of an image (d,) with each candidate after its question.
+
+    Earlier rounds are left out: its text encoder has no room for them.
+    """
     rows = []
     for i in rounds:
         turn = dialogue.turns[i]

@@ -1,4 +1,4 @@
-"""Interleaved prompts that end in `[RET]`, of images that are encoded already, and what they are embedded as."""
+"""Embeddings of interleaved prompts that end in `[RET]`, from cached image features."""
 
 from typing import Any
 
@@ -10,24 +10,19 @@ from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.backbones_fromage import context_length
 
 
-def image_text(processor: FromageProcessor) -> str:
-    """What stands for one image in a prompt."""
-    return processor.image_token * processor.num_image_tokens
-
-
 def tokenize(processor: FromageProcessor, prompts: list[str], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (N, L), padded on the left, of prompts whose images and BOS are written out."""
+    """Token ids and mask (N, L), padded on the left, of prompts that already contain placeholders and BOS."""
     inputs = processor.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
     return inputs["input_ids"], inputs["attention_mask"]
 
 
 def has_special_token(processor: FromageProcessor, texts: list[str]) -> bool:
-    """Whether a text holds `<|image|>` or `[RET]` literally, and so cannot be told from one with an image."""
+    """Whether a text contains the image token or `[RET]`: the model would read it as an image or a retrieval."""
     return any(token in text for text in texts for token in (processor.image_token, processor.ret_token))
 
 
 def is_too_long(model: FromageForConditionalGeneration, processor: FromageProcessor, *texts: str) -> bool:
-    """Whether texts, one behind the other, are longer than the language model's context."""
+    """Whether the concatenated texts exceed the language model's context."""
     tokens = processor.tokenizer(list(texts), add_special_tokens=False).input_ids
     return sum(map(len, tokens)) > context_length(model.config.text_config)
 
@@ -44,12 +39,12 @@ def embed_prompts(
     """Unit-norm embeddings (N, q) of prompts that end in `[RET]`, on the CPU, in fp32.
 
     Args:
-        features: Pooled features (images, vision width) of each prompt's images.
-        first_projection_only: Whether the first text projection is put on the last hidden state, whatever layers the
-            model has its projections for, as the authors' VIST script does.
+        features: Pooled features (num_images, vision_width) of each prompt's images.
+        first_projection_only: Apply the first text projection to the last hidden state, whatever layers the model's
+            projections are for, as the authors' VIST script does.
     """
     embeds: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths need little padding
     for start in tqdm(range(0, len(order), batch_size), desc="Embedding prompts"):
         some = order[start : start + batch_size]
         ids, mask = tokenize(processor, [prompts[i] for i in some], model.device)
@@ -77,7 +72,7 @@ def embed_prompts(
 def image_embeds(
     model: FromageForConditionalGeneration, features: torch.Tensor, batch_size: int = 4096
 ) -> torch.Tensor:
-    """Unit-norm embeddings (N, q) of pooled features (N, vision width), on the CPU, in fp32."""
+    """Unit-norm embeddings (N, q) of pooled features (N, vision_width), on the CPU, in fp32."""
     pieces = [
         model.get_image_embeds(pooled_image_features=piece.to(model.device)) for piece in features.split(batch_size)
     ]

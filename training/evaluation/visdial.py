@@ -1,7 +1,7 @@
-"""Visual Dialog 1.0: ranking of the 100 candidate answers, and retrieval between images and whole dialogues.
+"""Visual Dialog 1.0: ranking of the 100 candidate answers, and retrieval between images and dialogues.
 
-Section 4.2 of the paper, by the authors' scripts with their quirks or without them: see
-[`training.evaluation.dialogues.PROTOCOLS`].
+Section 4.2 of the paper. [`training.evaluation.dialogues.PROTOCOLS`] follow the authors' scripts, or correct their
+quirks.
 """
 
 import argparse
@@ -54,10 +54,9 @@ def retrieve(
     dual_encoder: DualEncoder | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """Recall, in both directions, between images and their dialogues' first rounds; by how many rounds, of those
-    dialogues that have so many.
+    """Recall in both directions between images and the first rounds of their dialogues, by the number of rounds.
 
-    The authors' script prints image to dialogue, and calls it text to image.
+    Dialogues with fewer rounds are left out. The authors' script reports image to dialogue as text to image.
     """
     embeds = image_embeds(model, images.features)
     results = {}
@@ -65,7 +64,7 @@ def retrieve(
         long = [dialogue for dialogue in dialogues if len(dialogue.turns) >= count]
         if not long:
             continue
-        # Of the images, those that such a dialogue is about.
+        # Only the images of these dialogues.
         numbers, rows = torch.tensor([images.rows[dialogue.image] for dialogue in long]).unique(return_inverse=True)
         texts = [dialogue_text(dialogue.turns[:count]) for dialogue in long]
         prompts = [processor.retrieval_text(text) for text in texts]
@@ -82,8 +81,8 @@ def leave_out(
     read: Dialogues,
     images: EncodedImages,
     protocol: VisdialProtocol,
-):
-    """Set dialogues that cannot be used to `None`, and count why."""
+) -> None:
+    """Replace unusable dialogues by `None`, and count the reasons."""
     for number, dialogue in enumerate(read.dialogues):
         if dialogue is None:
             continue
@@ -98,7 +97,7 @@ def leave_out(
             model,
             processor,
             context(processor, dialogue.turns, protocol),
-            f"{processor.bos_text} {max([dialogue.turns[-1].answer, *options], key=len)}.{processor.ret_token}",
+            processor.retrieval_text(f" {max([dialogue.turns[-1].answer, *options], key=len)}."),
         ):
             problem = "dialogue longer than the language model's context"
         else:
@@ -117,8 +116,8 @@ class VisdialEvaluator(Evaluator):
         dense: `visdial_1.0_val_dense_annotations.json`, for NDCG.
         protocol: One of [`PROTOCOLS`].
         tasks: Some of [`TASKS`].
-        rounds: Retrieval from the first N rounds, for each N.
-        sample: Take so many dialogues at random (always the same), to try things out.
+        rounds: Retrieve from the first N rounds, for each N.
+        sample: Number of random dialogues to use (always the same ones), for quick trials.
     """
 
     name: ClassVar[str] = "visdial"
@@ -152,7 +151,7 @@ class VisdialEvaluator(Evaluator):
         parser.add_argument("--rounds", type=int, nargs="+", default=list(range(1, ROUNDS + 1)), metavar="N",
                             help="retrieval from the first N rounds, for each N; by default 1 to 10")  # fmt: skip
         parser.add_argument(
-            "--sample", type=at_least(1), metavar="N", help="take N dialogues, always the same, to try things out"
+            "--sample", type=at_least(1), metavar="N", help="use N random dialogues, always the same, for quick trials"
         )
 
     def run(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> Evaluation:
@@ -194,7 +193,7 @@ class VisdialEvaluator(Evaluator):
         return Evaluation(results, manifest)
 
     def _depends_on(self, model: FromageForConditionalGeneration, images: EncodedImages) -> dict[str, Any]:
-        """What the answers' scores are scores of."""
+        """Everything that the answers' scores depend on."""
         return {
             "data": digest_of(self.data),
             "model": model.retrieval_fingerprint(),

@@ -1,6 +1,6 @@
-"""Contextual image retrieval on Visual Storytelling (VIST): the fifth image of a story from what comes before it.
+"""Contextual image retrieval on Visual Storytelling (VIST): find a story's fifth image from what precedes it.
 
-Section 4.1 of the paper, by the authors' script with its quirks or without them: see [`PROTOCOLS`].
+Section 4.1 of the paper. [`PROTOCOLS`] follow the authors' script, or correct its quirks.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from .evaluator import Evaluation, Evaluator
 from .files import find_images, read_json
 from .images import EncodedImages, encode_images
 from .metrics import rank_metrics, target_ranks
-from .prompts import embed_prompts, has_special_token, image_embeds, image_text, is_too_long
+from .prompts import embed_prompts, has_special_token, image_embeds, is_too_long
 
 LENGTH = 5  # sentences and photos of a story
 SETTINGS = {"1 caption": (1, 0), "5 captions": (5, 0), "5 captions + 4 images": (5, 4)}  # captions, images of a prompt
@@ -33,18 +33,18 @@ MASKS = {
 
 @dataclass(frozen=True)
 class VistProtocol:
-    """How stories become prompts, and photos pixels.
+    """How stories become prompts and photos become pixels.
 
     Attributes:
-        name: Of the option, and in results files.
-        url_fields: Fields of the file that name a photo's address, the first that is there.
-        sort_sentences: Whether sentences are put in the order of the story; else that of the file.
-        allow_empty_sentences: Whether a story with an empty sentence counts.
-        bos_before_captions: Whether every caption has a BOS of its own and stands as the file has it; else the prompt
-            has one, and captions are stripped and joined by blanks.
-        squash_images: Whether photos are first resized to 224 x 224, aspect ratio not kept.
-        first_projection_only: Whether the first text projection is put on the last hidden state, whatever layers the
-            model has its projections for.
+        name: Value of `--protocol`, and its name in results files.
+        url_fields: Fields of the file that may hold a photo's URL; the first one present is used.
+        sort_sentences: Sort sentences in story order. Otherwise they keep the order of the file.
+        allow_empty_sentences: Keep stories with an empty sentence.
+        bos_before_captions: Put BOS before every caption and leave captions as they are. Otherwise the prompt has one
+            BOS, and captions are stripped and joined with spaces.
+        squash_images: Resize photos to 224 x 224 first, without keeping the aspect ratio.
+        first_projection_only: Apply the first text projection to the last hidden state, whatever layers the model's
+            projections are for.
     """
 
     name: str
@@ -79,7 +79,7 @@ PROTOCOLS = {protocol.name: protocol for protocol in (PAPER, CORRECTED)}
 
 @dataclass
 class Story:
-    """Captions of five photos, in order, and the photos' Flickr ids."""
+    """The captions of five photos, in order, and the photos' Flickr ids."""
 
     id: str
     captions: list[str]
@@ -88,7 +88,7 @@ class Story:
 
 @dataclass
 class Stories:
-    """Stories of SIS files, each photo's URL (`None` where it has none), and entries that are left out, counted."""
+    """Stories of SIS files, the URL of each photo (`None` if it has none), and counts of skipped entries by reason."""
 
     stories: list[Story] = field(default_factory=list)
     photos: dict[str, str | None] = field(default_factory=dict)
@@ -99,7 +99,7 @@ def read_stories(paths: Sequence[Path], protocol: VistProtocol = PAPER) -> Stori
     """Read `{train,val,test}.story-in-sequence.json` files (SIS).
 
     Raises:
-        ValueError: A file is not of that format, or has no story.
+        ValueError: A file does not have that format, or contains no story.
     """
     found = Stories()
     urls, sentences = _read_files(paths, protocol.url_fields)
@@ -132,7 +132,7 @@ def read_stories(paths: Sequence[Path], protocol: VistProtocol = PAPER) -> Stori
 def _read_files(
     paths: Sequence[Path], url_fields: Sequence[str]
 ) -> tuple[dict[str, str | None], dict[str, list[dict[str, Any]]]]:
-    """The URL of each photo, and the sentences of each story, in the order of the files."""
+    """The URL of each photo and the sentences of each story, in file order."""
     urls: dict[str, str | None] = {}
     sentences: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in paths:
@@ -159,9 +159,10 @@ def encode_photos(
     protocol: VistProtocol,
     **kwargs: Any,
 ) -> EncodedImages:
-    """The photos that a story names, from `folder` by their ids; with `download`, missing ones are fetched into it.
+    """Encode the photos of all stories, found in `folder` by their ids.
 
-    Without, a missing photo is left out, and so are the stories that need it.
+    With `download`, missing photos are fetched into `folder`. Otherwise they are skipped, with the stories that need
+    them.
     """
     if download:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,11 +174,11 @@ def encode_photos(
 def prompt(processor: FromageProcessor, story: Story, captions: int, images: int, protocol: VistProtocol) -> str:
     """The last `captions` captions of a story, each of the first `images` followed by its image, then `[RET]`."""
     texts = story.captions[-captions:]
+    shown = [processor.image_placeholders if i < images else "" for i in range(len(texts))]
     if protocol.bos_before_captions:
-        bos = processor.bos_text
-        parts = [bos + text + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
-        return "".join(parts) + processor.ret_token
-    parts = [text.strip() + (image_text(processor) if i < images else "") for i, text in enumerate(texts)]
+        parts = [processor.bos_text + text + image for text, image in zip(texts, shown, strict=True)]
+        return processor.retrieval_text("".join(parts))
+    parts = [text.strip() + image for text, image in zip(texts, shown, strict=True)]
     return processor.retrieval_text(" ".join(parts))
 
 
@@ -190,7 +191,7 @@ def score(
     protocol: VistProtocol,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """The cosine (stories, photos) of each story's prompt and each photo of the gallery."""
+    """Cosine similarities (stories, photos) of each story's prompt with each photo in the gallery."""
     captions, images = SETTINGS[setting]
     prompts = [prompt(processor, story, captions, images, protocol) for story in stories]
     features = [photos.features[photos.rows_of(story.photos[:images])] for story in stories]
@@ -201,7 +202,10 @@ def score(
 
 
 def score_dual(dual_encoder: DualEncoder, stories: list[Story], photos: EncodedImages, setting: str) -> torch.Tensor:
-    """The baseline's cosines (stories, photos): of the captions, joined; with images, of the mean of all embeddings."""
+    """The baseline's cosine similarities (stories, photos).
+
+    Captions are joined into one text. With images, the query is the mean of the text and image embeddings.
+    """
     captions, images = SETTINGS[setting]
     texts = dual_encoder.text_embeds([" ".join(story.captions[-captions:]) for story in stories])
     shown = [photos.dual_embeds[photos.rows_of(story.photos[:images])].sum(0) for story in stories]
@@ -209,7 +213,7 @@ def score_dual(dual_encoder: DualEncoder, stories: list[Story], photos: EncodedI
 
 
 def ranks(scores: torch.Tensor, stories: list[Story], photos: EncodedImages, setting: str, mask: str) -> torch.Tensor:
-    """The rank (stories,) of each story's last photo."""
+    """Rank (stories,) of each story's last photo."""
     masked = {"shown": SETTINGS[setting][1], "story": LENGTH - 1, "none": 0}[mask]
     scores = scores.clone()
     for row, story in enumerate(stories):
@@ -224,7 +228,7 @@ def usable(
     photos: EncodedImages,
     protocol: VistProtocol,
 ) -> tuple[list[Story], Counter]:
-    """The stories all of whose photos can be used, as in the authors' script; and why others are left out."""
+    """Stories whose photos are all usable, as in the authors' script, and why the others are skipped."""
     stories, left_out = [], Counter(read.left_out)
     for story in read.stories:
         if not all(photo in photos for photo in story.photos):
@@ -242,14 +246,14 @@ def usable(
 
 @dataclass(kw_only=True)
 class VistEvaluator(Evaluator):
-    """Recall of a story's fifth image, in three settings.
+    """Recall of a story's fifth image in three settings.
 
     Args:
         data: SIS files.
-        images: Folder of photos, named by their Flickr ids.
+        images: Folder of photos named by their Flickr ids.
         protocol: One of [`PROTOCOLS`].
         mask: A key of [`MASKS`].
-        download: Fetch photos that are missing into the folder.
+        download: Fetch missing photos into the folder.
     """
 
     name: ClassVar[str] = "vist"
@@ -273,9 +277,11 @@ class VistEvaluator(Evaluator):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--data", type=Path, nargs="+", required=True, help="val.story-in-sequence.json, ...")
-        parser.add_argument("--images", type=Path, required=True, help="folder of photos, named by their Flickr ids")
-        parser.add_argument("--download", action="store_true", help="fetch photos that are missing into that folder")
-        parser.add_argument("--mask", choices=sorted(MASKS), default="shown", help="images that are no candidates")
+        parser.add_argument("--images", type=Path, required=True, help="folder of photos named by their Flickr ids")
+        parser.add_argument("--download", action="store_true", help="fetch missing photos into that folder")
+        parser.add_argument(
+            "--mask", choices=sorted(MASKS), default="shown", help="images excluded from the candidates"
+        )
 
     def run(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> Evaluation:
         options = {"batch_size": self.batch_size, "dual_encoder": self.dual_encoder}

@@ -1,7 +1,6 @@
 """Evaluate a FROMAGe model on the paper's tasks: `python -m training.evaluate TASK MODEL --data ... --images ...`.
 
-Results are written as JSON, with what they were made from, beside a manifest of the images and texts that were really
-used.
+Writes results with their provenance as JSON, beside a manifest of the images and texts that were actually used.
 """
 
 import argparse
@@ -59,28 +58,28 @@ def _add_shared_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=at_least(1),
         default=32,
-        help="images or texts at a time; answers are ranked a dialogue at a time",
+        help="images or texts per batch; answers are ranked one dialogue at a time",
     )
     parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", type=dtype_option, help="of the backbones; by default what they are stored in")
+    parser.add_argument("--dtype", type=dtype_option, help="of the backbones; by default as stored")
 
 
 def load_dual_encoder(name: str | None, model: FromageForConditionalGeneration) -> DualEncoder | None:
-    """The baseline of this name; of an empty one, the model that the vision tower came from."""
+    """The baseline of this name; for an empty name, the model that the vision tower comes from."""
     if name is None:
         return None
     revision = None
     if not name:
         name, revision = model.config.vision_model_id, model.config.vision_model_revision
     if not name:
-        raise ValueError("It is not known where the vision tower came from: name the baseline, --dual-encoder NAME.")
+        raise ValueError("The source of the vision tower is unknown. Name the baseline: --dual-encoder NAME.")
     return DualEncoder.from_pretrained(name, revision, model.device, model.vision_model.dtype)
 
 
 def make_evaluator(
     options: argparse.Namespace, dual_encoder: DualEncoder | None, scores: Path
 ) -> tuple[Evaluator, dict[str, Any]]:
-    """The evaluation that the options ask for; and those that it was made from, in words."""
+    """The evaluation that the options select, and those options as strings for the results file."""
     names = {field.name for field in fields(options.evaluator)}
     given = {name: value for name, value in vars(options).items() if name in names and name != "dual_encoder"}
     arguments = dict(given)
@@ -91,7 +90,9 @@ def make_evaluator(
 
 
 def run(options: argparse.Namespace, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One evaluation; results with their provenance, and the manifest. What takes long is kept beside `output`.
+    """Run one evaluation; returns the results with their provenance, and the manifest.
+
+    Scores that take long are kept in a file beside `output`.
 
     Raises:
         ValueError: Data, images or model cannot be used.
@@ -132,7 +133,7 @@ def run(options: argparse.Namespace, output: Path) -> tuple[dict[str, Any], dict
 
 
 def summary(results: dict[str, Any], sections: list[str]) -> str:
-    """Results in lines to read: each group of figures, and what they are of."""
+    """Results as lines of text: each group of figures, then what they were computed on."""
     lines = []
 
     def walk(name: str, value: Any) -> None:

@@ -1,8 +1,9 @@
-"""Generation and candidate scoring against the original's algorithm.
+"""Benchmark of generation and candidate scoring against the original's algorithm.
 
-The prompt is like VIST's of the paper: four images and five captions. Both sides continue it greedily, images encoded
-included, in the same dtype, in turns. The original takes one prompt at a time. Scoring is like VisDial's: an image, ten
-rounds of dialogue, and 100 answers; ranking is of the answers of all ten rounds, by the authors' protocol.
+The prompt has the size of the paper's VIST prompts: four images and five captions. Both sides continue it greedily in
+the same dtype, taking turns; the time includes encoding the images. The original takes one prompt at a time. Scoring
+has the size of VisDial: an image, ten rounds of dialogue, and 100 answers. Ranking scores the answers of all ten
+rounds, by the authors' protocol.
 """
 
 import statistics
@@ -21,7 +22,7 @@ RANKING = f"{ROUNDS} x {CANDIDATES} answers"
 
 
 class Sides:
-    """Our model and the baseline, of the same weights, and the inputs of both."""
+    """Our model and the baseline with the same weights, and the inputs of both."""
 
     def __init__(self, preset: Preset, device: str):
         self.preset = preset
@@ -62,7 +63,7 @@ class Sides:
             pixel_values=self.pixels.repeat(batch, 1, 1, 1),
             max_new_tokens=count,
             do_sample=False,
-            eos_token_id=self.preset.image_id,  # never written: both write `count` tokens
+            eos_token_id=self.preset.image_id,  # never generated: both sides write `count` tokens
             pad_token_id=1,
             return_dict_in_generate=True,
         )
@@ -84,7 +85,7 @@ class Sides:
         return [self.dialogue[:, : DIALOGUE_TOKENS * i // ROUNDS] for i in range(1, ROUNDS + 1)]
 
     def plain_ranking(self) -> torch.Tensor:
-        """(rounds, candidates): every answer of every round, each with the whole dialogue before it."""
+        """Scores (rounds, candidates); the dialogue is encoded again for every answer."""
         rows = [
             self.plain.score(self.plain.prompt(self.pixels[:1], dialogue), self.candidates, 20, shift=False)
             for dialogue in self._dialogues()
@@ -92,7 +93,7 @@ class Sides:
         return torch.stack(rows)
 
     def our_ranking(self) -> torch.Tensor:
-        """(rounds, candidates), as `training.evaluation.answers` asks: the image once, the rounds in a batch."""
+        """Scores (rounds, candidates) as in `training.evaluation.answers`: one image encoding, all rounds in a batch."""
         pooled = self.model.get_pooled_image_features(self.pixels[:1])
         rows = [self.ids(dialogue, 1)[0].flip(0) for dialogue in self._dialogues()]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).flip(1)

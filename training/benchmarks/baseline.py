@@ -1,22 +1,25 @@
-"""The original's training step, generation and scoring in our own words, to be measured against: what it computes, and
-no more than it does.
+"""The original's training step, generation and scoring, reimplemented as the baseline of the benchmarks.
 
-Two passes over captions padded to their limit, the vision encoder in each, logits of every place, and a gradient (and
-AdamW state) for the whole tied vocabulary matrix, of which all rows but `[RET]`'s are then masked.
+It does the same computation as the original, and no more: two passes over captions padded to their limit, the vision
+encoder in each, logits at every position, and a gradient (with AdamW state) for the whole tied vocabulary matrix, which
+is then masked except for the row of `[RET]`.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class PlainFromage(nn.Module):
-    """Axes: N pairs, L places of a padded caption, k visual tokens, D the LM's width, q the shared space's.
+    """Axes: N pairs, L positions of a padded caption, k visual tokens, D the LM's width, q the width of the joint space.
 
     Args:
-        language_model: A causal LM with tied embeddings whose last row is `[RET]`'s.
+        language_model: A causal LM with tied embeddings whose last row is that of `[RET]`.
         vision_model: A vision encoder with pooled output.
+        k: Visual tokens per image.
+        q: Width of the joint embedding space.
     """
 
     def __init__(self, language_model: PreTrainedModel, vision_model: PreTrainedModel, k: int = 1, q: int = 256):
@@ -34,9 +37,9 @@ class PlainFromage(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def loss(self, pixel_values: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Of images (N, 3, h, w), tokens (N, L) that are padded on the right, and their lengths (N,)."""
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        in_text, is_ret = place < lengths[:, None], place == lengths[:, None] - 1
+        """The training loss of images (N, 3, h, w), right-padded tokens (N, L), and their lengths (N,)."""
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        in_text, is_ret = position < lengths[:, None], position == lengths[:, None] - 1
         embeds = self.embeddings(tokens)
 
         with torch.no_grad():
@@ -59,8 +62,8 @@ class PlainFromage(nn.Module):
 
     @torch.no_grad()
     def prompt(self, pixel_values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """An interleaved prompt (1, L, D) of images (N, 3, h, w), each encoded by itself, and tokens (1, T), a share of
-        which stands behind each image."""
+        """An interleaved prompt (1, L, D): images (N, 3, h, w), encoded one at a time, each followed by an equal share of
+        tokens (1, T)."""
         parts = []
         for image, piece in zip(pixel_values, tokens[0].tensor_split(len(pixel_values)), strict=True):
             pooled = self.vision_model(image[None]).pooler_output
@@ -71,8 +74,11 @@ class PlainFromage(nn.Module):
 
     @torch.no_grad()
     def generate(self, embeds: torch.Tensor, count: int) -> torch.Tensor:
-        """Greedily continue `embeds` (1, L, D): the whole sequence anew for each token, every place's logits, every
-        layer's hidden states, and the retrieval embedding of every place."""
+        """Greedily continue `embeds` (1, L, D).
+
+        Each new token takes a pass over the whole sequence, with the logits and the retrieval embedding of every
+        position and the hidden states of every layer.
+        """
         ids = []
         for _ in range(count):
             output = self.language_model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
@@ -85,8 +91,11 @@ class PlainFromage(nn.Module):
     def score(
         self, embeds: torch.Tensor, candidates: list[torch.Tensor], batch_size: int, shift: bool = True
     ) -> torch.Tensor:
-        """Summed log-likelihoods (C,) of candidates' tokens after `embeds` (1, L, D), which is encoded with each; from
-        the place before each token, or (`shift=False`, the authors' VisDial) from its own."""
+        """Summed log-likelihoods (C,) of candidates after `embeds` (1, L, D), which is encoded with every candidate.
+
+        A token is scored with the logits of the position before it or, with `shift=False` (the authors' VisDial
+        script), with those of its own position.
+        """
         scores = []
         for start in range(0, len(candidates), batch_size):
             some = candidates[start : start + batch_size]
@@ -100,17 +109,18 @@ class PlainFromage(nn.Module):
         return torch.cat(scores)
 
     @staticmethod
-    def _cross_entropy(output, labels: torch.Tensor) -> torch.Tensor:
+    def _cross_entropy(output: CausalLMOutputWithPast, labels: torch.Tensor) -> torch.Tensor:
         logits = output.logits[:, :-1].float()
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
     @torch.no_grad()
-    def mask_gradient(self):
-        """Keep the gradient of the last row, `[RET]`'s, alone."""
+    def mask_gradient(self) -> None:
+        """Zero the gradient of all rows but the last, that of `[RET]`."""
         self.embeddings.weight.grad[:-1] = 0
 
     @torch.no_grad()
-    def normalize_ret(self):
+    def normalize_ret(self) -> None:
+        """Scale the row of `[RET]` to the mean norm of the others."""
         norms = self.embeddings.weight[:-1].norm(dim=-1)
         row = self.embeddings.weight[-1]
         row.mul_(norms.mean() / row.norm())

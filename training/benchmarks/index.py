@@ -1,5 +1,5 @@
-"""The image index against FAISS, over made-up embeddings in 1,000 overlapping clusters: opening, exact search, IVF; and
-the rate of a build from JPEG files against that of the bare encoder."""
+"""Benchmark of the image index against FAISS: opening, exact search and IVF, over synthetic embeddings in 1,000
+overlapping clusters; and of a build from JPEG files against the encoder alone."""
 
 import statistics
 import tempfile
@@ -30,14 +30,14 @@ def clustered(count: int, seed: int, centres: int = 1000) -> torch.Tensor:
     return F.normalize(means[which] + 1.6 * torch.randn(count, DIM, generator=generator), dim=-1)
 
 
-def make_index(count: int, directory: str):
+def make_index(count: int, directory: str) -> None:
     ids = [f"{i:09d}.jpg" for i in range(count)]
     metadata = [{"url": f"https://example.org/images/{name}", "caption": f"picture number {name}"} for name in ids]
     FromageImageIndex(clustered(count, 1), ids, metadata).save_pretrained(directory)
 
 
 def measure_opening(directory: str) -> dict[str, float]:
-    """Seconds and resident bytes of opening an index, its imports made. To be called in a process of its own."""
+    """Seconds and resident bytes that opening an index takes, after imports. Call it in a process of its own."""
     before, start = memory_counter("VmRSS"), time.perf_counter()
     index = FromageImageIndex.from_pretrained(directory)
     count = len(index)
@@ -52,13 +52,13 @@ def recall(found: list[list[int]], exact: list[list[int]]) -> float:
 
 
 def measure_search(index: FromageImageIndex, rounds: int) -> dict[str, Any]:
-    """Exact search and FAISS's flat index, in turns."""
+    """Time exact search and FAISS's flat index, taking turns."""
     flat = faiss.IndexFlatIP(DIM)
     flat.add(index.embeds.float().numpy())
     results = {}
     for count in (1, 8, 64):
         queries = clustered(count, 3)
-        index.search(queries, TOP_K)  # maps and checks the files
+        index.search(queries, TOP_K)  # warm-up: maps and checks the files
         seconds: dict[str, list[float]] = {"ours": [], "faiss": []}
         for _ in range(rounds):
             start = time.perf_counter()
@@ -76,7 +76,7 @@ def measure_search(index: FromageImageIndex, rounds: int) -> dict[str, Any]:
 
 
 def measure_ivf(index: FromageImageIndex, lists: int, rounds: int) -> list[dict[str, float]]:
-    """Recall and speed of an IVF index by the lists that it visits."""
+    """Recall and speed of an IVF index, by the number of lists that a search visits."""
     queries = clustered(64, 3)
     exact = [[int(image_id[:9]) for image_id in row] for row in index.search(queries, TOP_K)[0]]
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def measure_ivf(index: FromageImageIndex, lists: int, rounds: int) -> list[dict[
 
 
 def measure_build(preset_name: str, count: int, rounds: int, batch_size: int = 32) -> dict[str, float]:
-    """Images a second of a build from JPEG files, and of the encoder by itself on ready pixels."""
+    """Images per second of a build from JPEG files, and of the encoder alone on prepared pixels."""
     preset = PRESETS[preset_name]
     model = join(preset, *make_backbones(preset, "cpu"))
     size = preset.vision["image_size"]

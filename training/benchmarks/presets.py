@@ -1,4 +1,4 @@
-"""The backbones' shapes that are measured, with random weights: what a pass costs does not depend on them."""
+"""Shapes of the measured backbones. Weights are random: they do not change the cost of a pass."""
 
 import argparse
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ class Preset:
     """Shapes of the two backbones, and the batch.
 
     Attributes:
-        shapes: The backbones in words.
-        device: Where it is measured by default.
-        vocab_size: Of the tokenizer; `<|image|>` and `[RET]` follow. The language model has some rows more.
+        shapes: Names of the backbones.
+        device: The default device.
+        vocab_size: Size of the tokenizer; the image token and `[RET]` follow it.
+        rows: Rows of the language model's embedding matrix, a few more than the tokenizer has.
     """
 
     shapes: str
@@ -62,7 +63,7 @@ PRESETS = {
         batch_size=4, rounds=3, dtype="float32", vocab_size=993, rows=1000,
     ),
 }  # fmt: skip
-MAX_LENGTH = 24  # of a caption, BOS and [RET] included
+MAX_LENGTH = 24  # tokens of a caption, BOS and [RET] included
 
 
 def make_backbones(preset: Preset, device: str, rows: int | None = None) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -79,7 +80,7 @@ def make_backbones(preset: Preset, device: str, rows: int | None = None) -> tupl
 def join(
     preset: Preset, language_model: PreTrainedModel, vision_model: PreTrainedModel
 ) -> FromageForConditionalGeneration:
-    """Our model of two backbones."""
+    """Our model from two backbones."""
     config = FromageConfig.from_vision_text_configs(
         vision_model.config, language_model.config, image_token_id=preset.image_id, ret_token_id=preset.ret_id
     )
@@ -89,20 +90,18 @@ def join(
 
 
 def add_preset_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """What is measured, where, and into which file the results go."""
+    """Add `--preset`, `--device` and `--output`."""
     parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
-    parser.add_argument(
-        "--device", type=device_option, help="cpu or cuda; by default cuda for the paper's shapes alone"
-    )
+    parser.add_argument("--device", type=device_option, help="cpu or cuda; by default cuda for the paper's shapes only")
     default = f"{results_folder()}/{name}_PRESET.json"
     parser.add_argument("--output", type=results_file, help=f"JSON file; by default {default}")
 
 
 def choose_device(preset: str, device: str | None) -> str:
-    """The device that is asked for, by default a GPU for the paper's shapes alone.
+    """The requested device; by default a GPU for the paper's shapes and the CPU for others.
 
     Raises:
-        ValueError: There is no such GPU.
+        ValueError: A GPU is needed, and there is none.
     """
     device = device or PRESETS[preset].device
     if device == "cuda" and not torch.cuda.is_available():

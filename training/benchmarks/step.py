@@ -1,6 +1,7 @@
-"""A training step against the original's algorithm: seconds, operations, memory, and the loader's rate.
+"""Benchmark of a training step against the original's algorithm: time, operations, memory, and data loading.
 
-Both train the same shapes on the same captions, of lengths like Conceptual Captions', in the same dtype, in turns.
+Both train the same shapes in the same dtype on the same captions, which are as long as those of Conceptual Captions,
+taking turns.
 """
 
 import ctypes
@@ -32,8 +33,10 @@ MODES = ("baseline", "live", "cached")
 
 
 def caption_lengths(count: int) -> torch.Tensor:
-    """Lengths of captions in tokens, BOS and `[RET]` included: a log-normal's quantiles with a mean of about 11 and a
-    limit of 24, as in Conceptual Captions, shuffled."""
+    """Caption lengths in tokens, BOS and `[RET]` included, shuffled.
+
+    They are quantiles of a log-normal distribution with a mean of about 11, clipped at 24, as in Conceptual Captions.
+    """
     quantiles = torch.distributions.Normal(2.33, 0.38).icdf((torch.arange(count) + 0.5) / count).exp()
     lengths = quantiles.round().clamp(5, MAX_LENGTH).long()
     return lengths[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
@@ -52,8 +55,8 @@ def make_batch(preset: Preset, device: str, dtype: torch.dtype) -> dict[str, tor
 
 
 def make_step(mode: str, preset: Preset, device: str) -> Callable[[], torch.Tensor]:
-    """A whole training step (forward, backward, clipping, AdamW, `[RET]`'s norm) of one mode, on one batch."""
-    # The original trims the embedding matrix to the tokenizer's rows.
+    """A training step of one mode on one batch: forward, backward, clipping, AdamW, and the norm of `[RET]`."""
+    # The original trims the embedding matrix to the tokenizer's size.
     language_model, vision_model = make_backbones(preset, device, preset.ret_id + 1 if mode == "baseline" else None)
     batch = make_batch(preset, device, getattr(torch, preset.dtype))
     if mode == "baseline":
@@ -81,12 +84,12 @@ def _plain_step(
 
 
 def our_inputs(preset: Preset, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the collator would make of the batch's captions: inputs of `forward`."""
+    """Inputs of `forward` as the collator would build them."""
     mask = (torch.arange(MAX_LENGTH, device=batch["tokens"].device) < batch["lengths"][:, None]).long()
     # The captioning row of the collator: the image, then the caption without [RET].
     image = torch.full_like(batch["tokens"][:, :1], preset.image_id)
     input_ids = torch.cat([image, batch["tokens"]], dim=1)[:, :-1]
-    attention_mask = torch.cat([torch.ones_like(image), mask[:, 1:]], dim=1)  # without [RET]'s place
+    attention_mask = torch.cat([torch.ones_like(image), mask[:, 1:]], dim=1)  # without [RET]
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -129,15 +132,15 @@ def operations_of(step: Callable[[], torch.Tensor]) -> int:
 
 
 def floor_operations(preset: Preset) -> dict[str, int]:
-    """Operations that a step cannot do without, attention's own small part left out: see the comments."""
+    """The operations that any implementation must do, without attention in the language model, which is small."""
     d, ffn, layers = preset.text["hidden_size"], preset.text["ffn_dim"], preset.text["num_hidden_layers"]
-    per_token = 2 * layers * (4 * d * d + 2 * d * ffn)  # of the blocks, forward
+    per_token = 2 * layers * (4 * d * d + 2 * d * ffn)  # transformer blocks, forward
     head = 2 * d * (preset.ret_id + 1)
     lengths = caption_lengths(preset.batch_size)
     n, text = preset.batch_size, int(lengths.sum())
     captioning = 2 * per_token * (text - n)  # forward and backward: visual token, BOS, and words but the last
     captioning += 2 * head * (text - n)  # targets: BOS and words, forward and backward
-    retrieval = per_token * (text - n) + head * (text - n)  # constant prefixes, forward
+    retrieval = per_token * (text - n) + head * (text - n)  # prefixes need no gradient: forward only
     retrieval += 2 * per_token * n  # [RET], forward and backward
     v = preset.vision
     patches = (v["image_size"] // v["patch_size"]) ** 2 + 1
@@ -148,10 +151,10 @@ def floor_operations(preset: Preset) -> dict[str, int]:
 
 
 def places_of(preset: Preset) -> dict[str, int]:
-    """Tokens that there are in a step's two passes, and places that the language model computes for them."""
+    """Tokens in the two passes of a step, and the positions that the language model computes for them."""
     lengths = caption_lengths(preset.batch_size)
     n, text = preset.batch_size, int(lengths.sum())
-    ours = n  # [RET] behind the cached prefixes
+    ours = n  # [RET] after the cached prefixes
     for tokens in (lengths - 1, lengths - 1):  # visual token, BOS and words but the last; BOS and words
         packed = PackedRows(torch.arange(MAX_LENGTH) < tokens[:, None])
         ours += packed.rows * packed.length
@@ -159,14 +162,14 @@ def places_of(preset: Preset) -> dict[str, int]:
 
 
 def measure_memory(mode: str, preset_name: str, device: str) -> int:
-    """Bytes that three steps take above the weights. To be called in a process of its own."""
+    """Peak bytes of three steps above the weights. Call it in a process of its own."""
     step = make_step(mode, PRESETS[preset_name], device)
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what building the model has freed
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # return what building the model freed
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = memory_counter("VmRSS")
     for _ in range(3):
         step()
@@ -174,7 +177,7 @@ def measure_memory(mode: str, preset_name: str, device: str) -> int:
 
 
 def make_processor(preset: Preset) -> FromageProcessor:
-    """CLIP's preprocessing at the preset's size, and a byte-level tokenizer that knows the captions' one word."""
+    """CLIP's preprocessing at the preset's size, and a byte-level tokenizer for captions of one repeated word."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(["word word"] * 2, 300, special_tokens=["<pad>", "</s>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
@@ -186,7 +189,7 @@ def make_processor(preset: Preset) -> FromageProcessor:
 
 
 def measure_loader(preset: Preset, workers: int, count: int = 256) -> dict[str, float]:
-    """Pairs a second that the data pipeline delivers: JPEG files (500 pixels, 4:3) decoded, and cached features."""
+    """Pairs per second that the loader delivers, from JPEG files (500 pixels, 4:3) and from cached features."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         processor, paths = make_processor(preset), []
@@ -202,7 +205,7 @@ def measure_loader(preset: Preset, workers: int, count: int = 256) -> dict[str, 
         for name, rows in (("live", live), ("cached", cached)):
             loader = DataLoader(rows, batch_size=preset.batch_size, collate_fn=FromageDataCollator(processor),
                                 num_workers=workers, persistent_workers=workers > 0)  # fmt: skip
-            for _ in loader:  # the workers start
+            for _ in loader:  # start the workers
                 pass
             start = time.perf_counter()
             for _ in loader:
@@ -217,7 +220,7 @@ def measure(preset_name: str, device: str) -> dict[str, Any]:
     losses = {mode: steps[mode]().item() for mode in MODES}
     operations = {mode: operations_of(step) for mode, step in steps.items()}
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for i in range(preset.rounds):  # in turns, in changing order
+    for i in range(preset.rounds):  # take turns, in rotating order
         for mode in MODES[i % 3 :] + MODES[: i % 3]:
             seconds[mode].append(seconds_of(steps[mode], device))
     del steps

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: a clock, a counter of memory, and a fresh process."""
+"""Timing, memory counters, and fresh processes for the benchmarks."""
 
 import multiprocessing
 import time
@@ -21,13 +21,13 @@ def seconds_of(step: Callable[[], Any], device: str) -> float:
 
 
 def memory_counter(name: str) -> int:
-    """Bytes of one of Linux's memory counters of this process: now resident (VmRSS), or at most (VmHWM)."""
+    """Bytes of a Linux memory counter of this process: resident now (VmRSS), or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` in a new process, whose memory holds nothing but its imports (which are made once)."""
+    """Call `function(*arguments)` in a new process, whose memory holds only the modules that it imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     with ProcessPoolExecutor(1, context) as pool:

@@ -1,6 +1,6 @@
-"""Captions of images: how good the generated ones are, how likely the written ones, and which image belongs to which.
+"""Captioning metrics, perplexity of reference captions, and retrieval between images and captions.
 
-On COCO's `captions_*.json`, or on whatever [`load_captioned_images`] reads (CC3M-style tables, folders, datasets).
+Reads COCO's `captions_*.json`, or anything that [`load_captioned_images`] reads (CC3M-style tables, folders, datasets).
 """
 
 import argparse
@@ -34,9 +34,9 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 
 @dataclass
 class CaptionedImages:
-    """What [`load_rgb_image`] takes and the captions, by an image's id; and entries that are left out, counted.
+    """Image sources (for [`load_rgb_image`]) and captions by image id, and counts of skipped entries by reason.
 
-    `processor` says which texts are special tokens.
+    `processor` knows the special tokens, which captions must not contain.
     """
 
     processor: FromageProcessor
@@ -44,7 +44,7 @@ class CaptionedImages:
     captions: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter = field(default_factory=Counter)
 
-    def add(self, image_id: str, source: Any, caption: Any):
+    def add(self, image_id: str, source: Any, caption: Any) -> None:
         text = caption.strip() if isinstance(caption, str) else ""
         if not text:
             self.left_out["caption that is empty"] += 1
@@ -59,12 +59,12 @@ class CaptionedImages:
 def read_captions(
     processor: FromageProcessor, data: str, folder: Path | None = None, split: str = "validation"
 ) -> CaptionedImages:
-    """Read COCO's captions (a `.json` file, of images in `folder`), or whatever [`load_captioned_images`] reads.
+    """Read COCO's captions (a `.json` file; images in `folder`), or anything that [`load_captioned_images`] reads.
 
-    Rows of a table that name the same image are captions of one image.
+    Table rows with the same image are captions of one image.
 
     Raises:
-        ValueError: The data are not of the format, or have no caption.
+        ValueError: The data have another format, or no caption.
     """
     found = CaptionedImages(processor)
     if data.endswith(".json"):
@@ -76,7 +76,7 @@ def read_captions(
     return found
 
 
-def _read_coco(found: CaptionedImages, path: Path, folder: Path | None):
+def _read_coco(found: CaptionedImages, path: Path, folder: Path | None) -> None:
     if folder is None or not folder.is_dir():
         raise ValueError(f"COCO's captions need the folder of their images (--images), got {folder}.")
     content = read_json(path)
@@ -94,7 +94,7 @@ def _read_coco(found: CaptionedImages, path: Path, folder: Path | None):
     found.left_out["image without a caption"] = len({str(number) for number in names} - found.captions.keys())
 
 
-def _read_rows(found: CaptionedImages, data: str, split: str):
+def _read_rows(found: CaptionedImages, data: str, split: str) -> None:
     dataset = load_captioned_images(data, split)
     sources, _, _ = image_sources(dataset)
     for source, captions in zip(sources, dataset["caption"], strict=True):
@@ -103,7 +103,7 @@ def _read_rows(found: CaptionedImages, data: str, split: str):
 
 
 def _identity(source: ImageSource) -> str:
-    """What rows of one image have in common: its path or URL; of images in memory their number, one each."""
+    """A key shared by all rows of one image: its path or URL. Images in memory are told apart by row number."""
     where = source.image
     if isinstance(where, dict):
         where = None if where.get("bytes") else where.get("path")
@@ -123,9 +123,9 @@ def generate_captions(
     max_new_tokens: int = 32,
     batch_size: int = 32,
 ) -> list[str]:
-    """Greedy captions of images by their pooled features (N, vision width), up to what ends a caption or an end token.
+    """Greedy captions of images with pooled features (N, vision_width), up to a stop string or an end token.
 
-    Where a caption begins and ends is the processor's to say: as in training.
+    The prompt and the stop strings are the processor's, as in training.
     """
     prompt, stops = torch.tensor([processor.caption_prompt_ids()]), processor.caption_stop_strings
     texts = []
@@ -156,8 +156,15 @@ def score_captions(
     captions: list[str],
     batch_size: int = 32,
 ) -> tuple[float, int, torch.Tensor]:
-    """Of written captions, each of the image in a row of `features` (N, vision width), cut as in training: their mean
-    captioning loss a token, the number of those tokens, and their embeddings (captions, q), on the CPU, in fp32."""
+    """Score reference captions, truncated as in training.
+
+    Args:
+        features: Pooled image features (N, vision_width).
+        rows: The row of `features` that each caption describes.
+
+    Returns:
+        The mean captioning loss per token, the number of tokens, and text embeddings (captions, q) on the CPU in fp32.
+    """
     total, count, embeds = 0.0, 0, []
     for start in tqdm(range(0, len(captions), batch_size), desc="Reading captions"):
         pairs = zip(rows[start : start + batch_size], captions[start : start + batch_size], strict=True)
@@ -171,7 +178,7 @@ def score_captions(
 
 
 def caption_metrics(references: dict[str, list[str]], written: dict[str, str]) -> dict[str, float]:
-    """BLEU-1 to 4, ROUGE-L and CIDEr by COCO's own code, on words that Stanford's tokenizer finds.
+    """BLEU-1 to 4, ROUGE-L and CIDEr from COCO's evaluation code, with its PTB tokenizer.
 
     Raises:
         ImportError: The `evaluate` extra is not installed.
@@ -186,7 +193,7 @@ def caption_metrics(references: dict[str, list[str]], written: dict[str, str]) -
         raise ImportError("BLEU, ROUGE-L and CIDEr need pip install 'modeling-fromage[evaluate]'.") from error
 
     def words(texts: dict[str, list[str]]) -> dict[str, list[str]]:
-        # One line is one caption to the tokenizer.
+        # The tokenizer takes each line as a caption.
         lines = {key: [{"caption": " ".join(text.split())} for text in some] for key, some in texts.items()}
         return PTBTokenizer().tokenize(lines)
 
@@ -206,17 +213,15 @@ def caption_metrics(references: dict[str, list[str]], written: dict[str, str]) -
 
 @dataclass(kw_only=True)
 class CaptioningEvaluator(Evaluator):
-    """Generated captions, perplexity of the written ones, and retrieval between images and captions.
-
-    How captions are laid out is the processor's to say, unless it is given here.
+    """Generated captions, perplexity of reference captions, and retrieval between images and captions.
 
     Args:
-        data: COCO's `captions_*.json`, or what [`load_captioned_images`] reads.
+        data: COCO's `captions_*.json`, or anything that [`load_captioned_images`] reads.
         images: Folder of COCO's images.
-        split: Of a folder or Hub dataset.
+        split: Split of a folder or Hub dataset.
         tasks: Some of [`TASKS`].
-        caption_prefix, caption_suffix, max_length: As the processor's.
-        max_new_tokens: Of a generated caption.
+        caption_prefix, caption_suffix, max_length: The caption format; defaults to the processor's.
+        max_new_tokens: Limit of a generated caption.
     """
 
     name: ClassVar[str] = "captions"
@@ -248,16 +253,16 @@ class CaptioningEvaluator(Evaluator):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--data", required=True, help="captions_val2014.json; or a table, folder or Hub dataset")
         parser.add_argument("--images", type=Path, help="folder of COCO's images")
-        parser.add_argument("--split", default="validation", help="of a dataset")
+        parser.add_argument("--split", default="validation", help="split of a folder or Hub dataset")
         parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
         parser.add_argument("--caption-prefix", help="text between image and caption, by default as in training")
         parser.add_argument("--caption-suffix", help="text that ends a caption, by default as in training")
-        parser.add_argument("--max-length", type=int, help="tokens of a written caption, by default as in training")
+        parser.add_argument("--max-length", type=int, help="tokens of a reference caption, by default as in training")
         parser.add_argument("--max-new-tokens", type=at_least(1), default=32, help="tokens of a generated caption")
 
     def run(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> Evaluation:
         if "captions" in self.tasks:
-            caption_metrics({"": ["a cat"]}, {"": "a cat"})  # fails now, if it does, and not when all is generated
+            caption_metrics({"": ["a cat"]}, {"": "a cat"})  # fails now if a package is missing
         processor.set_caption_format(self.caption_prefix, self.caption_suffix, self.max_length)
         read = read_captions(processor, self.data, self.images, self.split)
         images = encode_images(

@@ -1,4 +1,4 @@
-"""Visual Dialog's files: dialogues about images, their candidate answers and dense annotations."""
+"""Reads Visual Dialog: dialogues about images, candidate answers, and dense annotations."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,17 +15,17 @@ ROUNDS = 10
 
 @dataclass(frozen=True)
 class VisdialProtocol:
-    """How dialogues and answers become tokens and scores, and images pixels.
+    """How dialogues and answers become tokens and scores, and images become pixels.
 
     Attributes:
-        name: Of the option, and in results files.
-        answer_cue: What stands between the last question and its candidates.
-        bos_before_answers: Whether a candidate begins with a BOS of its own, which is scored; else with a blank.
-        allow_empty_answers: Whether an empty candidate is scored, by its BOS; else it ranks last.
-        shift: Whether a token is predicted from the one before it; else by the logits of its own place.
-        dense_rounds_from_0: Whether the round of a dense annotation is taken to count from 0, so that the last one
-            becomes the next dialogue's first; in the challenge's file they count from 1.
-        squash_images: Whether images are first resized to 224 x 224, aspect ratio not kept.
+        name: Value of `--protocol`, and its name in results files.
+        answer_cue: Text between the last question and its candidates.
+        bos_before_answers: Start every candidate with BOS, which is scored. Otherwise it starts with a space.
+        allow_empty_answers: Score an empty candidate by its BOS. Otherwise it ranks last.
+        shift: Score a token with the logits of the position before it. Otherwise with those of its own position.
+        dense_rounds_from_0: Read the rounds of dense annotations as if they counted from 0, so that the last one
+            becomes the first of the next dialogue. In the challenge's file they count from 1.
+        squash_images: Resize images to 224 x 224 first, without keeping the aspect ratio.
     """
 
     name: str
@@ -60,7 +60,7 @@ PROTOCOLS = {protocol.name: protocol for protocol in (PAPER, CORRECTED)}
 
 @dataclass
 class Turn:
-    """A question with its answer and, where the file has them, the candidates and which of them is the answer."""
+    """A question, its answer and, if the file has them, the candidate answers and the index of the correct one."""
 
     question: str
     answer: str
@@ -72,22 +72,22 @@ class Turn:
 class Dialogue:
     image: str
     turns: list[Turn]
-    relevance: tuple[int, list[float]] | None = None  # the round as the file counts it, and each candidate's relevance
+    relevance: tuple[int, list[float]] | None = None  # the file's round, and each candidate's relevance
 
 
 @dataclass
 class Dialogues:
-    """In the order of the file, broken ones as `None`; and what is left out, counted."""
+    """Dialogues in file order, `None` for broken ones, and counts of skipped entries by reason."""
 
     dialogues: list[Dialogue | None] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
 
 
 def read_dialogues(path: Path, dense_path: Path | None = None) -> Dialogues:
-    """Read `visdial_1.0_{train,val,test}.json`, and its dense annotations, which may be in any order.
+    """Read `visdial_1.0_{train,val,test}.json` and its dense annotations, which may be in any order.
 
     Raises:
-        ValueError: A file is not of that format, or has no dialogue.
+        ValueError: A file does not have that format, or contains no dialogue.
     """
     content, found = read_json(path), Dialogues()
     dense: dict[str, list[tuple[int, list[float]]]] = {}
@@ -131,7 +131,7 @@ def _read_turn(turn: dict[str, Any], questions: list[str], answers: list[str]) -
         return str(texts[number])
 
     options = turn.get("answer_options")
-    answer = entry(answers, turn["answer"]) if "answer" in turn else ""  # the last round of the test set has none
+    answer = entry(answers, turn["answer"]) if "answer" in turn else ""  # missing in the last round of the test set
     if options is not None:
         options = [entry(answers, number) for number in options]
     target = turn.get("gt_index")
@@ -148,8 +148,10 @@ def encode_dialogue_images(
     protocol: VisdialProtocol,
     **kwargs: Any,
 ) -> EncodedImages:
-    """The dialogues' images, from files of `folder` whose names end in their ids, such as
-    `VisualDialog_val2018_000000254080.jpg`."""
+    """Encode the dialogues' images, found in `folder` by the ids at the end of their names.
+
+    Such a name is `VisualDialog_val2018_000000254080.jpg`.
+    """
     files = {}
     for stem, path in find_images(folder).items():
         number = stem.rpartition("_")[2]

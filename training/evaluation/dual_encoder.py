@@ -1,4 +1,4 @@
-"""The baseline: an image-text dual encoder (CLIP, SigLIP, ...), whose image half may be a FROMAGe's vision tower."""
+"""The baseline: an image-text dual encoder (CLIP, SigLIP), often the one that the model's vision tower comes from."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import (
 class DualEncoder:
     """Unit-norm embeddings of images and texts in one space.
 
-    Texts that are longer than the text half takes lose their ends; `truncated` counts them.
+    Texts that exceed the text encoder's context are truncated; `truncated` counts them.
     """
 
     def __init__(self, model: Any, image_processor: Any, tokenizer: Any):
@@ -27,16 +27,23 @@ class DualEncoder:
         self.truncated = 0
 
     @classmethod
-    def from_pretrained(cls, name: str, revision: str | None = None, device: str = "cpu", dtype: Any = None):
-        """
+    def from_pretrained(
+        cls,
+        name: str,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+    ) -> "DualEncoder":
+        """Load a dual encoder with its image processor and tokenizer.
+
         Raises:
-            ValueError: The checkpoint has no text half, or none that shares a space with the image half.
+            ValueError: The checkpoint is not an image-text dual encoder.
         """
         config = AutoConfig.from_pretrained(name, revision=revision)
         if type(config) not in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING:
             raise ValueError(
-                f"{name} is a {config.model_type}, which has no text half beside its image half: there is no baseline "
-                "for it. Leave --dual-encoder out, or name a CLIP or SigLIP model."
+                f"{name} is a {config.model_type}, which has no text encoder: there is no baseline for it."
+                " Leave --dual-encoder out, or name a CLIP or SigLIP model."
             )
         model = AutoModelForZeroShotImageClassification.from_pretrained(name, revision=revision, dtype=dtype)
         processors = [auto.from_pretrained(name, revision=revision) for auto in (AutoImageProcessor, AutoTokenizer)]

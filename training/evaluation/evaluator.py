@@ -1,4 +1,4 @@
-"""What every evaluation is: data and settings, to be called with a model and its processor."""
+"""The base class of all evaluations: data and settings, called with a model and its processor."""
 
 import argparse
 from abc import ABC, abstractmethod
@@ -17,8 +17,8 @@ class Evaluation:
     """One evaluation of one model.
 
     Attributes:
-        results: Figures, and what they are figures of: what a results file holds.
-        manifest: The images and texts that were really used.
+        results: The figures and what they were computed on, as stored in a results file.
+        manifest: The images and texts that were actually used.
     """
 
     results: dict[str, Any]
@@ -29,19 +29,19 @@ class Evaluation:
 class Evaluator(ABC):
     """An evaluation: its data and settings.
 
-    Calling it with a model and its processor gives flat metrics, whose names say the direction (`text_to_image_R@1`);
-    [`run`] gives all that is worth storing. A new one is a file with a subclass, and its name in
-    `training.evaluation.EVALUATORS`, which makes it a task of `training.evaluate`.
+    Calling it with a model and its processor returns flat metrics whose names state the direction
+    (`text_to_image_R@1`); [`run`] returns everything worth storing. To add an evaluation, write a subclass and list it
+    in `training.evaluation.EVALUATORS`: it becomes a task of `training.evaluate`.
 
     Args:
-        batch_size: Images or texts at a time.
-        dual_encoder: A baseline to be measured beside the model.
-        scores: File from which an interrupted run goes on, where an evaluation keeps one.
+        batch_size: Images or texts per batch.
+        dual_encoder: A baseline to measure beside the model.
+        scores: File in which an evaluation may keep scores, so that an interrupted run can resume.
 
     Class attributes:
         name: The task of `training.evaluate`.
-        sections: The parts of `results` with figures, and what their metrics' names begin with.
-        protocols: The ways to lay out the data, by name; the first is the default.
+        sections: The parts of `results` that contain figures, with the prefix of their metrics' names.
+        protocols: Variants of the data layout by name; the first is the default.
 
     Example:
 
@@ -66,18 +66,18 @@ class Evaluator(ABC):
 
     @property
     def greater_is_better(self) -> bool:
-        """Whether a higher primary metric is a better one."""
+        """Whether a higher primary metric is better."""
         return True
 
     @property
     @abstractmethod
     def data_files(self) -> list[Path]:
-        """The files of the data, whose digests are stored with the results."""
+        """The data files, whose digests are stored with the results."""
 
     @classmethod
     @abstractmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the command's options, one for each argument of this evaluation."""
+        """Add a command-line option for each argument of this evaluation."""
 
     @abstractmethod
     def run(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> Evaluation:
@@ -88,11 +88,11 @@ class Evaluator(ABC):
         """
 
     def __call__(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> dict[str, float]:
-        """The metrics of a model, by name; those of the baseline have `dual_encoder` in theirs."""
+        """Metrics of a model by name; names of the baseline's contain `dual_encoder`."""
         return self.metrics(self.run(model, processor).results)
 
     def metrics(self, results: Mapping[str, Any]) -> dict[str, float]:
-        """The figures of `results`, by names that say of what they are."""
+        """The figures of `results` as flat metrics."""
         return {name: value for part in self.sections for name, value in self._named(results.get(part), part)}
 
     def _named(self, value: Any, part: str) -> Iterator[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""Files of a data set on disk."""
+"""JSON files and image folders."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,10 @@ from PIL import Image
 
 
 def read_json(path: Path) -> Any:
-    """
+    """The content of a JSON file.
+
     Raises:
-        ValueError: The file is missing, or no JSON.
+        ValueError: The file cannot be read as JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -19,10 +20,10 @@ def read_json(path: Path) -> Any:
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """Image files below a folder by their names without suffix.
+    """Image files in a folder and its subfolders, by name without suffix.
 
     Raises:
-        ValueError: There is no such folder.
+        ValueError: The folder does not exist.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder} of images.")

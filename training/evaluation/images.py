@@ -1,4 +1,4 @@
-"""The images of an evaluation: found, encoded once, and counted where they cannot be used."""
+"""Loads and encodes the images of an evaluation once, and records which are unusable."""
 
 import io
 import re
@@ -26,15 +26,21 @@ SQUASHED_SIZE = (224, 224)  # the authors' evaluations resize to it before CLIP'
 
 @dataclass
 class EncodedImages:
-    """Ids of N images, their pooled features (N, vision width) and a dual encoder's embeddings (N, d), on the CPU, in
-    fp32; and why others could not be used, by id."""
+    """Encoded images, on the CPU in fp32.
+
+    Attributes:
+        ids: Ids of N images.
+        features: Pooled features (N, vision_width).
+        dual_embeds: Embeddings (N, d) of a dual encoder.
+        skipped: Why other images are unusable, by id.
+    """
 
     ids: list[str]
     features: torch.Tensor
     dual_embeds: torch.Tensor | None
     skipped: dict[str, str]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.rows = {image_id: row for row, image_id in enumerate(self.ids)}
 
     def __contains__(self, image_id: str) -> bool:
@@ -49,7 +55,7 @@ class EncodedImages:
 
 @dataclass
 class _Loader:
-    """From an image's id and where it is to its pixels, for the vision tower and for a dual encoder; in threads."""
+    """Loads an image, given its id and source, as pixels for the vision tower and the dual encoder. Runs in threads."""
 
     processor: FromageProcessor
     squash: bool
@@ -84,12 +90,12 @@ def encode_images(
     batch_size: int = 32,
     keep_in: Path | None = None,
 ) -> EncodedImages:
-    """Run the frozen vision encoder, and the image half of `dual_encoder`, once over images.
+    """Run the frozen vision encoder and the image encoder of `dual_encoder` once over images.
 
     Args:
-        sources: What [`load_rgb_image`] takes, by id; `None` for an image that is not there.
-        squash: Whether images are first resized to 224 x 224, aspect ratio not kept, as by the authors' evaluations.
-        keep_in: Folder into which images from the web are saved, so that the next run finds them.
+        sources: Image sources for [`load_rgb_image`] by id; `None` for a missing image.
+        squash: Resize images to 224 x 224 first, without keeping the aspect ratio, as the authors' evaluations do.
+        keep_in: Folder in which downloaded images are kept for the next run.
 
     Raises:
         ValueError: No image can be used.
@@ -119,7 +125,7 @@ def encode_images(
 
 
 def _download(url: str, path: Path) -> Image.Image:
-    """The image behind a URL, as RGB; its file is kept at `path`, with the suffix of its format."""
+    """The image at a URL, as RGB; the file is kept at `path`, with the suffix of its format."""
     data = fetch(url)
     image = load_rgb_image({"bytes": data, "path": url})
     with Image.open(io.BytesIO(data), formats=DEFAULT_LIMITS.formats) as opened:

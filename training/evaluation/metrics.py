@@ -1,6 +1,6 @@
-"""Metrics of rankings. Ties count against the model.
+"""Ranking metrics. Ties count against the model.
 
-Axes: M questions, C candidates of each.
+Axes: M queries, C candidates per query.
 """
 
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from modeling_fromage.trainer.ranking import gallery_ranks, recall_at_k
 
 
 def target_ranks(scores: torch.Tensor, targets: torch.LongTensor) -> torch.LongTensor:
-    """The rank (M,), from 1, of each right candidate (M,) by its score among those of scores (M, C); NaN ranks last."""
+    """Rank (M,), from 1, of each target candidate (M,) by scores (M, C); NaN ranks last."""
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     target = scores.gather(1, targets[:, None])
     return (scores >= target).sum(-1)
 
 
 def rank_metrics(ranks: torch.LongTensor) -> dict[str, float]:
-    """R@1, R@5, R@10, the median and mean rank, and the mean reciprocal rank, of N ranks from 1; with N."""
+    """R@1, R@5, R@10, median and mean rank, and mean reciprocal rank of N ranks that count from 1."""
     if not len(ranks):
         return {"N": 0}
     ranks = ranks.double()
@@ -32,12 +32,12 @@ def rank_metrics(ranks: torch.LongTensor) -> dict[str, float]:
 
 
 def ndcg(scores: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-    """VisDial's normalised discounted cumulative gain (M,) of scores (M, C), by the candidates' relevance (M, C).
+    """VisDial's normalised discounted cumulative gain (M,) of scores (M, C), given the candidates' relevance (M, C).
 
-    The gain of the K candidates that rank first, K being how many are relevant at all, is divided by the highest that
-    there can be (Das et al. 2017, and the challenge's evaluation). NaN where no candidate is relevant.
+    The gain of the top K candidates, where K is the number of relevant ones, is divided by the highest possible gain
+    (Das et al. 2017, and the challenge's evaluation). NaN if no candidate is relevant.
     """
-    by_relevance = relevance.argsort(dim=-1, stable=True)  # among equal scores the less relevant ranks first
+    by_relevance = relevance.argsort(dim=-1, stable=True)  # ties: the less relevant candidate ranks first
     order = by_relevance.gather(-1, scores.gather(-1, by_relevance).argsort(dim=-1, descending=True, stable=True))
     count = (relevance != 0).sum(-1, keepdim=True)
     place = torch.arange(relevance.shape[-1], device=relevance.device)
@@ -49,11 +49,12 @@ def ndcg(scores: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
 def retrieval_metrics(
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], rows: torch.LongTensor, directions: tuple[str, str]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """[`rank_metrics`] of texts to images and of images to texts, by the two `directions`' names and by whose they are.
+    """[`rank_metrics`] of texts to images and of images to texts, by direction and by model.
 
     Args:
-        pairs: By whose they are, unit vectors of images (N, d) and of texts (M, d).
-        rows (M,): The image of each text. Images without one are searched, and do not search.
+        pairs: Unit-norm embeddings of images (N, d) and of texts (M, d), by model.
+        rows: Row (M,) of the image of each text. Images without a text are candidates, but not queries.
+        directions: Names of the two directions, text to image first.
     """
     of_texts, of_images = {}, {}
     searching = rows.unique()

@@ -1,4 +1,4 @@
-"""Scores that took long, kept as they come, so that a run that broke off goes on where it was."""
+"""Scores on disk, so that an interrupted evaluation resumes where it stopped."""
 
 import json
 import logging
@@ -13,22 +13,23 @@ logger = logging.getLogger(__name__)
 
 
 class ScoreCache:
-    """Numbers by a key, a line of JSON each, in a file whose first line says what they are scores of.
+    """A file of JSON lines: a header that states what the scores depend on, then one key with its scores per line.
 
-    Nothing that was computed is lost: a line that was cut off is dropped from a copy that then takes the file's place,
-    and a file of something else is moved aside, to the same name with `.1`, `.2`, ... behind it.
+    No computed score is lost. A truncated line is dropped by rewriting the file, and a file with another header is
+    renamed to the same name with `.1`, `.2`, ... appended.
 
     Args:
         path: The file; `None` keeps nothing.
-        facts: What the scores depend on.
+        depends_on: What the scores depend on.
     """
 
-    def __init__(self, path: Path | None, facts: dict[str, Any]):
-        self.path, self.found = path, {}
+    def __init__(self, path: Path | None, depends_on: dict[str, Any]):
+        self.path = path
+        self.found: dict[int, Any] = {}
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        first = json.dumps(facts).encode() + b"\n"
+        first = json.dumps(depends_on).encode() + b"\n"
         content = path.read_bytes() if path.is_file() else b""
         header, *lines = content.splitlines(keepends=True) or [b""]
         if header != first:
@@ -39,17 +40,17 @@ class ScoreCache:
         for line in lines:
             try:
                 key, scores = json.loads(line) if line.endswith(b"\n") else (None, None)
-            except (TypeError, ValueError):  # a disk that lost its power leaves such lines
+            except (TypeError, ValueError):  # a crash may leave a truncated line
                 continue
             if key is not None:
                 self.found[key] = scores
                 kept.append(line)
         if self.found:
-            logger.warning("%s has scores of %d dialogues from an earlier run; it goes on.", path, len(self.found))
+            logger.warning("%s has scores of %d dialogues from an earlier run; resuming.", path, len(self.found))
         if (whole := b"".join(kept)) != content:
             replace_file(path, whole)
 
-    def add(self, key: int, scores: Any):
+    def add(self, key: int, scores: Any) -> None:
         self.found[key] = scores
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -58,7 +59,7 @@ class ScoreCache:
                 os.fsync(file.fileno())
 
 
-def _set_aside(path: Path):
+def _set_aside(path: Path) -> None:
     free = next(other for i in count(1) if not (other := path.with_name(f"{path.name}.{i}")).exists())
     os.rename(path, free)
     logger.warning("%s has scores of another model, data set or protocol; they are in %s now.", path, free)

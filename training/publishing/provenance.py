@@ -1,4 +1,4 @@
-"""Where a published number comes from: hardware, versions, and the state of the repository."""
+"""Provenance of published numbers: hardware, versions, and the state of the repository."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ def digest_of(path: Path) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints in this file's folder; `None` without git, or where it fails."""
+    """The output of git in this file's folder; `None` if git is missing or fails."""
     try:
         run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
     except OSError:
@@ -30,9 +30,9 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def checkout() -> Path | None:
-    """The root of the git checkout that this code is a part of.
+    """The root of the git checkout that contains this code.
 
-    `None` for installed code, even if the environment lies below a checkout: git does not track it there.
+    `None` for installed code, even if its environment is inside a checkout, where git does not track it.
     """
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
@@ -41,7 +41,7 @@ def checkout() -> Path | None:
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """For a results file; `device` is "cpu" or "cuda"."""
+    """The provenance entries of a results file; `device` is "cpu" or "cuda"."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

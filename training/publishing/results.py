@@ -1,4 +1,4 @@
-"""Results files, and the pages whose tables are rendered from them."""
+"""Results files, and the Markdown tables rendered from them."""
 
 import argparse
 import json
@@ -10,18 +10,18 @@ from modeling_fromage.file_writing_fromage import replace_file
 
 from .provenance import checkout
 
-STORED = Path(str(resources.files(__package__.rpartition(".")[0]) / "results"))  # of the runs that we publish
+STORED = Path(str(resources.files(__package__.rpartition(".")[0]) / "results"))  # of published runs
 
 
 def results_folder() -> Path:
-    """Where results go by default: into the stored ones where the current folder is this code's own checkout, else
-    below the current folder."""
+    """The default folder of results: the stored ones if the current folder is this code's checkout, otherwise
+    `outputs/benchmarks`."""
     here = Path("training", "results")
     return here if here.resolve() == STORED.resolve() and checkout() is not None else Path("outputs", "benchmarks")
 
 
 def results_file(text: str) -> Path:
-    """The path of a results file, for argparse: refused before anything is measured if it is a folder."""
+    """An argparse type: the path of a results file. A folder is refused before anything is measured."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; expected a JSON file")
@@ -29,7 +29,7 @@ def results_file(text: str) -> Path:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
 
@@ -40,7 +40,7 @@ def read_results(pattern: str) -> list[dict[str, Any]]:
 
 
 def replace_between(text: str, name: str, tables: list[str], by: str) -> str:
-    """`text` with `tables` between the two marks of this name, where it has them."""
+    """`text` with `tables` between the markers of this name, if it has them."""
     start, end = f"<!-- {name}: rendered by {by} -->", f"<!-- end of {name} -->"
     before, mark, rest = text.partition(start)
     if not mark:
@@ -50,10 +50,10 @@ def replace_between(text: str, name: str, tables: list[str], by: str) -> str:
 
 
 def render_pages(name: str, tables: list[str], by: str) -> None:
-    """Write `tables` into the Markdown pages of the checkout that have marks of this name.
+    """Write `tables` into the Markdown pages of the checkout that have markers of this name.
 
     Raises:
-        ValueError: The code is not in a checkout, or no page has such marks.
+        ValueError: The code is not in a checkout, or no page has the markers.
     """
     root = checkout()
     if root is None:

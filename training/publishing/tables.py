@@ -1,4 +1,4 @@
-"""The README's table "paper | original code | ours", from stored results; a cell without a run stays empty."""
+"""The README's table "paper | original code | ours", from stored results. Cells without a run stay empty."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _DATA = {"vist": ["val.story-in-sequence.json"], "visdial": ["visdial_1.0_val.js
 
 
 def table() -> str:
-    """As Markdown, with a note on what the columns are."""
+    """The table in Markdown, with a note on its columns."""
     rows = ["| | | paper | original code | ours |", "|---|---|---|---|---|"]
     published = read_results("published.json")[0]["rows"]
     results = [found for found in read_results("evaluate_*.json") if _is_of_the_papers_kind(found)]
@@ -34,7 +34,7 @@ def table() -> str:
 
 
 def _is_of_the_papers_kind(results: dict[str, Any]) -> bool:
-    """Whether a run is of the paper's model, on the whole validation set, with no other candidates than the paper's."""
+    """Whether a run has the paper's backbones, the whole validation set, and the paper's candidates."""
     model = results["model"]
     return (
         (model["language_model"], model["vision_model"], model["num_image_tokens"]) == _PAPERS_MODEL

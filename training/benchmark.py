@@ -1,10 +1,10 @@
 """Measure the training step against the original's algorithm: `python -m training.benchmark [--preset cpu|paper]`.
 
-Both train the same shapes on the same captions, of lengths like Conceptual Captions', in the same dtype, in turns; the
-table has medians. Weights are random: what a step costs does not depend on them. `--preset paper` takes the paper's
-shapes and needs a GPU. Results go to a JSON file with the hardware, the versions and the state of the repository;
-`--render` writes the repository's tables from all such files. `benchmark_answers` measures generation and scoring,
-`benchmark_index` the image index.
+Both train the same shapes in the same dtype on the same captions, which are as long as those of Conceptual Captions,
+taking turns; the table shows medians. Weights are random: they do not change the cost of a step. `--preset paper` takes
+the paper's shapes and needs a GPU. Results go to a JSON file with the hardware, the versions and the state of the
+repository; `--render` writes the repository's tables from all such files. `benchmark_answers` measures generation and
+scoring, `benchmark_index` the image index.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from .publishing.results import read_results, render_pages, results_folder, writ
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add_preset_options(parser, "benchmark")
-    parser.add_argument("--render", action="store_true", help="only write the repository's tables from the results")
+    parser.add_argument("--render", action="store_true", help="only render the repository's tables from stored results")
     return parser
 
 
 def render() -> None:
-    """Write the tables of all stored results into the repository's pages."""
+    """Render the tables of all stored results into the repository's pages."""
     for name, table in (("benchmark", step.table), ("answers", answers.table), ("index", index.table)):
         render_pages(name, [table(results) for results in read_results(f"{name}_*.json")], by="training.benchmark")
 

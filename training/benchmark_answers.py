@@ -1,8 +1,9 @@
 """Measure generation and candidate scoring against the original's algorithm: `python -m training.benchmark_answers`.
 
-The prompt is like VIST's of the paper: four images and five captions. Both sides continue it greedily, images encoded
-included, in the same dtype, in turns. The original takes one prompt at a time. Scoring is like VisDial's: an image, ten
-rounds of dialogue, and 100 answers; ranking is of the answers of all ten rounds, by the authors' protocol.
+The prompt has the size of the paper's VIST prompts: four images and five captions. Both sides continue it greedily in
+the same dtype, taking turns; the time includes encoding the images. The original takes one prompt at a time. Scoring
+has the size of VisDial: an image, ten rounds of dialogue, and 100 answers. Ranking scores the answers of all ten
+rounds, by the authors' protocol.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Measure the image index: `python -m training.benchmark_index`.
 
-Opening, exact search against FAISS's flat index, and FAISS's IVF, over made-up embeddings in 1,000 overlapping
-clusters; and the rate of a build from JPEG files against that of the bare encoder.
+Measures opening, exact search against FAISS's flat index, and FAISS's IVF, over synthetic embeddings in 1,000
+overlapping clusters; and a build from JPEG files against the encoder alone.
 """
 
 import argparse
@@ -17,7 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("--count", type=at_least(1), default=1_000_000, help="images in the index")
     parser.add_argument("--preset", default="cpu", choices=sorted(PRESETS), help="the encoder of the build")
-    parser.add_argument("--lists", type=at_least(1), default=1024, help="of the IVF index")
+    parser.add_argument("--lists", type=at_least(1), default=1024, help="lists of the IVF index")
     parser.add_argument("--images", type=at_least(32), default=320, help="in the build")
     parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--output", type=results_file, help=f"JSON file; by default {results_folder()}/index_cpu.json")

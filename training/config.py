@@ -1,4 +1,4 @@
-"""YAML files and `key=value` overrides to dataclasses of arguments."""
+"""Parses YAML files and `key=value` overrides into dataclasses of arguments."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ def packaged_configs() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values. PyYAML keeps to 1.1, where `1e-3` is a text, `no` is false and `1:30` is ninety."""
+    """YAML 1.2's scalars. PyYAML implements 1.1, where `1e-3` is a string, `no` is false and `1:30` is 90."""
 
     yaml_implicit_resolvers: dict = {}
 
@@ -35,15 +35,15 @@ for _tag, _pattern in {
     "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
     "merge": r"<<",
 }.items():
-    # The first that fits counts: integers before floats.
+    # The first match wins: integers before floats.
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), None)
 
 
 def read_config(path: str, overrides: list[str]) -> dict[str, Any]:
-    """The values of a YAML file, or of one that comes with this package by its name; and those that replace them.
+    """The values of a YAML file, or of a config of this package by its name, updated by overrides.
 
     Raises:
-        ValueError: The file cannot be read or holds no keys and values, or an override is not of the form key=value.
+        ValueError: The file cannot be read or is not a mapping, or an override does not have the form key=value.
     """
     if not Path(path).exists() and str(path) in packaged_configs():
         path = str(CONFIGS / f"{path}.yaml")
@@ -72,10 +72,10 @@ def _load(text: str, problem: str) -> Any:
 
 
 def to_dataclasses(config: dict[str, Any], types: tuple[type, ...]) -> tuple[Any, ...]:
-    """`config` as instances of `types`, each value as its field declares it.
+    """`config` as instances of `types`, each value converted to the type of its field.
 
     Raises:
-        ValueError: A key is unknown or missing, or a value is not of its field's type.
+        ValueError: A key is unknown or missing, or a value has the wrong type.
     """
     config = dict(config)
     for cls in types:
@@ -94,10 +94,10 @@ def to_dataclasses(config: dict[str, Any], types: tuple[type, ...]) -> tuple[Any
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that `hint` declares; texts and whole numbers become what is asked for where that is clear.
+    """`value` as the type that `hint` declares. Strings and integers are converted where that is unambiguous.
 
     Raises:
-        ValueError: It is not of that type.
+        ValueError: It has another type.
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for convert in (_as_it_is, _converted):
@@ -112,13 +112,13 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def type_name(hint: Any) -> str:
-    """A declared type in words."""
+    """A type as shown in messages and `--help`."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return " or ".join("nothing" if kind is NoneType else _name(kind) for kind in kinds)
 
 
 def _as_it_is(value: Any, kind: Any) -> Any:
-    """A value that is of a type already, its parts converted. Texts stand for the members of an enumeration."""
+    """A value that already has the type, with its items converted. Strings stand for members of an enumeration."""
     if kind is Any or value is None and kind is NoneType:
         return value
     origin, inner = get_origin(kind) or kind, get_args(kind)

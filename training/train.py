@@ -4,6 +4,7 @@ import argparse
 import logging
 
 import torch
+from datasets import Dataset
 from transformers import TrainingArguments, set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
@@ -12,7 +13,7 @@ from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 from .arguments import DataArguments, ModelArguments, describe_keys, parse_config
 from .config import packaged_configs
 from .data.captioned_images import load_captioned_images
-from .data.feature_cache import with_cached_features
+from .data.feature_cache import CachedFeatures, with_cached_features
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 def assemble(
     model_args: ModelArguments, **dtypes: str | torch.dtype
 ) -> tuple[FromageProcessor, FromageForConditionalGeneration]:
-    """The processor and the new model that `model_args` ask for, its backbones in `dtypes`."""
+    """Build the processor and a new model from `model_args`, with backbones in `dtypes`."""
     config = model_args.config_kwargs()
     gguf = {"gguf_file": config["text_gguf_file"]} if "text_gguf_file" in config else {}
     processor = FromageProcessor.from_vision_text_pretrained(
@@ -50,10 +51,10 @@ def describe_parameters(model: FromageForConditionalGeneration) -> str:
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
-    """Assemble the model, train it, evaluate it and save it with its processor to `args.output_dir`.
+    """Build the model, train it, evaluate it, and save it with its processor to `args.output_dir`.
 
     Returns:
-        The metrics, which `all_results.json` there holds too.
+        The metrics, also written to `all_results.json` in that folder.
     """
     set_seed(args.seed)
     processor, model = assemble(model_args, dtype=model_args.dtype)
@@ -61,7 +62,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     if model_args.compile_vision_model:
         model.vision_model.compile()
 
-    def load(source: str | None, split: str, feature_cache: str | None):
+    def load(source: str | None, split: str, feature_cache: str | None) -> Dataset | CachedFeatures | None:
         if source is None:
             return None
         dataset = load_captioned_images(source, split, data_args.image_column, data_args.caption_column)
@@ -82,8 +83,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     if eval_dataset is not None:
         metrics |= trainer.evaluate()
     trainer.save_state()
-    trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an earlier run left there
-    trainer.save_model()  # last: with push_to_hub it publishes the folder, or says why that cannot be
+    trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without entries of an earlier run
+    trainer.save_model()  # last, since with push_to_hub it uploads the folder
     return metrics
 
 

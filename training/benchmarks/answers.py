@@ -93,7 +93,7 @@ class Sides:
         return torch.stack(rows)
 
     def our_ranking(self) -> torch.Tensor:
-        """Scores (rounds, candidates) as in `training.evaluation.answers`: one image encoding, all rounds in a batch."""
+        """Scores (rounds, candidates) as in `training.evaluation.answers`: the image once, all rounds in a batch."""
         pooled = self.model.get_pooled_image_features(self.pixels[:1])
         rows = [self.ids(dialogue, 1)[0].flip(0) for dialogue in self._dialogues()]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).flip(1)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class PlainFromage(nn.Module):
-    """Axes: N pairs, L positions of a padded caption, k visual tokens, D the LM's width, q the width of the joint space.
+    """Axes: N pairs, L positions of a padded caption, k visual tokens, D the LM's width, q that of the joint space.
 
     Args:
         language_model: A causal LM with tied embeddings whose last row is that of `[RET]`.
@@ -62,7 +62,7 @@ class PlainFromage(nn.Module):
 
     @torch.no_grad()
     def prompt(self, pixel_values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """An interleaved prompt (1, L, D): images (N, 3, h, w), encoded one at a time, each followed by an equal share of
+        """An interleaved prompt (1, L, D) of images (N, 3, h, w), encoded one at a time, each followed by its share of
         tokens (1, T)."""
         parts = []
         for image, piece in zip(pixel_values, tokens[0].tensor_split(len(pixel_values)), strict=True):

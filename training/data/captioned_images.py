@@ -16,19 +16,19 @@ _CAPTION_COLUMNS = ("caption", "text", "captions", "title")
 def load_captioned_images(
     source: str, split: str = "train", image_column: str = "image", caption_column: str | None = None
 ) -> Dataset:
-    """Load a dataset of `{"image", "caption"}`; images stay undecoded until the collator reads them.
+    """Load a dataset with columns `image` and `caption`. Images stay encoded until the collator reads them.
 
     Args:
-        source: A table (see [`read_rows`]) with columns of captions and of images (URLs, or paths relative to the
-            file); a folder that the `imagefolder` builder of `datasets` reads (`metadata.csv` with `file_name` and
-            `caption`), or one of Parquet files; or the id of a `datasets` repository.
-        split: Split of a folder or repository.
+        source: A table (see [`read_rows`]) with a column of captions and a column of images (URLs, or paths relative
+            to the table); a folder for the `imagefolder` builder of `datasets` (`metadata.csv` with `file_name` and
+            `caption`); a folder of Parquet files; or the id of a Hub dataset.
+        split: Split of a folder or Hub dataset.
         image_column: Column of images.
-        caption_column: Column of captions. By default the first of caption, text, captions and title.
+        caption_column: Column of captions. Defaults to the first of caption, text, captions and title.
 
     Raises:
-        ValueError: The table cannot be read, a column is missing, a row has no image or caption, or there is no
-            example.
+        ValueError: The data cannot be read, a column is missing, a row has no image or caption, or there are no
+            examples.
     """
     path = Path(source)
     try:
@@ -52,10 +52,10 @@ def load_captioned_images(
 
 
 def _find_columns(source: str, columns: list[str], image_column: str, caption_column: str | None) -> str:
-    """The column of captions.
+    """The name of the caption column.
 
     Raises:
-        ValueError: It is missing, or that of the images is.
+        ValueError: The caption or the image column is missing.
     """
     caption_column = caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
     if image_column not in columns or caption_column not in columns:
@@ -77,13 +77,13 @@ def _load_table(path: Path, image_column: str, caption_column: str | None) -> Da
         "path": str(path),
         "headerless": headerless,
         "columns": (image_column, caption_column),
-        "version": (str(path.absolute()), found.st_mtime_ns, found.st_size),  # `datasets` caches by the arguments
+        "version": (str(path.absolute()), found.st_mtime_ns, found.st_size),  # part of the cache key of `datasets`
     }
     return Dataset.from_generator(_pairs, gen_kwargs=arguments)
 
 
 def _pairs(path: str, headerless: tuple[str, str], columns: tuple[str, str], version: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a table as the dataset has them."""
+    """Rows of the dataset from those of a table."""
     folder, (image_column, caption_column) = Path(path).parent, columns
     for line, row in read_rows(Path(path), headerless):
         image, caption = row.get(image_column), row.get(caption_column)

@@ -1,7 +1,7 @@
-"""Cached features of a frozen vision encoder: what they depend on, and a data set that reads them.
+"""Cached features of a frozen vision encoder: the files, what they depend on, and a dataset that reads them.
 
-A shard's file holds the features of its images, and what they are features of: of each image the SHA-256 and the size
-of its contents, the file's time of change, and a digest of its path or address.
+A shard contains the features of its images and a record of each image: the SHA-256 and size of its contents, the
+modification time of its file, and a digest of its path or URL.
 """
 
 import hashlib
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
+from transformers import BaseImageProcessor
 
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.fingerprint_fromage import fingerprint, weight_files
 from modeling_fromage.images_fromage import UnreadableImageError, is_url
 
@@ -25,12 +27,13 @@ REMAKE = "Encode yours into another folder: `python -m training.cache_features C
 
 
 class ImageRecord(NamedTuple):
-    """What tells an image from another.
+    """Identifies an image.
 
     Attributes:
-        sha256 (32 bytes), size: of the file's contents, or of what was behind the address.
-        mtime_ns: When the file was changed; 0 of an image that is no file.
-        source (16 bytes): digest of the absolute path or the address; of an image within the data set, of nothing.
+        sha256: Digest (32 bytes) of the image's bytes.
+        size: Number of bytes.
+        mtime_ns: Modification time of the file; 0 for an image that is not a file.
+        source: Digest (16 bytes) of the absolute path or URL; that of an empty text for an image inside the dataset.
     """
 
     sha256: bytes
@@ -39,8 +42,11 @@ class ImageRecord(NamedTuple):
     source: bytes
 
     def is_of(self, image: Any) -> bool:
-        """Whether `image` is the recorded one. A file is read only where its path or time of change is another; an
-        address is compared, and not fetched, and so is the path of a file that is gone."""
+        """Whether `image` is the recorded one.
+
+        A file is read only if its path or modification time differs. URLs, and paths of files that no longer exist,
+        are compared by name.
+        """
         place = place_of(image)
         if place is None:
             return hashlib.sha256(image["bytes"]).digest() == self.sha256
@@ -60,10 +66,10 @@ class ImageRecord(NamedTuple):
 
 
 def place_of(image: Any) -> str | None:
-    """The absolute path or the address of a data set's image; `None` where the data set itself holds its file.
+    """The absolute path or URL of a dataset's image; `None` if the dataset contains its bytes.
 
     Raises:
-        UnreadableImageError: It has neither.
+        UnreadableImageError: It has neither bytes nor a path.
     """
     if isinstance(image, dict):
         if image.get("bytes"):
@@ -75,7 +81,7 @@ def place_of(image: Any) -> str | None:
 
 
 def name_of(image: Any) -> str:
-    """For messages."""
+    """The name of an image in messages."""
     return (place_of(image) or str(image.get("path") or "in memory"))[:200]
 
 
@@ -84,7 +90,7 @@ def source_digest(place: str | None) -> bytes:
 
 
 def record_tensors(records: list[ImageRecord]) -> dict[str, torch.Tensor]:
-    """Of n images: `sha256` (n, 32), `size` (n,), `mtime_ns` (n,) and `source` (n, 16)."""
+    """Records of N images as tensors: `sha256` (N, 32), `size` (N,), `mtime_ns` (N,) and `source` (N, 16)."""
     sha256, sizes, times, sources = zip(*records, strict=True)
     return {
         "sha256": torch.frombuffer(bytearray(b"".join(sha256)), dtype=torch.uint8).view(len(records), -1),
@@ -106,10 +112,11 @@ def images_of(dataset: Dataset) -> Iterator[Any]:
         yield from batch["image"]
 
 
-def check_images(images: Iterable[Any], shard: Path, first: int):
-    """
+def check_images(images: Iterable[Any], shard: Path, first: int) -> None:
+    """Check that the images, from number `first` on, are those that `shard` was made from.
+
     Raises:
-        ValueError: An image is not the one whose features `shard`, from number `first` on, has in its place.
+        ValueError: An image is another one.
     """
     for number, (image, record) in enumerate(zip(images, read_records(shard), strict=False), start=first):
         if not record.is_of(image):
@@ -120,9 +127,9 @@ def check_images(images: Iterable[Any], shard: Path, first: int):
 
 
 def describe(
-    vision_model: str, revision: str | None, pooling: str, image_processor, dataset: Dataset
+    vision_model: str, revision: str | None, pooling: str, image_processor: BaseImageProcessor, dataset: Dataset
 ) -> dict[str, Any]:
-    """What all features depend on: the encoder's weights and pooling, its preprocessing, and the number of images."""
+    """Everything that the features depend on, except the images themselves, which have records in the shards."""
     preprocessing = {key: value for key, value in image_processor.to_dict().items() if key != "auto_map"}
     prints = fingerprint(weight_files(vision_model, revision, None, None))
     return {
@@ -137,9 +144,10 @@ def describe(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """
+    """The manifest of a cache.
+
     Raises:
-        ValueError: It does not say which images the features are of, as those of earlier versions.
+        ValueError: The cache was written by an earlier version, which kept no image digests.
     """
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("image_digests") != DIGESTS:
@@ -151,26 +159,26 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """In words; the same weights may lie under another name."""
+    """Differences between two manifests, for a message. The same weights may have another name or revision."""
     names = [name for name in ours if name not in ("vision_model", "vision_model_revision")]
     return [f"{name} {theirs.get(name)!r}, not {ours[name]!r}" for name in names if theirs.get(name) != ours[name]]
 
 
 class CachedFeatures(torch.utils.data.Dataset):
-    """A data set of captions whose images are their cached features, read from disk a row at a time.
+    """A dataset of captions with cached image features, read from disk row by row.
 
-    Opening it compares every image with the one that was encoded: files by path, size and time of change, and by their
-    contents where one of these is another, so that moved or copied images are known again; images within the data set
-    by their contents; addresses, and files that are gone, by name.
+    Opening it compares every image with the one that was encoded: a file by path, size and modification time, and by
+    contents if path or time differ, so that moved or copied images are accepted; an image inside the dataset by
+    contents; a URL, or a file that no longer exists, by name.
 
     Args:
-        dataset: The data set that was encoded, with columns `image` and `caption`.
-        directory: What `training.cache_features` wrote.
+        dataset: The dataset that was encoded, with columns `image` and `caption`.
+        directory: The folder that `training.cache_features` wrote.
         expected: [`describe`] of the encoder that the features are for.
 
     Raises:
-        ValueError: The cache is of another encoder or other images, or not complete. When a row is read: its features
-            are not finite.
+        ValueError: The cache belongs to another encoder or other images, or is incomplete; when a row is read, its
+            features are not finite.
     """
 
     def __init__(self, dataset: Dataset, directory: str | Path, expected: dict[str, Any]):
@@ -213,8 +221,8 @@ class CachedFeatures(torch.utils.data.Dataset):
             )
         return {"pooled_image_features": features, "caption": self.captions[index]["caption"]}
 
-    def __getstate__(self):
-        return {**self.__dict__, "_open": {}}  # every loader's process opens files of its own
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # each loader worker opens the files itself
 
 
 def shard_name(number: int) -> str:
@@ -222,7 +230,7 @@ def shard_name(number: int) -> str:
 
 
 def is_whole(path: Path, count: int) -> bool:
-    """Whether `path` holds the features and records of `count` images."""
+    """Whether `path` contains features and records of `count` images."""
     try:
         with safe_open(path, "pt") as file:
             names = ("features", *ImageRecord._fields)
@@ -231,8 +239,10 @@ def is_whole(path: Path, count: int) -> bool:
         return False
 
 
-def with_cached_features(dataset: Dataset, directory: str, model, processor) -> CachedFeatures:
-    """`dataset` with the features in `directory`, which must be those of `model`'s own encoder and preprocessing."""
+def with_cached_features(
+    dataset: Dataset, directory: str, model: FromageForConditionalGeneration, processor: FromageProcessor
+) -> CachedFeatures:
+    """`dataset` with the features in `directory`, which must come from `model`'s encoder and preprocessing."""
     config = model.config
     expected = describe(
         config.vision_model_id, config.vision_model_revision, config.vision_pooling, processor.image_processor, dataset

@@ -56,10 +56,11 @@ def read_rows(path: Path, headerless: Sequence[str] = ("caption", "image")) -> I
 def _csv_rows(path: Path, reader: csv.DictReader) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         for row in reader:
-            if None in row:
+            beyond = row.pop(None, [])
+            if any(beyond):  # empty ones are a separator at the end of the line
                 count = len(reader.fieldnames or ())
                 raise ValueError(
-                    f"{path}, line {reader.line_num} has {count + len(row[None])} fields, and the header {count}. "
+                    f"{path}, line {reader.line_num} has {count + len(beyond)} fields, and the header {count}. "
                     "Quote fields that hold a separator, or take it out."
                 )
             yield reader.line_num, row
@@ -73,7 +74,7 @@ def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
             raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} must be an object of columns and values, got {line[:100]!r}.")
@@ -88,7 +89,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         batches = parquet.ParquetFile(path).iter_batches(1024)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except ArrowException as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:  # OSError also of a damaged footer
         raise ValueError(f"{path} is not a Parquet file, or is damaged: {error}.") from error
 
 

@@ -50,6 +50,26 @@ def test_lines_are_those_of_the_file(tmp_path):
     assert [line for line, _ in read_rows(path)] == [3, 4]
 
 
+def test_a_separator_at_the_end_of_a_line_is_no_field(tmp_path):
+    for suffix, separator in ((".csv", ","), (".tsv", "\t")):
+        path = tmp_path / f"table{suffix}"
+        path.write_text(f"caption{separator}image\na{separator}a.png{separator}\n")
+        assert list(read_rows(path)) == [(2, {"caption": "a", "image": "a.png"})]
+
+
+def test_damaged_files_are_named(tmp_path):
+    lines, table = tmp_path / "t.jsonl", write(tmp_path / "t.parquet")
+    for value in ("1" * 5000, "[" * 100_000):
+        lines.write_text(f'{{"image": {value}}}')
+        with pytest.raises(ValueError, match="t.jsonl, line 1 is not JSON"):
+            list(read_rows(lines))
+    data = table.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    table.write_bytes(data[: -8 - length] + b"\xff" * length + data[-8:])
+    with pytest.raises(ValueError, match="t.parquet is not a Parquet file, or is damaged"):
+        list(read_rows(table))
+
+
 def test_captions_and_urls_without_a_header(tmp_path):
     path = tmp_path / "Train_GCC.tsv"
     path.write_text('a cat\thttp://x.org/a.jpg\na "dog\thttp://x.org/b.jpg\n')

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -121,7 +122,8 @@ def own_folders(directory: Path) -> list[Path]:
 def kept_images(directory: Path, state: dict[str, Any]) -> dict[int, Path]:
     """The files of the images that an index in `directory` keeps, by position; `state` is its listing."""
     folder = directory / Path(state.get("images", "")).name
-    if "images" not in state or not folder.is_dir():
+    # Anyone may have written the listing: its ".." or "" would be a folder that is not of images.
+    if not fnmatch(folder.name, IMAGE_FOLDERS) or not folder.is_dir():
         return {}
     return {int(path.stem): path for path in folder.iterdir() if re.fullmatch(r"\d{1,18}\.png", path.name)}
 

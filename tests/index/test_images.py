@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -214,6 +215,23 @@ def test_a_linked_image_is_refused(tmp_path, model, processor):
         index.load_image("0")
     index.save_pretrained(tmp_path / "copy")
     assert not list((tmp_path / "copy").rglob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "photos"])
+def test_only_a_folder_of_images_is_taken_for_one(tmp_path, name):
+    """A listing that names the index's own folder, or the one around it, reads no picture and removes none."""
+    directory = tmp_path / "around" / "index"
+    FromageImageIndex(torch.randn(1, DIM), ["a"]).save_pretrained(directory)
+    write_pictures(tmp_path / "around", "0.png", "7.png")
+    write_pictures(directory / "photos", "0.png", "7.png")
+    (directory / "0.png").symlink_to(tmp_path / "around" / "0.png")
+    state = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps({**state, "images": name}))
+    with pytest.raises(UnreadableImageError, match="no path or url"):
+        FromageImageIndex.from_pretrained(directory).load_image("a")
+    (directory / "index.json").rename(directory / "building.json")
+    IndexWriter(directory, {}, resume=True)
+    assert all((folder / "7.png").is_file() for folder in (directory.parent, directory / "photos"))
 
 
 def test_an_interrupted_save_keeps_the_images(tmp_path, monkeypatch, model, processor):

@@ -26,17 +26,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _OWN_COLUMNS = ("id", "embedding", "image", "metadata")
 _ROWS_AT_A_TIME = 1000
+LoadImage = Callable[[str, dict[str, Any], KeptImage | None], Image.Image]  # as `ImageAccess.load`
 
 
-def store_to_dataset(
-    store: IndexStore, load_image: Callable[[str], Image.Image] | None, scrub: Scrubber
-) -> "datasets.Dataset":
+def store_to_dataset(store: IndexStore, load_image: LoadImage | None, scrub: Scrubber) -> "datasets.Dataset":
     """See [`FromageImageIndex.to_dataset`]; without `load_image` there is no column of images."""
     import_datasets()
     import datasets
     import pyarrow as pa
 
-    now = store.now
+    now, images, _ = store.moment()
     rows = torch.cat([torch.empty(0, store.dim, dtype=store.dtype), *now.kept_rows()])
     entries = [entry for several in store.kept_entries(now) for entry in several]
     ids = [image_id for _, image_id, _ in entries]
@@ -62,7 +61,7 @@ def store_to_dataset(
     if load_image is not None:
         features["image"] = datasets.Image()
         struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-        pictures = [_png(image_id, load_image) for image_id in ids]
+        pictures = [_png(load_image, image_id, values, images.get(position)) for position, image_id, values in entries]
         table["image"] = pa.array([None if png is None else {"bytes": png, "path": None} for png in pictures], struct)
         if missing := pictures.count(None):
             logger.warning("%d of %d images are not in the dataset: they cannot be read.", missing, len(ids))
@@ -85,9 +84,9 @@ def _column_kind(name: str, metadata: list[dict[str, Any]]) -> str | None:
     return columns.get(next(iter(types))) if len(types) == 1 else None
 
 
-def _png(image_id: str, load_image: Callable[[str], Image.Image]) -> bytes | None:
+def _png(load_image: LoadImage, image_id: str, metadata: dict[str, Any], kept: KeptImage | None) -> bytes | None:
     try:
-        write_png(load_image(image_id), buffer := io.BytesIO())
+        write_png(load_image(image_id, metadata, kept), buffer := io.BytesIO())
     except UnreadableImageError as error:
         logger.info("%s", error)
         return None
@@ -101,6 +100,7 @@ def store_from_dataset(
     import_datasets()
     import datasets
 
+    dataset = dataset.with_format(None)  # plain values, of all columns
     for name in (embedding_column, id_column):
         if name not in dataset.column_names:
             raise ValueError(f"The dataset has no column {name!r}; it has {dataset.column_names}.")

@@ -8,6 +8,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,7 +107,7 @@ class FromageImageIndex:
     def __iter__(self) -> Iterator[IndexEntry]:
         for rows, entries in self._store.pieces(self._store.now):
             for row, (_, image_id, metadata) in zip(rows, entries, strict=True):
-                yield IndexEntry(image_id, metadata, row)
+                yield IndexEntry(image_id, metadata, row.clone())  # the caller's own, not a view of the index
 
     def __repr__(self) -> str:
         return f"FromageImageIndex({len(self):,} images, {self.dim} dimensions, {self.dtype}, {self.backend})"
@@ -483,7 +484,7 @@ class FromageImageIndex:
 
             index.to_dataset().push_to_hub("org/pictures")
         """
-        load = (lambda image_id: self.load_image(image_id, limits)) if images else None
+        load = partial(self._access.load, limits=limits) if images else None
         return store_to_dataset(self._store, load, self._access.scrubber())
 
     @classmethod

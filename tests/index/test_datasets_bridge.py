@@ -44,6 +44,28 @@ def test_round_trip(tmp_path, dtype, through):
     assert shuffled.ids == ["d", "b"] and shuffled.metadata == [METADATA[3], METADATA[1]]
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow"])
+def test_the_format_of_a_dataset_does_not_matter(kind):
+    index = FromageImageIndex(torch.randn(2, DIM), ["a", "b"], [{"n": 1}, {"n": 2, "x": 0.5}])
+    dataset = index.to_dataset(images=False).with_format(kind, columns=["embedding", "id"])
+    assert contents(FromageImageIndex.from_dataset(dataset)) == contents(index)
+
+
+def test_a_dataset_is_of_one_moment():
+    index = FromageImageIndex(torch.randn(2, DIM), ["a", "b"], [{"n": 1}, {"n": 2}])
+
+    def load(image_id, metadata):
+        if image_id == "a":
+            index.delete("b")
+        return picture(metadata["n"])
+
+    index.image_loader = load
+    pictures = index.to_dataset()["image"]
+    assert len(index) == 1 and [found.getpixel((0, 0)) for found in pictures] == [
+        picture(n).getpixel((0, 0)) for n in (1, 2)
+    ]
+
+
 def test_pictures_go_along(tmp_path, model, processor):
     write_pictures(tmp_path / "photos", "a.png", "b.png")
     index = FromageImageIndex.build(model, processor, tmp_path / "photos", show_progress=False)

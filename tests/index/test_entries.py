@@ -89,6 +89,14 @@ def test_an_updated_image_keeps_its_picture(tmp_path, model, processor):
         index.load_image("0")
 
 
+def test_an_entry_is_the_callers_own():
+    index = FromageImageIndex(torch.randn(3, DIM), ["a", "b", "c"])
+    before = index.embeds
+    for entry in index:
+        entry.embedding.zero_()
+    assert torch.equal(index.embeds, before)
+
+
 def test_iteration_is_of_one_moment(shard_rows):
     entries = make_entries(20)
     index = index_of(entries)

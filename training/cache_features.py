@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from modeling_fromage.io.command_line import at_least, device_option, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, device_option, errors_in_one_line
 
 from .arguments import parse_config
 from .data.captioned_images import load_captioned_images
@@ -21,7 +21,7 @@ from .data.feature_writing import VisionEncoder, write_features
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("config", help="YAML file of training.train")
     parser.add_argument("directory", help="folder for the features")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from modeling_fromage.io.command_line import at_least, errors_in_one_line
+from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .arguments import parse_config
 from .config import CONFIGS
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--language-model", help="Hub id or folder of a causal language model")
     parser.add_argument("--vision-model", help="Hub id or folder of a vision encoder")
     parser.add_argument("--data", help="TSV file or folder of captioned images")

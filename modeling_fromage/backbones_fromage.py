@@ -54,8 +54,18 @@ def pool_vision_output(output: ModelOutput, pooling: str, model_name: str) -> to
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """The weight of an embedding or an output head: (rows, width)."""
-    return module.get_parameter("weight")
+    """The weight of an embedding or an output head: (rows, width).
+
+    Raises:
+        ValueError: It is kept packed.
+    """
+    weight = module.weight  # computed, and no parameter, where the module is parametrised, pruned or sharded by FSDP
+    if not isinstance(weight, torch.Tensor):
+        raise ValueError(
+            f"FROMAGe reads the rows of the language model's embedding and of its output head, and {type(module)} "
+            "keeps its weight packed. Leave these two modules out of the quantisation."
+        )
+    return weight
 
 
 def decoder_and_head(language_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module]:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoConfig, AutoModel, ResNetConfig, SwinConfig, ViTMAEConfig
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
@@ -322,6 +323,39 @@ class Router(nn.Linear):
 class TupleRouter(nn.Linear):
     def forward(self, inputs):
         return super().forward(inputs).topk(2)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_weights_that_are_no_parameters():
+    """Parametrised, pruned and FSDP's flat modules compute the weight that they show."""
+    model, ids = make_model("llama_clip"), torch.tensor([[2, 5, 6, RET]])
+    backbones = model.language_model, model.vision_model
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        register_parametrization(module, "weight", Doubled())
+    model = FromageForConditionalGeneration(model.config, *backbones).eval()
+    logits = model(input_ids=ids).logits[..., :IMAGE]
+    torch.testing.assert_close(logits[:, :-1], model.language_model(input_ids=ids[:, :-1]).logits)
+    row = model.get_input_embeddings().weight.mean(0)
+    torch.testing.assert_close(model.adapter.ret_embedding.weight[0], row)
+    model.normalize_ret_embedding()
+
+
+class PackedLinear(nn.Module):
+    """As torch's dynamically quantised layers: its weight is asked for by a call."""
+
+    def weight(self):
+        raise NotImplementedError
+
+
+def test_a_head_whose_weight_is_packed_is_refused():
+    model = make_model("llama_clip")
+    model.language_model.set_output_embeddings(PackedLinear())
+    with pytest.raises(ValueError, match="PackedLinear'> keeps its weight packed"):
+        FromageForConditionalGeneration(model.config, model.language_model, model.vision_model)
 
 
 def test_every_layer_is_asked_for_its_gradient():

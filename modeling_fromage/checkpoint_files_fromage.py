@@ -10,6 +10,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .peft_layers_fromage import names_without_peft
+
 TRAINED_PREFIX = "adapter."
 
 
@@ -19,7 +21,8 @@ def load_trained_parts(adapter: nn.Module, files: list[Path]) -> None:
     for file in files:
         with safe_open(file, "pt") as opened:
             tensors.update({key: opened.get_tensor(key) for key in opened.keys() if key.startswith(TRAINED_PREFIX)})  # noqa: SIM118
-    expected = {f"{TRAINED_PREFIX}{key}": tensor.shape for key, tensor in adapter.state_dict().items()}
+    own = names_without_peft(adapter, adapter.state_dict())  # PEFT may have wrapped some of its layers
+    expected = {f"{TRAINED_PREFIX}{key}": tensor.shape for key, tensor in own.items()}
     problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
     problems += [f"{key} is unknown" for key in sorted(tensors.keys() - expected.keys())]
     problems += [
@@ -32,7 +35,9 @@ def load_trained_parts(adapter: nn.Module, files: list[Path]) -> None:
             f"The trained parts in {files[0].parent} do not fit the configuration beside them: {'; '.join(problems)}."
         )
     check_finite({key: tensors[key] for key in expected}, files[0].parent)
-    adapter.load_state_dict({key.removeprefix(TRAINED_PREFIX): tensors[key] for key in expected})
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(tensors[f"{TRAINED_PREFIX}{key}"])
 
 
 def check_finite(tensors: dict[str, torch.Tensor], source: str | os.PathLike) -> None:

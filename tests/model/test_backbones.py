@@ -400,3 +400,19 @@ def test_an_lm_that_takes_no_padding_sees_none():
     assert [tuple(mask.shape) for mask in masks] == [(1, 3), (2, 5)] and all(bool(mask.all()) for mask in masks)
     torch.testing.assert_close(found.loss, expected.loss)
     torch.testing.assert_close(found.text_embeds, expected.text_embeds)
+
+
+def test_an_adapter_on_trained_layers_is_restored(tmp_path):
+    def with_adapter():
+        model = make_model("opt_clip")
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "multi_modal_projector"], init_lora_weights=False))
+        return model
+
+    model, other = with_adapter(), with_adapter()
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    other.restore_adapter(tmp_path)
+    for name, tensor in model.adapter.state_dict().items():
+        assert torch.equal(other.adapter.state_dict()[name], tensor), name

@@ -2,14 +2,19 @@
 
 import ast
 
-import pytest
-
 from modeling_fromage import FromageForConditionalGeneration
 from tests.helpers.source_code import modules
 
 LIMITS = {"file": 400, "class": 250, "function": 60}
 # Name -> why it is better as it is. An entry that has become needless fails the test.
-EXCEPTIONS: dict[str, str] = {}
+_INDEX = "the facade: most of it is signatures and public docstrings, about 120 lines are bodies, nearly all one call"
+EXCEPTIONS = {
+    "modeling_fromage.index.index": f"the file of one class, {_INDEX}",
+    "modeling_fromage.index.index:FromageImageIndex": _INDEX,
+    "modeling_fromage.pretrained_fromage:FromagePreTrainedModel": (
+        "hooks that transformers looks for on the class itself, none over ten lines; about 90 lines are bodies"
+    ),
+}
 
 
 def too_long() -> dict[str, str]:
@@ -28,7 +33,6 @@ def too_long() -> dict[str, str]:
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="the large classes are not split yet")
 def test_sizes():
     found = too_long()
     unexplained = [text for key, text in found.items() if key not in EXCEPTIONS]

@@ -1,6 +1,7 @@
 """What `pip install` gives, from the wheel and from the source distribution, where the checkout cannot be seen."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,3 +139,10 @@ def test_installed_in_an_empty_place(kind, distributions, tmp_path):
         assert all(
             f"\n  {name} " in commands for name in ("train", "evaluate", "index", "convert", "push", "quickstart")
         )
+
+
+def test_the_dev_extra_installs_the_tools_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    tools = set(re.findall(r"\$\(BIN\)/(?:python -m )?([a-z]+)\b(?!\.)", makefile)) - {"python", "pip"}
+    dev = {re.split(r"\W", needed)[0] for needed in PROJECT["project"]["optional-dependencies"]["dev"]}
+    assert {"build", "pytest", "ruff", "twine"} <= tools & dev

@@ -1,6 +1,7 @@
 """Build an image index: `python -m hub_scripts.build_image_index MODEL IMAGES OUTPUT`.
 
-IMAGES is a folder of images, a TSV or CSV file with a column "image" or "url", or the authors' `cc3m_embeddings*.pkl`.
+IMAGES is a folder of images, a table (CSV, TSV, JSONL, Parquet) with a column "image" or "url", or the authors'
+`cc3m_embeddings*.pkl`.
 With `--merge`, IMAGES are the indexes that several processes built with `--shard`. After an interruption, run the same
 command again: it continues.
 """

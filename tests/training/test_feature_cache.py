@@ -141,7 +141,7 @@ def test_other_pictures_of_the_same_names_are_refused(config, tmp_path):
     blue = make_pictures(tmp_path / "blue", ["red"] * 5 + ["blue"] * 2)
     cache = tmp_path / "cache"
     assert run(config, cache, f"train_data={red}") == 2
-    message = r"of other images: image 5, .*blue/5.bmp, is not that of features-00001.*training.cache_features CONFIG"
+    message = r"of other images: image 5, .*blue/5.bmp, is not that of features-00001.*fromage cache-features CONFIG"
     with pytest.raises(ValueError, match=message):
         train.main([str(config), f"output_dir={tmp_path / 'out'}", f"train_data={blue}", f"feature_cache={cache}"])
     with pytest.raises(ValueError, match=message):
@@ -233,7 +233,7 @@ def test_caches_that_know_names_alone_are_refused(config, tmp_path):
     for number in range(5):
         path = cache / f"features-{number:05d}.safetensors"
         save_file({"features": load_file(path)["features"]}, path)
-    message = "by their names alone.*python -m training.cache_features CONFIG.yaml DIR"
+    message = "by their names alone.*fromage cache-features CONFIG.yaml DIR"
     with pytest.raises(ValueError, match=message):
         train.main([str(config), f"output_dir={tmp_path / 'out'}", f"feature_cache={cache}"])
     with pytest.raises(ValueError, match=message):

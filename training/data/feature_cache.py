@@ -23,7 +23,7 @@ from modeling_fromage.images_fromage import UnreadableImageError, is_url
 
 MANIFEST = "manifest.json"
 DIGESTS = "sha256"
-REMAKE = "Encode yours into another folder: `python -m training.cache_features CONFIG.yaml DIR`."
+REMAKE = "Encode yours into another folder: `fromage cache-features CONFIG.yaml DIR`."
 
 
 class ImageRecord(NamedTuple):
@@ -173,7 +173,7 @@ class CachedFeatures(torch.utils.data.Dataset):
 
     Args:
         dataset: The dataset that was encoded, with columns `image` and `caption`.
-        directory: The folder that `training.cache_features` wrote.
+        directory: The folder that `fromage cache-features` wrote.
         expected: [`describe`] of the encoder that the features are for.
 
     Raises:
@@ -185,7 +185,7 @@ class CachedFeatures(torch.utils.data.Dataset):
         self.captions, self.directory = dataset.select_columns(["caption"]), Path(directory)
         if not (self.directory / MANIFEST).is_file():
             raise ValueError(
-                f"{directory} is no feature cache: it has no {MANIFEST}. Run training.cache_features first."
+                f"{directory} is no feature cache: it has no {MANIFEST}. Run `fromage cache-features` first."
             )
         manifest = read_manifest(self.directory)
         if found := differences(expected, manifest):
@@ -199,7 +199,7 @@ class CachedFeatures(torch.utils.data.Dataset):
         if missing := [i for i, count in enumerate(counts) if not is_whole(self.directory / shard_name(i), count)]:
             raise ValueError(
                 f"The feature cache {directory} lacks {len(missing)} of its {len(starts)} shards, the first of them "
-                f"{shard_name(missing[0])}. Run training.cache_features again to complete it."
+                f"{shard_name(missing[0])}. Run `fromage cache-features` again to complete it."
             )
         images = images_of(dataset)
         for number, start in enumerate(starts):
@@ -217,7 +217,7 @@ class CachedFeatures(torch.utils.data.Dataset):
         if not features.isfinite().all():
             raise ValueError(
                 f"The features in row {row} of {self.directory / shard_name(shard)}, of image {index}, are not finite. "
-                "Remove the file and run training.cache_features again."
+                "Remove the file and run `fromage cache-features` again."
             )
         return {"pooled_image_features": features, "caption": self.captions[index]["caption"]}
 

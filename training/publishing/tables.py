@@ -1,4 +1,4 @@
-"""The README's table "paper | original code | ours", from stored results. Cells without a run stay empty."""
+"""The table "paper | original code | ours", from stored results. Cells without a run stay empty."""
 
 from typing import Any
 
@@ -12,9 +12,16 @@ _DATA = {"vist": ["val.story-in-sequence.json"], "visdial": ["visdial_1.0_val.js
 
 
 def table() -> str:
-    """The table in Markdown, with a note on its columns."""
+    """The table in Markdown, with a note on its columns.
+
+    Raises:
+        ValueError: There are no stored results, which only a checkout has.
+    """
     rows = ["| | | paper | original code | ours |", "|---|---|---|---|---|"]
-    published = read_results("published.json")[0]["rows"]
+    stored = read_results("published.json")
+    if not stored:
+        raise ValueError("The table is rendered from the repository's stored results: run this in a checkout.")
+    published = stored[0]["rows"]
     results = [found for found in read_results("evaluate_*.json") if _is_of_the_papers_kind(found)]
     for row in published:
         who = "" if row["who"] == "ours" else ", CLIP ViT-L/14"

@@ -128,8 +128,8 @@ class FromageConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.num_ret_tokens != 1:
             raise ValueError(
-                f"`num_ret_tokens` is {self.num_ret_tokens}, but only one `[RET]` token can be trained yet. Set it to 1, "
-                "or leave it out."
+                f"`num_ret_tokens` is {self.num_ret_tokens}, but only one `[RET]` token can be trained yet. "
+                "Set it to 1, or leave it out."
             )
         if not self.text_embed_layers or len(set(self.text_embed_layers)) != len(self.text_embed_layers):
             raise ValueError(

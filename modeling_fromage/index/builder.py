@@ -25,8 +25,11 @@ CHECKPOINT_EVERY = 1024  # images
 class EmbeddingModel(Protocol):
     """What an index needs of a model: [`FromageForConditionalGeneration`] has it."""
 
-    config: Any
-    device: Any
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def device(self) -> Any: ...
 
     def get_image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor: ...
 
@@ -36,7 +39,8 @@ class EmbeddingModel(Protocol):
 class ImageProcessorHolder(Protocol):
     """What an index needs of a processor: [`FromageProcessor`] has it."""
 
-    image_processor: Any
+    @property
+    def image_processor(self) -> Any: ...
 
 
 class ImageEmbedder:

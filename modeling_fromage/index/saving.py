@@ -30,6 +30,9 @@ def save_index(
     Args:
         progress (`dict`, *optional*): What the build that it comes from would be told when it is called again.
         scrub ([`Scrubber`], *optional*): Removes what is not to be published.
+
+    Raises:
+        ValueError: `scrub` is given, and an id is a path of this machine.
     """
     now, images, skipped = store.moment()
     root = access.stored_root if access.image_root is None else str(access.image_root.resolve())
@@ -47,8 +50,11 @@ def save_index(
             for number, (position, _, _) in enumerate(entries, writer.count):
                 if position in images:
                     moved[position] = writer.keep_image(number, images[position])
+            ids = [image_id for _, image_id, _ in entries]
+            if scrub is not None:
+                scrub.check_ids(ids)
             metadata = [values if scrub is None else scrub(values) for _, _, values in entries]
-            writer.add(embeds, [image_id for _, image_id, _ in entries], metadata)
+            writer.add(embeds, ids, metadata)
         left_out = [[row["id"], row["source"], row["reason"]] for row in skipped]
         writer.entries.skip([tuple(row if scrub is None else scrub(row, is_path=True)) for row in left_out])
         store.images_moved(writer.directory, images, moved)
@@ -96,11 +102,9 @@ def push_index(
     Raises:
         ValueError: An id is a path of this machine.
     """
-    api, scrub = HfApi(token=token), access.scrubber()
-    for entries in store.kept_entries(store.now):
-        scrub.check_ids(image_id for _, image_id, _ in entries)
+    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_index(folder, store, access, model_fingerprint, scrub=scrub)
+        save_index(folder, store, access, model_fingerprint, scrub=access.scrubber())
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,

@@ -102,6 +102,12 @@ class FromageAdapter(nn.Module):
             ids = range(ret_token_id, ret_token_id + self.ret_embedding.num_embeddings)
             weight_of(ours).copy_(torch.stack([rows[i].float() if i < len(rows) else mean for i in ids]))
 
+    @torch.no_grad()
+    def normalize_ret(self, norm: float) -> None:
+        """Rescale each `[RET]` row to `norm`."""
+        weight = self.ret_embedding.weight
+        weight.mul_(norm / weight.norm(dim=-1, keepdim=True))
+
 
 def trained_state(adapter: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors by their plain names; those of the active copy where PEFT has wrapped it."""

@@ -328,6 +328,12 @@ class LanguageModelTraits:
         verb = "takes" if found else "does not take"
         logger.info("%s (%s) %s %s.", type(language_model).__name__, attention, verb, ability)
 
+    def measure_logit_transform(self, language_model: PreTrainedModel) -> None:
+        """Measure anew what the LM does to its head's output, unless its weights are not there yet."""
+        self.logit_transform = None
+        if weight_of(decoder_and_head(language_model)[1]).device.type != "meta":
+            self.logit_transform_of(language_model)
+
     def logit_transform_of(self, language_model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
         """What the LM does to its head's output, elementwise."""
         if self.logit_transform is None:

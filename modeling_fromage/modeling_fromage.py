@@ -105,12 +105,12 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         extend_generation_config(self, self.language_model)
         self.post_init()
         if language_model is not None and new_adapter:
-            self.init_ret_embedding()
+            self.adapter.init_ret(self.get_input_embeddings(), self.get_output_embeddings(), config.ret_token_id)
             config.ret_embedding_scale = measure_embedding_scale(self.language_model)
             check_decoder(self.language_model)
         if vision_model is not None and new_adapter:
             check_vision_model(vision_model, config.vision_pooling)
-        self._measure_logit_transform()
+        self.traits.measure_logit_transform(self.language_model)
         self._ignore_backbones_on_save()
         self.freeze_backbones()
 

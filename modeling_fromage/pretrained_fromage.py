@@ -70,9 +70,8 @@ class FromagePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def retrieval_fingerprint(self) -> str:
-        """Tells apart the models whose embeddings cannot be compared: a digest of the trained parts, rounded to
-        bfloat16, so that a checkpoint saved in bfloat16 has its original's. Taken anew when a trained tensor has
-        changed."""
+        """A digest of the trained parts: embeddings of models that differ in it cannot be compared. Taken anew when
+        a trained tensor has changed, and of values in bfloat16, so that a checkpoint saved in it has its original's."""
         return self.trained_fingerprint.of(trained_state(self.adapter))
 
     # ---- the frozen backbones -------------------------------------------------------------------------------------
@@ -107,24 +106,13 @@ class FromagePreTrainedModel(PreTrainedModel):
         super().activation_checkpointing_enable(*args, **kwargs)
         self.train(self.training)
 
-    def init_ret_embedding(self) -> None:
-        """Start `[RET]` as the LM's own row of that id where it has one (parity), else as the mean input row."""
-        self.adapter.init_ret(self.get_input_embeddings(), self.get_output_embeddings(), self.config.ret_token_id)
-
     @torch.no_grad()
     def normalize_ret_embedding(self) -> None:
         """Rescale each `[RET]` row to the mean norm of the LM's other input rows, as the authors do after each step."""
         if self.traits.mean_row_norm is None:
             rows = weight_of(self.get_input_embeddings())[: self.config.ret_token_id]
             self.traits.mean_row_norm = rows.float().norm(dim=-1).mean().item()
-        weight = self.adapter.ret_embedding.weight
-        weight.mul_(self.traits.mean_row_norm / weight.norm(dim=-1, keepdim=True))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+        self.adapter.normalize_ret(self.traits.mean_row_norm)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -203,8 +191,7 @@ class FromagePreTrainedModel(PreTrainedModel):
             self._names_absolute_paths = False
 
     def refuse_unsaved_peft(self) -> None:
-        """Raise a `ValueError` where `save_pretrained` would leave out what PEFT trains in this model, or write it
-        twice."""
+        """Raise a `ValueError` where `save_pretrained` would lose what PEFT trains in the model, or write it twice."""
         refuse_unsaved_peft(self)
 
     def refuse_local_backbones(self, compare_weights: bool = True) -> None:
@@ -220,16 +207,11 @@ class FromagePreTrainedModel(PreTrainedModel):
 
     # ---- loading --------------------------------------------------------------------------------------------------
 
-    def _measure_logit_transform(self) -> None:
-        self.traits.logit_transform = None
-        if weight_of(self.get_output_embeddings()).device.type != "meta":  # else when it is first needed
-            self.traits.logit_transform_of(self.language_model)
-
     @classmethod
     def _finalize_model_loading(cls, model: Any, load_config: Any, loading_info: Any) -> Any:
         info = super()._finalize_model_loading(model, load_config, loading_info)
         model.freeze_backbones()  # loading makes new parameters, which require gradient
-        model._measure_logit_transform()  # the weights were not there before
+        model.traits.measure_logit_transform(model.language_model)  # the weights were not there before
         return info
 
     @classmethod

@@ -11,9 +11,6 @@ _INDEX = "the facade: most of it is signatures and public docstrings, about 120 
 EXCEPTIONS = {
     "modeling_fromage.index.index": f"the file of one class, {_INDEX}",
     "modeling_fromage.index.index:FromageImageIndex": _INDEX,
-    "modeling_fromage.pretrained_fromage:FromagePreTrainedModel": (
-        "hooks that transformers looks for on the class itself, none over ten lines; about 90 lines are bodies"
-    ),
 }
 
 

@@ -1,6 +1,9 @@
 """Build an index into a folder: read ahead, embed in batches, save checkpoints, resume after a kill."""
 
+import contextlib
 import logging
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,8 +15,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..images_fromage import ImageLimits, load_rgb_image
+from .backends import make_backend
 from .folder import INDEX_FILE
-from .reading import UNFINISHED_FILE, read_listing
+from .reading import UNFINISHED_FILE, IndexParts, open_index, read_listing
+from .saving import save_index
 from .sources import ImageSource, SourceDigest, image_sources, read_ahead
 from .store import check_dtype
 from .writer import IndexWriter
@@ -66,6 +71,44 @@ class ImageEmbedder:
 
 
 def build_index(
+    model: EmbeddingModel,
+    processor: ImageProcessorHolder,
+    images: Any,
+    ids: Sequence[str] | None,
+    metadata: Sequence[dict[str, Any]] | None,
+    batch_size: int,
+    save_directory: str | os.PathLike[str] | None,
+    dtype: torch.dtype,
+    num_workers: int,
+    limits: ImageLimits,
+    show_progress: bool,
+    shard: tuple[int, int] | None,
+    backend: str,
+    backend_options: dict[str, Any],
+) -> IndexParts:
+    """Build an index of `images`, or open the one that `save_directory` holds. Arguments and errors as for
+    [`FromageImageIndex.build`]."""
+    with contextlib.ExitStack() as stack:
+        directory = Path(save_directory or stack.enter_context(tempfile.TemporaryDirectory()))
+        in_memory = isinstance(images, (list, tuple))  # the caller holds these in any case
+        keep = in_memory and save_directory is not None
+        root = _build_into(directory, model, processor, images, ids, metadata, batch_size, dtype, num_workers, limits,
+                           show_progress, shard, keep)  # fmt: skip
+        parts = open_index(directory, root)
+        parts.access.may_read_files = True  # as the caller says
+        if save_directory is None:
+            held = image_sources(images, ids, metadata)[0] if in_memory else ()
+            parts.store.into_memory((row.id, row.image) for row in held if isinstance(row.image, Image.Image))
+            parts.access.folder = None
+    if backend != parts.store.now.backend.name or backend_options:
+        parts.store.use_backend(make_backend(backend, backend_options))
+        if save_directory is not None:
+            progress = read_listing(directory, INDEX_FILE)[0]["progress"]  # the next call is to open it
+            save_index(directory, *parts, progress=progress)
+    return parts
+
+
+def _build_into(
     directory: Path,
     model: EmbeddingModel,
     processor: ImageProcessorHolder,
@@ -80,11 +123,8 @@ def build_index(
     shard: tuple[int, int] | None,
     keep_images: bool,
 ) -> str | None:
-    """Write an index of `images` into `directory`, unless it is there. Returns the folder that relative paths start
-    from. Arguments as for [`FromageImageIndex.build`], and:
-
-    Args:
-        keep_images (`bool`): Whether to write the images that are in memory, too.
+    """Write an index of `images` into `directory`, unless it is there; with the images that are in memory, if
+    `keep_images`. Returns the folder that relative paths start from.
 
     Raises:
         ValueError: There is no image, none can be read, or `directory` holds an index of other images.

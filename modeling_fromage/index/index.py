@@ -3,10 +3,8 @@
 Axes: N images, Q queries, k results a query, q the width of the shared image-text space.
 """
 
-import contextlib
 import copy
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,11 +19,9 @@ from .backends import make_backend
 from .backends.base import Hits
 from .builder import EmbeddingModel, ImageProcessorHolder, build_index
 from .datasets_bridge import store_from_dataset, store_to_dataset
-from .folder import INDEX_FILE
-from .images import ImageAccess, ImageLoader, kept_images
-from .reading import read_index, read_listing
-from .saving import download_index, push_index, save_index
-from .sources import image_sources
+from .images import ImageAccess, ImageLoader
+from .reading import open_index
+from .saving import index_folder, push_index, save_index
 from .store import IndexStore
 from .values import as_embeds, as_entries
 
@@ -229,24 +225,8 @@ class FromageImageIndex:
 
             index = FromageImageIndex.build(model, processor, "photos/", save_directory="index")
         """
-        with contextlib.ExitStack() as stack:
-            directory = Path(save_directory or stack.enter_context(tempfile.TemporaryDirectory()))
-            in_memory = isinstance(images, (list, tuple))  # the caller holds these in any case
-            keep = in_memory and save_directory is not None
-            root = build_index(directory, model, processor, images, ids, metadata, batch_size, dtype, num_workers,
-                               limits, show_progress, shard, keep)  # fmt: skip
-            index = cls.from_pretrained(directory)
-            index.image_root, index._access.may_read_files = root, True  # as the caller says
-            if save_directory is None:
-                sources = image_sources(images, ids, metadata)[0] if in_memory else ()
-                index._store.into_memory((row.id, row.image) for row in sources if isinstance(row.image, Image.Image))
-                index._access.folder = None
-        if backend != index.backend or backend_options:
-            index.use_backend(backend, **backend_options)
-            if save_directory is not None:
-                progress = read_listing(directory, INDEX_FILE)[0]["progress"]  # the next call is to open it
-                save_index(directory, index._store, index._access, index.model_fingerprint, progress)
-        return index
+        return cls._of(*build_index(model, processor, images, ids, metadata, batch_size, save_directory, dtype,
+                                    num_workers, limits, show_progress, shard, backend, backend_options))  # fmt: skip
 
     def add(
         self, embeds: torch.Tensor | ArrayLike, ids: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
@@ -433,19 +413,8 @@ class FromageImageIndex:
             FileNotFoundError: The folder holds no finished index.
             CorruptIndexError: A file is missing or has another size.
         """
-        directory = Path(index_name_or_path)
-        if not directory.is_dir():
-            if directory.is_absolute() or len(directory.parts) > 2:
-                raise FileNotFoundError(f"There is no folder {directory}, and it is no repository's name (org/name).")
-            directory = download_index(str(index_name_or_path), repo_type, revision, token, cache_dir)
-        opened = read_index(directory)
-        state, count = opened.state, opened.snapshot.count
-        images = {position: path for position, path in kept_images(directory, state).items() if position < count}
-        store = IndexStore(state["dim"], getattr(torch, state["dtype"]), opened.snapshot, opened.entries, dict(images))
-        access = ImageAccess(folder=directory, stored_root=state["image_root"], may_read_files=False)
-        index = cls._of(store, access, state["model"])
-        index.image_root = image_root
-        return index
+        directory = index_folder(index_name_or_path, repo_type, revision, token, cache_dir)
+        return cls._of(*open_index(directory, image_root))
 
     def push_to_hub(
         self,

@@ -2,43 +2,35 @@
 
 import contextlib
 import json
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .backends import BACKENDS, FlatBackend, SearchBackend, make_backend
 from .folder import INDEX_FILE, CorruptIndexError, IndexFolder, ReplacedIndexError
-from .images import own_folders
+from .images import ImageAccess, KeptImage, kept_images, own_folders
 from .metadata_store import MetadataStore
 from .shards import Shard
 from .snapshot import Snapshot
+from .store import IndexStore
 
 UNFINISHED_FILE = "building.json"
 FORMAT = 1
 _LARGEST_LISTING = 1 << 26  # bytes; 100 million images take 250 kB
 
 
-@dataclass(frozen=True)
-class OpenedIndex:
-    """What an index folder holds. Only `index.json` was read; all other files are there and have the right size.
+class IndexParts(NamedTuple):
+    """What an index is made of."""
 
-    Attributes:
-        state: The contents of `index.json`.
-        snapshot: The embeddings and the backend.
-        entries: Ids and metadata.
-        folder: The folder as it is now.
-    """
-
-    state: dict[str, Any]
-    snapshot: Snapshot
-    entries: MetadataStore
-    folder: IndexFolder
+    store: IndexStore
+    access: ImageAccess
+    model_fingerprint: str | None
 
 
-def read_index(directory: Path) -> OpenedIndex:
-    """Open a finished index.
+def open_index(directory: Path, image_root: str | os.PathLike[str] | None = None) -> IndexParts:
+    """Open a finished index. Only `index.json` is read; all other files are there and have the right size.
 
     Raises:
         FileNotFoundError: There is no finished index.
@@ -53,11 +45,25 @@ def read_index(directory: Path) -> OpenedIndex:
     while True:
         state, folder = read_listing(directory, INDEX_FILE)
         with contextlib.suppress(ReplacedIndexError):  # another save has just finished; its index is as good
-            shards = tuple(listed_shard(folder, state, entry) for entry in state["shards"])
-            for entry in (*state["shards"], state["entries"], *_listed_backends(state).values()):
-                _check_size(folder, entry)
-            snapshot = Snapshot(shards, state["count"], backend=_saved_backend(state, folder))
-            return OpenedIndex(state, snapshot, MetadataStore(folder.file(state["entries"]), state["count"]), folder)
+            store = _listed_store(state, folder)
+            break
+    root = None if image_root is None else Path(image_root)
+    access = ImageAccess(root, folder=directory, stored_root=state["image_root"], may_read_files=False)
+    return IndexParts(store, access, state["model"])
+
+
+def _listed_store(state: dict[str, Any], folder: IndexFolder) -> IndexStore:
+    """Embeddings, ids, metadata, backend and kept images of an index; each file is there and has its size."""
+    shards = tuple(listed_shard(folder, state, entry) for entry in state["shards"])
+    for entry in (*state["shards"], state["entries"], *_listed_backends(state).values()):
+        _check_size(folder, entry)
+    count = state["count"]
+    snapshot = Snapshot(shards, count, backend=_saved_backend(state, folder))
+    entries = MetadataStore(folder.file(state["entries"]), count)
+    images: dict[int, KeptImage] = {
+        position: path for position, path in kept_images(folder.path, state).items() if position < count
+    }
+    return IndexStore(state["dim"], getattr(torch, state["dtype"]), snapshot, entries, images)
 
 
 def _listed_backends(state: dict[str, Any]) -> dict[str, dict[str, Any]]:

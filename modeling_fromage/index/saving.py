@@ -71,12 +71,25 @@ def _saved_backend(directory: Path, now: Snapshot, dim: int) -> dict[str, Any] |
     return {backend.name: listed}
 
 
-def download_index(
-    name: str, repo_type: str, revision: str | None, token: str | bool | None, cache_dir: str | os.PathLike[str] | None
+def index_folder(
+    name_or_path: str | os.PathLike[str],
+    repo_type: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
 ) -> Path:
-    """The folder in the cache of an index on the Hub."""
+    """The folder of an index: the one that is named or, of a repository of the Hub, the one in the cache.
+
+    Raises:
+        FileNotFoundError: There is no such folder, and a repository has no such name.
+    """
+    directory = Path(name_or_path)
+    if directory.is_dir():
+        return directory
+    if directory.is_absolute() or len(directory.parts) > 2:
+        raise FileNotFoundError(f"There is no folder {directory}, and it is no repository's name (org/name).")
     folder = snapshot_download(
-        name,
+        str(name_or_path),
         repo_type=repo_type,
         revision=revision,
         token=token,

@@ -1,5 +1,9 @@
 """FROMAGe (arXiv 2301.13823) for the Hugging Face ecosystem."""
 
+from .io.torchvision_operators import supply_missing_operators
+
+supply_missing_operators()  # before transformers looks for torchvision
+
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -15,6 +15,8 @@ from .backbones_fromage import size_differences
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import check_fingerprint, weight_files
 from .processing_fromage import FromageProcessor
+from .vision_libraries_fromage import read_vision_config, split_library
+from .vision_open_clip import load_open_clip
 
 HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 SHARED_LOADER_KWARGS = (*HUB_KWARGS, "dtype", "trust_remote_code", "device_map", "attn_implementation",
@@ -61,6 +63,7 @@ def assemble_from_vision_text(
             f"`vision_`, and are not among those that go to both backbones ({', '.join(SHARED_LOADER_KWARGS)})."
         )
     hub_kwargs = {key: value for key, value in shared.items() if key in (*HUB_KWARGS, "trust_remote_code")}
+    library, vision_name = split_library(os.fspath(vision))
     if processor is None:
         processor = FromageProcessor.from_vision_text_pretrained(
             vision, text, num_image_tokens=config_kwargs.get("num_image_tokens", 1),
@@ -70,7 +73,9 @@ def assemble_from_vision_text(
 
     models, loaded_with = {}, {}
     pooling = config_kwargs.get("vision_pooling", "pooler")
-    for prefix, name in (("text", os.fspath(text)), ("vision", os.fspath(vision))):
+    if config_kwargs.setdefault("vision_model_library", library) != library:
+        raise ValueError(f"The library of {vision!r} is {library!r} by its name. Leave `vision_model_library` out.")
+    for prefix, name in (("text", os.fspath(text)), ("vision", vision_name)):
         loader_kwargs = loaded_with[prefix] = {**shared, **options[prefix]}
         # Pinned once: weights, and what a checkpoint of the trained parts will name, are of the same commit.
         revision_kwargs = {key: loader_kwargs.get(key) for key in ("token", "cache_dir")}
@@ -78,7 +83,7 @@ def assemble_from_vision_text(
             name, loader_kwargs.get("revision"), local_files_only=shared.get("local_files_only", False),
             **revision_kwargs,
         )  # fmt: skip
-        models[prefix] = load_backbone(prefix, name, {**loader_kwargs, "revision": revision}, pooling)
+        models[prefix] = load_backbone(prefix, name, {**loader_kwargs, "revision": revision}, pooling, library)
         if not {"subfolder", "variant", "state_dict"} & loader_kwargs.keys():  # else save the backbone itself
             config_kwargs.setdefault(f"{prefix}_model_id", os.path.abspath(name) if os.path.isdir(name) else name)
             config_kwargs.setdefault(f"{prefix}_model_revision", getattr(revision, "resolved", revision))
@@ -103,8 +108,11 @@ def take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]) ->
             )
 
 
-def load_backbone(prefix: str, name: str, kwargs: dict[str, Any], pooling: str) -> PreTrainedModel:
-    """`from_pretrained` of one backbone (`"text"` or `"vision"`), without a weight left at random.
+def load_backbone(
+    prefix: str, name: str, kwargs: dict[str, Any], pooling: str, library: str = "transformers"
+) -> PreTrainedModel:
+    """`from_pretrained` of one backbone (`"text"` or `"vision"`), without a weight left at random; `library` is that of
+    a vision encoder.
 
     Raises:
         ValueError: The checkpoint lacks weights that are in use.
@@ -112,13 +120,15 @@ def load_backbone(prefix: str, name: str, kwargs: dict[str, Any], pooling: str) 
     hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
     if prefix == "vision" and "config" not in kwargs:
         # A CLIPModel repository holds both halves: the configuration decides which class is built.
-        config = vision_half(AutoConfig.from_pretrained(name, **hub_kwargs))
+        projected = kwargs.pop("projected", False)
+        config = vision_half(read_vision_config(name, library, projected, **hub_kwargs))
         fields = kwargs.keys() & config.to_dict().keys() - {*SHARED_LOADER_KWARGS, "quantization_config"}
         for field in fields:  # which transformers sets where it loads the configuration itself
             setattr(config, field, kwargs[field])
         kwargs = {"config": config, **{key: value for key, value in kwargs.items() if key not in fields}}
     auto_class: Any = AutoModelForCausalLM if prefix == "text" else AutoModel
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    load = load_open_clip if prefix == "vision" and library == "open_clip" else auto_class.from_pretrained
+    model, info = load(name, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"])
     if prefix == "vision" and pooling != "pooler":
         missing = [key for key in missing if "pooler" not in key]  # random, and not in use
@@ -147,8 +157,11 @@ def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) 
         kwargs["gguf_file"] = config.text_gguf_file
     else:
         hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
-        found = AutoConfig.from_pretrained(name, **hub_kwargs)
-        found = vision_half(found) if prefix == "vision" else found
+        if prefix == "vision":
+            projected = getattr(saved, "projected", False)
+            found = vision_half(read_vision_config(name, config.vision_model_library, projected, **hub_kwargs))
+        else:
+            found = AutoConfig.from_pretrained(name, **hub_kwargs)
         if differences := size_differences(saved, found):
             raise ValueError(
                 f"The {role} {name!r} is not the one of this checkpoint: {'; '.join(differences)}. Set "
@@ -157,7 +170,7 @@ def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) 
         if (quantization := found.to_dict().get("quantization_config")) and "quantization_config" not in kwargs:
             saved.quantization_config = quantization  # of a repository that is stored quantised
         kwargs["config"] = saved
-    model = load_backbone(prefix, name, kwargs, config.vision_pooling)
+    model = load_backbone(prefix, name, kwargs, config.vision_pooling, config.vision_model_library)
     if known := getattr(config, f"{prefix}_model_fingerprint"):
         check_fingerprint(backbone_files(prefix, config, kwargs.get("cache_dir")), known, role, name)
     return model
@@ -249,9 +262,9 @@ def is_relative(name: str) -> bool:
 def backbone_files(prefix: str, config: FromageConfig, cache_dir: str | None = None) -> list[Path]:
     """The weight files of the backbone that `config` names."""
     gguf_file = config.text_gguf_file if prefix == "text" else None
-    return weight_files(
-        getattr(config, f"{prefix}_model_id"), getattr(config, f"{prefix}_model_revision"), gguf_file, cache_dir
-    )
+    library = config.vision_model_library if prefix == "vision" else "transformers"
+    name, revision = (getattr(config, f"{prefix}_model_{field}") for field in ("id", "revision"))
+    return weight_files(name, revision, library, gguf_file, cache_dir)
 
 
 def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.pipelines import PIPELINE_REGISTRY
+
+try:
+    from transformers.pipelines import PIPELINE_REGISTRY  # the first import that takes transformers' image processing
+except RuntimeError as error:
+    raise ImportError(
+        f"transformers cannot import torchvision, which is of another build than torch ({error}). Uninstall "
+        "torchvision, or install the build that goes with your torch. Or install modeling-fromage and import it first: "
+        "it makes do with this torchvision."
+    ) from error
 
 from .vision_efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel  # noqa: F401 (registers the classes)
 
@@ -58,6 +66,8 @@ class FromageConfig(PreTrainedConfig):
             Where the frozen backbones came from: a Hub id or a folder. In a saved configuration a folder is given
             relative to it (`../backbones/opt`), and both are absent where the checkpoint holds the backbones itself.
         text_model_revision, vision_model_revision (`str`, *optional*): The commits of those Hub ids.
+        vision_model_library (`"transformers"` or `"open_clip"`, defaults to `"transformers"`):
+            The library that `vision_model_id` is a checkpoint of. Models of timm are transformers', by its wrapper.
         text_model_fingerprint, vision_model_fingerprint (`dict`, *optional*):
             Size and digests of their weight files; a checkpoint of the trained parts loads with no others.
         text_gguf_file (`str`, *optional*): The GGUF file that the language model was read from.
@@ -104,6 +114,7 @@ class FromageConfig(PreTrainedConfig):
     text_model_revision: str | None = None
     vision_model_id: str | None = None
     vision_model_revision: str | None = None
+    vision_model_library: Literal["transformers", "open_clip"] = "transformers"
     text_model_fingerprint: dict | None = None
     vision_model_fingerprint: dict | None = None
     text_gguf_file: str | None = None

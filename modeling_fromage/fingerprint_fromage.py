@@ -12,12 +12,20 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from .vision_open_clip import WEIGHT_FILES as OPEN_CLIP_WEIGHTS
+
 _BLOCK = 1 << 16
 _BLOCKS = 8  # sampled of each file, evenly spaced, the first and the last among them
 
 
-def weight_files(name: str, revision: str | None, gguf_file: str | None, cache_dir: str | None) -> list[Path]:
-    """The weight files that `from_pretrained(name)` has loaded: of a folder, or of the Hub's cache (no download)."""
+def weight_files(
+    name: str,
+    revision: str | None,
+    library: str = "transformers",
+    gguf_file: str | None = None,
+    cache_dir: str | None = None,
+) -> list[Path]:
+    """The weight files that a backbone was loaded from: in a folder, or in the Hub's cache (no download)."""
 
     def find(filename: str) -> Path | None:
         if os.path.isdir(name):
@@ -25,6 +33,8 @@ def weight_files(name: str, revision: str | None, gguf_file: str | None, cache_d
         cached = try_to_load_from_cache(name, filename, cache_dir=cache_dir, revision=revision)
         return Path(cached) if isinstance(cached, str) else None
 
+    if library == "open_clip":
+        return list(filter(None, map(find, OPEN_CLIP_WEIGHTS)))[:1]
     for single, index in (
         (gguf_file or SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
         (WEIGHTS_NAME, WEIGHTS_INDEX_NAME),

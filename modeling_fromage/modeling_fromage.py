@@ -126,7 +126,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
 
         Args:
             vision_model_name_or_path, text_model_name_or_path (`str`):
-                Hub ids or folders.
+                Hub ids or folders; a vision model of open_clip as "open_clip:hf-hub:org/name" (see [`split_library`]).
             processor ([`FromageProcessor`], *optional*):
                 Gives the token ids and `num_image_tokens`. Built from the text model's tokenizer where absent.
             kwargs:

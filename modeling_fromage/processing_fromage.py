@@ -9,7 +9,6 @@ from typing import Any
 from PIL import Image
 from transformers import (
     AddedToken,
-    AutoImageProcessor,
     AutoTokenizer,
     BaseImageProcessor,
     BatchFeature,
@@ -37,6 +36,7 @@ from .prompts_fromage import (
     template_for_mask,
     token_id,
 )
+from .vision_libraries_fromage import load_image_processor
 
 logger = logging.getLogger(__name__)
 _FORMAT_FIELDS = [field.name for field in dataclasses.fields(CaptionFormat)]
@@ -84,7 +84,7 @@ class FromageProcessor(ProcessorMixin):
     def from_vision_text_pretrained(
         cls, vision_model_name_or_path: str, text_model_name_or_path: str, num_image_tokens: int = 1, **kwargs: Any
     ) -> "FromageProcessor":
-        """Build a processor from the image processor and the tokenizer of two backbones, Hub ids or folders.
+        """Build a processor from the image processor and the tokenizer of two backbones: see [`split_library`].
 
         `gguf_file` and `revision` go to the tokenizer, `caption_prefix`, `caption_suffix` and `max_length` to the
         processor itself; other keyword arguments (`token`, `cache_dir`, ...) to both backbones.
@@ -94,7 +94,7 @@ class FromageProcessor(ProcessorMixin):
         """
         caption_format = {key: kwargs.pop(key) for key in _FORMAT_FIELDS if key in kwargs}
         for_tokenizer = {key: kwargs.pop(key) for key in ("gguf_file", "revision") if key in kwargs}
-        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **kwargs)
+        image_processor = load_image_processor(os.fspath(vision_model_name_or_path), **kwargs)
         try:
             tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **for_tokenizer, **kwargs)
         except ValueError as error:  # it does not say what it was loading

@@ -23,6 +23,7 @@ DECIDED_ELSEWHERE = {  # fields of FromageConfig that a training file cannot set
     "tie_word_embeddings": "the language model ties its own embeddings, and nothing is tied across the parts",
     "text_model_id": "say `language_model` instead",
     "vision_model_id": "say `vision_model` instead",
+    "vision_model_library": "say `vision_model: open_clip:...` for a checkpoint of open_clip",
     "text_model_revision": "it is the commit that `language_model` was loaded from",
     "vision_model_revision": "it is the commit that `vision_model` was loaded from",
     "text_model_fingerprint": "it is computed from the weight files of `language_model`",

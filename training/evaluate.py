@@ -71,8 +71,8 @@ def load_dual_encoder(name: str | None, model: FromageForConditionalGeneration) 
     revision = None
     if not name:
         name, revision = model.config.vision_model_id, model.config.vision_model_revision
-    if not name:
-        raise ValueError("The source of the vision tower is unknown. Name the baseline: --dual-encoder NAME.")
+    if not name or model.config.vision_model_library != "transformers":
+        raise ValueError("The vision tower's own text encoder is not known here. Name a baseline: --dual-encoder NAME.")
     return DualEncoder.from_pretrained(name, revision, model.device, model.vision_model.dtype)
 
 

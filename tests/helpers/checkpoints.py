@@ -27,12 +27,12 @@ def assemble(backbones: Path, **kwargs) -> tuple[FromageForConditionalGeneration
     return model, processor
 
 
-def outputs(model) -> dict[str, torch.Tensor]:
+def outputs(model, image_size: int = 32) -> dict[str, torch.Tensor]:
     """Logits and embeddings of an image-and-text batch, from weights copied to memory that torch aligned: matrix
     products differ in their last bits with the alignment of a mapped file's tensors."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    pixels = torch.linspace(-1, 1, 2 * 3 * image_size**2).reshape(2, 3, image_size, image_size)
     ids = torch.tensor([[500, 500, 2, 5, 6, 501], [2, 7, 500, 500, 8, 501]])
     with torch.no_grad():
         return {

@@ -31,10 +31,12 @@ torch.save(found, result)
 """
 
 
-def ask_stranger(folder: str | Path, tmp_path: Path, **environment: str) -> list:
-    """Load `folder` (or a Hub id) with `trust_remote_code` in a process of its own that has not this package."""
+def ask_stranger(folder: str | Path, tmp_path: Path, prelude: str = "", **environment: str) -> list:
+    """Load `folder` (or a Hub id) with `trust_remote_code` in a process of its own that has not this package.
+
+    `prelude` is code that runs before."""
     script, result = tmp_path / "stranger.py", tmp_path / "result.pt"
-    script.write_text(STRANGER)
+    script.write_text(f"import sys\n{prelude}{STRANGER}")
     environment = {"HF_HOME": str(tmp_path / "hf_home"), **environment}
     run = processes.run(script, folder, result, cwd=tmp_path, **environment)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -127,11 +127,16 @@ def check_images(images: Iterable[Any], shard: Path, first: int) -> None:
 
 
 def describe(
-    vision_model: str, revision: str | None, pooling: str, image_processor: BaseImageProcessor, dataset: Dataset
+    vision_model: str,
+    revision: str | None,
+    library: str,
+    pooling: str,
+    image_processor: BaseImageProcessor,
+    dataset: Dataset,
 ) -> dict[str, Any]:
     """Everything that the features depend on, except the images themselves, which have records in the shards."""
     preprocessing = {key: value for key, value in image_processor.to_dict().items() if key != "auto_map"}
-    prints = fingerprint(weight_files(vision_model, revision, None, None))
+    prints = fingerprint(weight_files(vision_model, revision, library))
     return {
         "vision_model": vision_model,
         "vision_model_revision": revision,
@@ -245,6 +250,11 @@ def with_cached_features(
     """`dataset` with the features in `directory`, which must come from `model`'s encoder and preprocessing."""
     config = model.config
     expected = describe(
-        config.vision_model_id, config.vision_model_revision, config.vision_pooling, processor.image_processor, dataset
+        config.vision_model_id,
+        config.vision_model_revision,
+        config.vision_model_library,
+        config.vision_pooling,
+        processor.image_processor,
+        dataset,
     )
     return CachedFeatures(dataset, directory, expected)

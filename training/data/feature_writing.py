@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
 from modeling_fromage.backbone_loading_fromage import load_backbone
@@ -23,6 +23,7 @@ from modeling_fromage.backbones_fromage import pool_vision_output
 from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
 from modeling_fromage.io.fetching import fetch
+from modeling_fromage.vision_libraries_fromage import load_image_processor, split_library
 
 from .feature_cache import (
     MANIFEST,
@@ -49,17 +50,21 @@ class VisionEncoder:
 
     name: str
     revision: str | None
+    library: str
     pooling: str
     model: PreTrainedModel
     image_processor: BaseImageProcessor
 
     @classmethod
     def from_pretrained(cls, name: str, pooling: str, dtype: str = "float32", device: str = "cpu") -> "VisionEncoder":
-        """Load an encoder and its image processor, a Hub id or a folder, both at the same commit."""
-        revision = resolve_revision(name)
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-        model = load_backbone("vision", name, {"revision": revision, "dtype": dtype}, pooling).to(device).eval()
-        return cls(name, getattr(revision, "resolved", revision), pooling, model, image_processor)
+        """Load an encoder and its image processor, both at the same commit. `name` as in training: a Hub id, a folder,
+        or a checkpoint of open_clip."""
+        library, own_name = split_library(name)
+        revision = resolve_revision(own_name)
+        image_processor = load_image_processor(name, revision=revision)
+        kwargs = {"revision": revision, "dtype": dtype}
+        model = load_backbone("vision", own_name, kwargs, pooling, library).to(device).eval()
+        return cls(own_name, getattr(revision, "resolved", revision), library, pooling, model, image_processor)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Pixel values `(N, num_channels, height, width)` and records of N rows. Runs in the loader's workers."""
@@ -127,7 +132,7 @@ def write_features(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    about = describe(encoder.name, encoder.revision, encoder.pooling, encoder.image_processor, dataset)
+    about = describe(encoder.name, encoder.revision, encoder.library, encoder.pooling, encoder.image_processor, dataset)
     _write_manifest(directory, {**about, "shard_size": shard_size})
     starts = range(rank * shard_size, len(dataset), world_size * shard_size)
     shards = {start: dataset.select(range(start, min(len(dataset), start + shard_size))) for start in starts}

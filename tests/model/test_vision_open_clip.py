@@ -1,0 +1,151 @@
+"""open_clip's plain ViTs, which need no open_clip, and what is said where it is needed; see tests/backbones too."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage.vision_libraries_fromage import split_library
+from tests.helpers.checkpoints import assert_equal, keys_of, outputs
+from tests.helpers.open_clip import TOWERS, write_vit
+from tests.helpers.strangers import ask_stranger
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """The folder of a checkpoint, and the encoder whose weights it holds."""
+    return tmp_path / "backbones/vit", write_vit(tmp_path / "backbones/vit")
+
+
+def assemble(folder, backbones, **kwargs):
+    names = (f"open_clip:local-dir:{folder}", str(backbones / "language_model"))
+    processor = FromageProcessor.from_vision_text_pretrained(*names, num_image_tokens=2)
+    model = FromageForConditionalGeneration.from_vision_text_pretrained(
+        *names, processor=processor, projection_dim=16, **kwargs
+    )
+    return model, processor
+
+
+def test_a_vit_becomes_the_encoder_of_transformers(vit, backbones, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)  # not installed here
+    folder, encoder = vit
+    model, processor = assemble(folder, backbones)
+    assert type(model.vision_model) is type(encoder)
+    assert model.config.vision_model_library == "open_clip" and model.config.vision_model_id == str(folder)
+    pixels = processor.image_processor(Image.new("RGB", (50, 40), "red"), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+    assert torch.equal(model.get_pooled_image_features(pixels), encoder(pixels).pooler_output)
+
+
+@pytest.mark.parametrize("save_backbones", [False, True])
+def test_saved_and_loaded(vit, backbones, tmp_path, save_backbones):
+    model, processor = assemble(vit[0], backbones)
+    model.save_pretrained(tmp_path / "model", save_backbones=save_backbones)
+    processor.save_pretrained(tmp_path / "model")
+    names_vision = any(key.startswith("vision_model.") for key in keys_of(tmp_path / "model"))
+    assert names_vision is save_backbones
+    again = FromageForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert_equal(outputs(again), outputs(model))
+    image = Image.effect_noise((67, 41), 80).convert("RGB")
+    pixels = [
+        each.image_processor(image, return_tensors="pt")["pixel_values"]
+        for each in (processor, FromageProcessor.from_pretrained(tmp_path / "model"))
+    ]
+    assert torch.equal(*pixels)
+    found = ask_stranger(tmp_path / "model", tmp_path)
+    assert len(found) == 3
+
+
+def test_pickled_weights_and_those_of_a_training_run(vit, backbones):
+    folder, encoder = vit
+    state = load_file(folder / "open_clip_model.safetensors")
+    (folder / "open_clip_model.safetensors").unlink()
+    state = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save({"epoch": 3, "state_dict": state}, folder / "open_clip_pytorch_model.bin")
+    model, _ = assemble(folder, backbones)
+    assert torch.equal(model.vision_model.post_layernorm.weight, encoder.post_layernorm.weight)
+
+
+def test_other_weights_under_its_name_are_refused(vit, backbones, tmp_path):
+    folder, _ = vit
+    model, _ = assemble(folder, backbones)
+    model.save_pretrained(tmp_path / "model")
+    state = load_file(folder / "open_clip_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, folder / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match="open_clip_model.safetensors with other contents"):
+        FromageForConditionalGeneration.from_pretrained(tmp_path / "model")
+
+
+def test_changed_weights_are_saved_whole(vit, backbones, tmp_path):
+    model, _ = assemble(vit[0], backbones)
+    model.vision_model.post_layernorm.weight.data += 1
+    model.save_pretrained(tmp_path / "model")
+    assert any(key.startswith("vision_model.") for key in keys_of(tmp_path / "model"))
+
+
+def test_a_missing_weight_is_refused(vit, backbones):
+    folder, _ = vit
+    state = load_file(folder / "open_clip_model.safetensors")
+    del state["visual.ln_post.weight"]
+    save_file(state, folder / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match="lacks weights.*post_layernorm.weight"):
+        assemble(folder, backbones)
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        ("open_clip:ViT-B-32", "names no checkpoint"),
+        ("open_clip:", "names no checkpoint"),
+        ("open_clip:hf-hub:", "names no checkpoint"),
+        ("open_clip:ViT-B-32/a/b", "names no checkpoint"),
+    ],
+)
+def test_names_that_are_none(name, problem):
+    with pytest.raises(ValueError, match=problem):
+        split_library(name)
+
+
+def test_names():
+    assert split_library("openai/clip-vit-base-patch32") == ("transformers", "openai/clip-vit-base-patch32")
+    assert split_library("open_clip:hf-hub:org/name") == ("open_clip", "org/name")
+    assert split_library("open_clip:local-dir:/a/b") == ("open_clip", "/a/b")
+
+
+def test_a_folder_that_is_no_checkpoint(backbones, tmp_path):
+    with pytest.raises(ValueError, match="no open_clip_config.json"):
+        assemble(backbones / "vision_model", backbones)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 3}}))
+    with pytest.raises(ValueError, match="no `model_cfg` with a `vision_cfg`"):
+        assemble(tmp_path / "empty", backbones)
+
+
+@pytest.mark.parametrize("tower", ["resnet", "timm", "vit, average", "vit, sin-cos", "coca"])
+def test_other_towers_name_the_extra(vit, backbones, monkeypatch, tower):
+    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    folder, _ = vit
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"] |= TOWERS[tower]
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ImportError, match=r"pip install 'modeling-fromage\[open-clip\]'"):
+        assemble(folder, backbones)
+    with pytest.raises(ImportError, match=r"open-clip"):
+        split_library("open_clip:ViT-B-32/laion2b_s34b_b79k")
+
+
+def test_the_library_is_said_once(vit, backbones):
+    with pytest.raises(ValueError, match="Leave `vision_model_library` out"):
+        assemble(vit[0], backbones, vision_model_library="transformers")
+
+
+def test_a_resize_that_no_processor_has(vit, backbones):
+    folder, _ = vit
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] = {"resize_mode": "longest"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'longest', which no image processor"):
+        assemble(folder, backbones)

@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: test test-lowest test-gpu quality style build quickstart
+.PHONY: test test-vision test-lowest test-gpu quality style build quickstart
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,12 +16,22 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	touch $@
 
 test: $(VENV)/dev.stamp
-	$(PYTEST) -n $(WORKERS)
+	$(PYTEST) -n $(WORKERS) --ignore=tests/backbones
+
+# Every family of backbones, and what needs open_clip, timm, torchvision or a quantiser, in an environment of their own.
+test-vision:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-vision $(VENV)-vision/vision.stamp
+	OMP_NUM_THREADS=1 $(VENV)-vision/bin/python -m pytest -q -n $(WORKERS) tests/backbones
+
+$(VENV)/vision.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e '.[dev,open-clip]' torchao bitsandbytes
+	touch $@
 
 # The oldest dependencies that pyproject.toml allows, in an environment of their own.
 test-lowest:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest $(VENV)-lowest/lowest.stamp
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/backbones
 
 $(VENV)/lowest.stamp: pyproject.toml constraints-lowest.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

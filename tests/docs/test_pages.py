@@ -20,6 +20,7 @@ from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
 from modeling_fromage.index.backends import BACKENDS
 from tests.helpers import pages
+from tests.helpers.open_clip import write_vit
 from tests.helpers.paths import IMAGES, PARITY, ROOT
 from training.arguments import parse_config
 from training.cli import COMMANDS
@@ -44,6 +45,7 @@ def place(tmp_path, monkeypatch):
         for photo in chosen:
             shutil.copy(photo, Path("classes", name))
     shutil.copytree(CASE / "fromage_model", "fromage_model")
+    write_vit(Path("open_clip_vit"))
     tiny = make_tiny_checkpoint(tmp_path / "org")
     quickstart = Path("outputs", "quickstart")
     (quickstart / "data" / "images").mkdir(parents=True)

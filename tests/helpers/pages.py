@@ -36,4 +36,5 @@ def with_tiny_backbones(text: str, folder: Path) -> str:
     """`text` with folders of tiny backbones in place of the Hub ids that pages name."""
     for name, part in BACKBONES.items():
         text = text.replace(name, str(folder / part))
+    text = text.replace("hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "local-dir:open_clip_vit")
     return text

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbones_fromage import hidden_state_width, vision_width, weight_of
+from .backbones_fromage import hidden_state_width, weight_of
 from .configuration_fromage import FromageConfig
+from .vision_fromage import vision_feature_size
 
 
 class FromageMultiModalProjector(nn.Linear):
     """Maps an image's pooled features to its `k` visual tokens, side by side: (N, vision width) -> (N, k * D)."""
 
     def __init__(self, config: FromageConfig, input_width: int):
-        super().__init__(vision_width(config.vision_config), config.num_image_tokens * input_width)
+        super().__init__(vision_feature_size(config), config.num_image_tokens * input_width)
 
 
 class FromageAdapter(nn.Module):
@@ -35,7 +36,7 @@ class FromageAdapter(nn.Module):
         self.num_image_tokens = config.num_image_tokens
         self.feature_dropout = nn.Dropout(config.image_feature_dropout)
         self.multi_modal_projector = FromageMultiModalProjector(config, input_width)
-        self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim)
+        self.visual_projection = nn.Linear(vision_feature_size(config), config.projection_dim)
         self.text_projection = nn.ModuleList(
             nn.Linear(hidden_state_width(config.text_config, layer, head_width), config.projection_dim)
             for layer in config.text_embed_layers

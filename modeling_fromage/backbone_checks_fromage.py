@@ -1,4 +1,4 @@
-"""What FROMAGe makes sure of before it relies on a backbone, and the results, each found out once."""
+"""What FROMAGe makes sure of before it relies on a language model, and the results, each found out once."""
 
 import functools
 import logging
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .backbone_probes_fromage import FAILURES, TOLERANCE, has_ability, miniature
-from .backbones_fromage import decoder_and_head, pool_vision_output, undisturbed, vision_width, weight_of
+from .backbones_fromage import decoder_and_head, undisturbed, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -213,39 +213,6 @@ def check_gradient_passes(language_model: PreTrainedModel) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     return "in_features" in vars(module) and isinstance(module._parameters.get("weight"), torch.Tensor)
-
-
-# ---- what an encoder does twice ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def check_vision_model(vision_model: PreTrainedModel, pooling: str) -> None:
-    """Encode one image twice.
-
-    Raises:
-        ValueError: The features differ (ViT-MAE masks at random), or are not as wide as the configuration says.
-    """
-    parameter = next(vision_model.parameters())
-    if parameter.device.type == "meta":
-        return
-    config = vision_model.config.to_dict()
-    size = config.get("image_size") or 64
-    height, width = (size, size) if isinstance(size, int) else (size.values() if isinstance(size, dict) else size)
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, config.get("num_channels") or 3, height, width, generator=generator, device="cpu")
-    image, name = image.to(parameter.device, vision_model.dtype), type(vision_model).__name__
-    first, second = (pool_vision_output(vision_model(image, return_dict=True), pooling, name).float() for _ in range(2))
-    if not (first - second).norm() <= 1e-2 * first.norm():
-        raise ValueError(
-            f"{name} gives one image other features each time (cosine similarity "
-            f"{nn.functional.cosine_similarity(first, second).item():.3f}). Switch off what is random in it: for "
-            "ViT-MAE, load it with `mask_ratio=0.0` (`vision_mask_ratio=0.0` in from_vision_text_pretrained)."
-        )
-    if first.shape[-1] != vision_width(vision_model.config):
-        raise ValueError(
-            f"{name} gives {first.shape[-1]} features an image with `vision_pooling={pooling!r}`, but its "
-            f"configuration names a width of {vision_width(vision_model.config)}. Try another `vision_pooling`."
-        )
 
 
 # ---- what a decoder takes -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What FROMAGe asks of its backbones: widths, pooling, and what an LM does after its head. The only place for it."""
+"""What FROMAGe asks of its language model: widths, windows, and modes. The only place for it."""
 
 import functools
 import logging
@@ -11,46 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 logger = logging.getLogger(__name__)
-
-
-def vision_width(vision_config: PreTrainedConfig) -> int:
-    """Width of the encoder's pooled features: `hidden_size`, or the last of `hidden_sizes` (ResNet and its kind)."""
-    config = vision_config.to_dict()
-    if isinstance(config.get("hidden_size"), int):
-        return config["hidden_size"]
-    if config.get("hidden_sizes"):
-        return config["hidden_sizes"][-1]
-    raise ValueError(
-        f"Cannot tell the feature width of a vision model of type {vision_config.model_type!r}: its configuration has "
-        "neither `hidden_size` nor `hidden_sizes`."
-    )
-
-
-def pool_vision_output(output: ModelOutput, pooling: str, model_name: str) -> torch.Tensor:
-    """One vector per image, (N, width), from a vision encoder's output.
-
-    Raises:
-        ValueError: `pooling` is `"pooler"` and the encoder has no pooled output.
-    """
-    if pooling == "pooler":
-        pooled = output.get("pooler_output")
-        if pooled is None:
-            raise ValueError(
-                f"{model_name} has no pooled output. Set `vision_pooling='cls'` or `vision_pooling='mean'` in the "
-                "configuration, or use a vision model with a pooler."
-            )
-        return pooled.flatten(1)  # ResNet gives (N, C, 1, 1)
-    hidden = output["last_hidden_state"]  # (N, tokens, width) or (N, width, h, w)
-    if pooling == "mean":
-        return hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2)
-    if hidden.dim() != 3:
-        raise ValueError(
-            f"`vision_pooling='cls'` needs a sequence of tokens, but {model_name} gives {tuple(hidden.shape)}."
-        )
-    return hidden[:, 0]
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

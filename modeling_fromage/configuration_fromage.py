@@ -53,6 +53,8 @@ class FromageConfig(PreTrainedConfig):
         vision_pooling (`"pooler"`, `"cls"` or `"mean"`, defaults to `"pooler"`):
             What one vector stands for an image: the encoder's `pooler_output`, its first token, or the mean over its
             tokens (or pixels of the feature map).
+        vision_feature_size (`int`, *optional*):
+            Width of that vector. Measured with a dummy image when a model is made from the configuration.
         captioning_loss_weight, ret_token_loss_weight, contrastive_loss_weight (`float`, default to 1):
             Weights of the three losses in their sum (section 3.3).
         mask_duplicate_images (`bool`, defaults to `False`):
@@ -104,6 +106,7 @@ class FromageConfig(PreTrainedConfig):
     logit_scale_init_value: float = math.log(1 / 0.07)
     projector_type: Literal["linear"] = "linear"
     vision_pooling: Literal["pooler", "cls", "mean"] = "pooler"
+    vision_feature_size: int | None = None
     captioning_loss_weight: float = 1.0
     ret_token_loss_weight: float = 1.0
     contrastive_loss_weight: float = 1.0

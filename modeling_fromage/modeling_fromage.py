@@ -14,9 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapter_fromage import FromageAdapter
-from .backbone_checks_fromage import check_decoder, check_vision_model, measure_embedding_scale
+from .backbone_checks_fromage import check_decoder, measure_embedding_scale
 from .backbone_loading_fromage import assemble_from_vision_text
-from .backbones_fromage import check_length, pool_vision_output, weight_of
+from .backbones_fromage import check_length, weight_of
 from .checkpoint_origin_fromage import weights_digest
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
@@ -27,6 +27,7 @@ from .pretrained_fromage import FromagePreTrainedModel
 from .processing_fromage import FromageProcessor
 from .scoring_fromage import score_candidates
 from .training_losses_fromage import DISPATCH_HINT, captioning_loss, retrieval_losses, weighted_sum
+from .vision_fromage import check_vision_model, pool_vision_output, vision_feature_size
 
 
 @dataclass
@@ -96,10 +97,11 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         input_width, head_width = (
             weight_of(module).shape[-1] for module in (self.get_input_embeddings(), self.get_output_embeddings())
         )
+        if vision_model is not None and new_adapter:
+            config.vision_feature_size = check_vision_model(vision_model, config.vision_pooling)
+        vision_feature_size(config, self.vision_model)
         self.adapter = FromageAdapter(config, input_width, head_width)
-        if language_model is not None and hasattr(
-            language_model, "hf_quantizer"
-        ):  # cannot be compared with files: they are not quantised
+        if language_model is not None and hasattr(language_model, "hf_quantizer"):  # the files are not quantised
             self.origins["text"].digest = weights_digest(language_model.state_dict())
         self._is_stateful = self.language_model._is_stateful
         extend_generation_config(self, self.language_model)
@@ -108,8 +110,6 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             self.adapter.init_ret(self.get_input_embeddings(), self.get_output_embeddings(), config.ret_token_id)
             config.ret_embedding_scale = measure_embedding_scale(self.language_model)
             check_decoder(self.language_model)
-        if vision_model is not None and new_adapter:
-            check_vision_model(vision_model, config.vision_pooling)
         self.traits.measure_logit_transform(self.language_model)
         self._ignore_backbones_on_save()
         self.freeze_backbones()
@@ -149,14 +149,14 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     @torch.no_grad()
     def get_pooled_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The frozen encoder's pooled output: (N, channels, height, width) -> (N, vision width)."""
-        return self._pool(self._run_encoder(pixel_values))
+        return self._encode(pixel_values)[1]
 
     @torch.no_grad()
-    def _run_encoder(self, pixel_values: torch.Tensor, **kwargs: Any) -> ModelOutput:
-        return self.vision_model(pixel_values.to(self.vision_model.dtype), return_dict=True, **kwargs)
-
-    def _pool(self, output: ModelOutput) -> torch.Tensor:
-        return pool_vision_output(output, self.config.vision_pooling, type(self.vision_model).__name__)
+    def _encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[ModelOutput, torch.Tensor]:
+        """The frozen encoder's output, and its pooled features (N, vision width)."""
+        output = self.vision_model(pixel_values.to(self.vision_model.dtype), return_dict=True, **kwargs)
+        name = type(self.vision_model).__name__
+        return output, pool_vision_output(output, self.config.vision_pooling, name, pixel_values)
 
     def _pooled_features(
         self, pixel_values: torch.Tensor | None, pooled_image_features: torch.Tensor | None
@@ -175,10 +175,10 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode images (N, channels, height, width) for the LM: `pooler_output` holds the visual tokens (N, k, D)."""
-        output = self._run_encoder(pixel_values, **kwargs)
+        output, pooled = self._encode(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
-            last_hidden_state=output["last_hidden_state"],
-            pooler_output=self.adapter.visual_tokens(self._pool(output)),
+            last_hidden_state=output.get("last_hidden_state"),
+            pooler_output=self.adapter.visual_tokens(pooled),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )

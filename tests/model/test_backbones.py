@@ -16,12 +16,12 @@ from modeling_fromage import FromageConfig, FromageForConditionalGeneration
 from modeling_fromage.backbone_checks_fromage import (
     _decoder_that_gives,
     check_gradient_passes,
-    check_vision_model,
     measure_embedding_scale,
     measure_logit_transform,
 )
 from modeling_fromage.backbone_probes_fromage import ABILITIES, LENGTHS, Trial, has_ability, miniature
 from modeling_fromage.backbones_fromage import attention_window
+from modeling_fromage.vision_fromage import check_vision_model
 from tests.helpers.backbones import PARITY, VISION_CONFIGS, make_model
 from tests.helpers.batches import IMAGE, PAD, RET, interleaved, pad
 from tests.helpers.lm_families import make_lm

@@ -19,10 +19,10 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
 from modeling_fromage.backbone_loading_fromage import load_backbone
-from modeling_fromage.backbones_fromage import pool_vision_output
 from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
 from modeling_fromage.io.fetching import fetch
+from modeling_fromage.vision_fromage import check_vision_model, pool_vision_output
 from modeling_fromage.vision_libraries_fromage import load_image_processor, split_library
 
 from .feature_cache import (
@@ -64,6 +64,7 @@ class VisionEncoder:
         image_processor = load_image_processor(name, revision=revision)
         kwargs = {"revision": revision, "dtype": dtype}
         model = load_backbone("vision", own_name, kwargs, pooling, library).to(device).eval()
+        check_vision_model(model, pooling)
         return cls(own_name, getattr(revision, "resolved", revision), library, pooling, model, image_processor)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
@@ -75,7 +76,7 @@ class VisionEncoder:
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pooled features `(N, vision_width)` of `pixels`, on the CPU."""
         output = self.model(pixels.to(self.model.device, self.model.dtype), return_dict=True)
-        return pool_vision_output(output, self.pooling, self.name).cpu()
+        return pool_vision_output(output, self.pooling, self.name, pixels).cpu()
 
 
 def read_image(image: Any) -> tuple[Image.Image, ImageRecord]:

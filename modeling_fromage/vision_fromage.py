@@ -1,0 +1,213 @@
+"""What FROMAGe asks of a vision encoder: one vector per image, its width, and that images do not disturb each other.
+
+Axes: N images, T tokens of an image, h and w the height and width of a feature map.
+"""
+
+import copy
+import inspect
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .backbone_probes_fromage import FAILURES
+from .backbones_fromage import undisturbed
+from .configuration_fromage import FromageConfig
+
+logger = logging.getLogger(__name__)
+
+
+# ---- pooling -------------------------------------------------------------------------------------------------------
+
+
+def pool_vision_output(output: ModelOutput, pooling: str, model_name: str, pixel_values: torch.Tensor) -> torch.Tensor:
+    """One vector per image, (N, width), from a vision encoder's output for `pixel_values` (N, channels, height, width).
+
+    Raises:
+        ValueError: The output has nothing that `pooling` could take.
+    """
+    if pooling == "pooler":
+        pooled = output.get("pooler_output")
+        if pooled is None:
+            raise ValueError(
+                f"{model_name} has no pooled output. Set `vision_pooling='cls'` or `vision_pooling='mean'` in the "
+                "configuration, or use a vision model with a pooler."
+            )
+        if pooled.dim() < 2 or pooled[0].numel() != max(pooled.shape[1:]):  # ResNet gives (N, C, 1, 1)
+            raise ValueError(
+                f"The pooled output of {model_name} has shape {tuple(pooled.shape)}, not a vector for each image. Set "
+                "`vision_pooling='cls'` or `vision_pooling='mean'` in the configuration."
+            )
+        return pooled.flatten(1)
+    hidden = _hidden_states(output, model_name, pixel_values)
+    if pooling == "mean":
+        return hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2)
+    if hidden.dim() != 3:
+        raise ValueError(
+            f"`vision_pooling='cls'` needs a sequence of tokens, but {model_name} gives {tuple(hidden.shape)}."
+        )
+    return hidden[:, 0]
+
+
+def _hidden_states(output: ModelOutput, model_name: str, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The last tokens (N, T, width) or feature map (N, width, h, w) of an encoder's output."""
+    hidden = output.get("last_hidden_state")
+    if hidden is None and output.get("feature_maps"):  # of a backbone
+        hidden = output["feature_maps"][-1]
+    if hidden is None or hidden.dim() not in (3, 4):
+        found = "none" if hidden is None else f"of shape {tuple(hidden.shape)}"
+        raise ValueError(
+            f"`vision_pooling='cls'` and `'mean'` need the hidden states of {model_name}, tokens or a feature map, and "
+            f"found {found}. Set `vision_pooling='pooler'`, or take another vision model."
+        )
+    if hidden.dim() == 4 and _has_channels_last(hidden, pixel_values):
+        return hidden.movedim(-1, 1)
+    count = len(pixel_values)
+    if hidden.dim() == 3 and len(hidden) == 1 and hidden.shape[1] % count == 0:  # Pixtral lays a batch in one row
+        return hidden.view(count, -1, hidden.shape[-1])
+    return hidden
+
+
+def _has_channels_last(feature_map: torch.Tensor, pixel_values: torch.Tensor) -> bool:
+    """Whether (N, h, w, width) and not (N, width, h, w) has the proportions of the images, up to rounding."""
+    height, width = pixel_values.shape[-2:]
+    first, last = (
+        abs(h * width - w * height) <= max(height, width) for h, w in (feature_map.shape[2:], feature_map.shape[1:3])
+    )
+    return last and not first
+
+
+# ---- width ---------------------------------------------------------------------------------------------------------
+
+
+def dummy_images(config: PreTrainedConfig, count: int) -> torch.Tensor:
+    """Random pixel values (count, channels, height, width) of the size that an encoder takes."""
+    fields = config.to_dict()
+    size = fields.get("image_size") or 224
+    if isinstance(size, dict):
+        size = (size["height"], size["width"])
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = next((fields[name] for name in ("num_channels", "in_channels", "in_chans") if fields.get(name)), 3)
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, channels, height, width, generator=generator, device="cpu")
+
+
+def vision_feature_size(config: FromageConfig, vision_model: PreTrainedModel | None = None) -> int:
+    """Width of an image's pooled features: `config.vision_feature_size`, which is measured where it is absent.
+
+    Args:
+        config ([`FromageConfig`]): Gets the measured width.
+        vision_model (`PreTrainedModel`, *optional*): Made from `config`, without weights, where it is not at hand.
+
+    Raises:
+        ValueError: The encoder does not run without weights, and its configuration names no width.
+    """
+    if config.vision_feature_size is None:
+        config.vision_feature_size = _measured_feature_size(config, vision_model)
+    return config.vision_feature_size
+
+
+@torch.no_grad()
+def _measured_feature_size(config: FromageConfig, vision_model: PreTrainedModel | None) -> int:
+    """The width of what an encoder on the meta device makes of a dummy image; else what the configuration names."""
+    vision_config = copy.deepcopy(config.vision_config)
+    try:
+        if vision_model is None or next(vision_model.parameters()).device.type != "meta":
+            build: Any = AutoModel.from_config if vision_model is None else type(vision_model)._from_config
+            with torch.device("meta"):
+                vision_model = build(vision_config).eval()
+        pixels = dummy_images(vision_config, 1).to("meta", vision_model.dtype)
+        output = vision_model(pixels, return_dict=True)
+        return pool_vision_output(output, config.vision_pooling, type(vision_model).__name__, pixels).shape[-1]
+    except FAILURES as error:
+        logger.info("No dummy image runs through a %s without weights: %s", vision_config.model_type, error)
+    fields = vision_config.to_dict()
+    width = fields.get("hidden_size") or (fields.get("hidden_sizes") or [None])[-1]
+    if not isinstance(width, int):
+        raise ValueError(
+            f"Cannot tell the width of the features of a {vision_config.model_type!r} vision model without its "
+            "weights. Set `vision_feature_size` in the configuration."
+        )
+    return width
+
+
+# ---- what an encoder makes of images -------------------------------------------------------------------------------
+
+
+@undisturbed
+@torch.no_grad()
+def check_vision_model(vision_model: PreTrainedModel, pooling: str) -> int | None:
+    """Encode an image by itself and behind two others, which must make no difference.
+
+    Returns:
+        The width of its features; `None` of an encoder without weights.
+
+    Raises:
+        ValueError: The encoder needs more than pixel values, has nothing that `pooling` could take, gives one image
+            other features each time (ViT-MAE masks at random), or mixes the images of a batch.
+    """
+    parameter = next(vision_model.parameters())
+    if parameter.device.type == "meta":
+        return None
+    _refuse_further_inputs(vision_model)
+    image, other = dummy_images(vision_model.config, 2).to(parameter.device, vision_model.dtype).split(1)
+    alone = _encode(vision_model, pooling, image)[0]
+    # The last two in passes of one shape, so that rounding is the same and a leak shows however small it is.
+    behind, behind_loud = (_encode(vision_model, pooling, torch.cat([each, image]))[1] for each in (other, -10 * other))
+    leaks = _differ(behind, behind_loud, 1e-5 if vision_model.dtype.itemsize >= 4 else 1e-3)
+    if not leaks and not _differ(alone, behind, 1e-2):
+        return alone.shape[-1]
+    name, again = type(vision_model).__name__, _encode(vision_model, pooling, image)[0]
+    if _differ(alone, again, 1e-5):
+        raise ValueError(
+            f"{name} gives one image other features each time (cosine similarity "
+            f"{torch.nn.functional.cosine_similarity(alone, again, dim=0).item():.3f}). Switch off what is random in "
+            "it: for ViT-MAE, load it with `mask_ratio=0.0` (`vision_mask_ratio=0.0` in from_vision_text_pretrained)."
+        )
+    raise ValueError(
+        f"{name} mixes the images of a batch: the features of one change with what stands beside it. Take another "
+        "vision model."
+    )
+
+
+def _encode(vision_model: PreTrainedModel, pooling: str, pixels: torch.Tensor) -> torch.Tensor:
+    """Pooled features (N, width) of `pixels`, in fp32."""
+    name = type(vision_model).__name__
+    try:
+        output = vision_model(pixels, return_dict=True)
+    except FAILURES as error:
+        raise ValueError(
+            f"{name} does not encode pixel values of shape {tuple(pixels.shape)} by themselves, and FROMAGe gives it "
+            f"nothing else. Take another vision model. It says: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(output, ModelOutput):
+        raise ValueError(f"{name} returns a {type(output).__name__}, not a ModelOutput. Take another vision model.")
+    features = pool_vision_output(output, pooling, name, pixels)
+    if features.dim() != 2 or len(features) != len(pixels):
+        raise ValueError(
+            f"{name} gives features of shape {tuple(features.shape)} for {len(pixels)} images with `vision_pooling="
+            f"{pooling!r}`, not a vector for each. Try another `vision_pooling`, or take another vision model."
+        )
+    return features.float()
+
+
+def _differ(first: torch.Tensor, second: torch.Tensor, tolerance: float) -> bool:
+    return not (first - second).norm() <= tolerance * first.norm()  # True for NaN
+
+
+def _refuse_further_inputs(vision_model: PreTrainedModel) -> None:
+    """Raise a `ValueError` where an encoder's `forward` demands more than pixel values."""
+    parameters = list(inspect.signature(vision_model.forward).parameters.values())[1:]
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [f"`{each.name}`" for each in parameters if each.kind in by_name and each.default is each.empty]
+    if needed:
+        raise ValueError(
+            f"{type(vision_model).__name__} needs {' and '.join(needed)} beside pixel values, and FROMAGe gives an "
+            "encoder nothing else. Take one for images of a fixed size (of SigLIP 2, a checkpoint without `naflex` in "
+            "its name)."
+        )
+
+
+__all__ = ["check_vision_model", "pool_vision_output", "vision_feature_size"]

@@ -1,0 +1,143 @@
+"""What is asked of a vision encoder: the width of its features, one vector an image, and images that do not mix."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    EfficientNetConfig,
+    MobileNetV2Config,
+    PreTrainedModel,
+    Siglip2VisionConfig,
+    ViTConfig,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_fromage import FromageConfig, FromageForConditionalGeneration, vision_fromage
+from modeling_fromage.vision_fromage import check_vision_model, pool_vision_output, vision_feature_size
+from tests.helpers.backbones import TEXT_CONFIGS, VISION_CONFIGS, make_model
+
+EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320, "image_size": 32}
+VIT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+       "patch_size": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("vision_config", "width"),
+    [
+        (ViTConfig(**VIT), 24),
+        (ViTConfig(**VIT, pooler_output_size=10), 10),
+        (MobileNetV2Config(depth_multiplier=0.25, image_size=32), 1280),
+        (EfficientNetConfig(**EFFICIENTNET), 320),
+    ],
+    ids=["vit", "vit with a narrow pooler", "mobilenet_v2", "efficientnet"],
+)
+def test_the_width_is_measured(vision_config, width, tmp_path):
+    text = TEXT_CONFIGS["opt"]()
+    config = FromageConfig.from_vision_text_configs(vision_config, text, projection_dim=16)
+    assert config.vision_feature_size is None
+    live = AutoModel.from_config(vision_config)
+    model = FromageForConditionalGeneration(
+        FromageConfig.from_vision_text_configs(vision_config, text, projection_dim=16),
+        make_model("opt_clip").language_model,
+        live.eval(),
+    )
+    assert FromageForConditionalGeneration(config).config.vision_feature_size == width  # of the configuration alone
+    assert model.config.vision_feature_size == model.adapter.visual_projection.in_features == width
+    pixels = vision_fromage.dummy_images(vision_config, 2)
+    model.save_pretrained(tmp_path)
+    again = FromageForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(model.get_image_embeds(pixels), again.get_image_embeds(pixels), rtol=1e-4, atol=0)
+
+
+def test_the_width_is_kept(monkeypatch, tmp_path):
+    """Loading runs no encoder; a checkpoint of before the field does once, without weights."""
+    model = make_model("opt_resnet")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["vision_feature_size"] == 32
+    del saved["vision_feature_size"]
+    measure, measured = vision_fromage._measured_feature_size, []
+    monkeypatch.setattr(vision_fromage, "_measured_feature_size", lambda *args: measured.append(measure(*args)) or 32)
+    FromageForConditionalGeneration.from_pretrained(tmp_path)
+    assert measured == []
+    path.write_text(json.dumps(saved))
+    again = FromageForConditionalGeneration.from_pretrained(tmp_path)
+    assert measured == [32] and again.config.vision_feature_size == 32
+
+
+def test_a_configuration_is_measured_anew_for_another_encoder():
+    model = make_model("opt_clip")
+    other = AutoModel.from_config(VISION_CONFIGS["resnet"]()).eval()
+    again = FromageForConditionalGeneration(model.config, model.language_model, other)
+    assert again.config.vision_feature_size == again.adapter.visual_projection.in_features == 32
+
+
+def test_an_encoder_that_does_not_run_without_weights(monkeypatch):
+    def fail(*args, **kwargs):
+        raise NotImplementedError("no kernel for the meta device")
+
+    monkeypatch.setattr(vision_fromage, "pool_vision_output", fail)
+    config = FromageConfig(vision_config=ViTConfig(**VIT), text_config=TEXT_CONFIGS["opt"]())
+    assert vision_feature_size(config) == 24
+    config = FromageConfig(vision_config=EfficientNetConfig(**EFFICIENTNET), text_config=TEXT_CONFIGS["opt"]())
+    with pytest.raises(ValueError, match="width of the features of a 'efficientnet'.*Set `vision_feature_size`"):
+        vision_feature_size(config)
+
+
+class Encoder(PreTrainedModel):
+    """Of what a function makes of a linear map of the pixels, (N, 24)."""
+
+    config_class = CLIPVisionConfig
+
+    def __init__(self, make):
+        super().__init__(VISION_CONFIGS["clip"]())
+        self.linear, self.make = nn.Linear(3 * 32 * 32, 24), make
+        self.post_init()
+
+    def forward(self, pixel_values, **kwargs):
+        return BaseModelOutputWithPooling(pooler_output=self.make(self.linear(pixel_values.flatten(1))))
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda features: features + torch.rand_like(features), "other features each time"),
+        (lambda features: features + 1e-3 * features.mean(0), "mixes the images of a batch"),
+        (lambda features: features * torch.arange(1, len(features) + 1)[:, None], "mixes the images of a batch"),
+        (lambda features: features[:1], r"shape \(1, 24\) for 2 images"),
+        (lambda features: features.view(-1, 2, 12), r"has shape \(1, 2, 12\), not a vector for each image"),
+        (lambda features: features.view(-1, 7), "does not encode pixel values.*It says: RuntimeError"),
+        (lambda features: features / 0, "mixes|other features"),
+    ],
+    ids=["random", "leak", "by row", "one row", "tokens", "fails", "not finite"],
+)
+def test_encoders_that_are_refused(make, error):
+    with pytest.raises(ValueError, match=error):
+        check_vision_model(Encoder(make).eval(), "pooler")
+
+
+def test_an_encoder_that_is_right():
+    assert check_vision_model(Encoder(lambda features: features[:, :20, None, None]).eval(), "pooler") == 20
+
+
+def test_an_encoder_that_needs_more_than_pixels_is_refused():
+    sizes = {name: value for name, value in VIT.items() if name != "image_size"}
+    model = AutoModel.from_config(Siglip2VisionConfig(**sizes, num_patches=16)).eval()
+    with pytest.raises(ValueError, match="needs `pixel_attention_mask` and `spatial_shapes` beside.*without `naflex`"):
+        check_vision_model(model, "pooler")
+
+
+def test_feature_maps_are_averaged_over_their_pixels():
+    """Whichever axis the channels have, in images that are not square too."""
+    hidden, pixels = torch.randn(2, 6, 4, 3), torch.empty(2, 3, 64, 48)
+    expected = hidden.mean(dim=(2, 3))
+    for given in (hidden, hidden.permute(0, 2, 3, 1)):
+        output = BaseModelOutputWithPooling(last_hidden_state=given)
+        torch.testing.assert_close(pool_vision_output(output, "mean", "X", pixels), expected)
+        with pytest.raises(ValueError, match="needs a sequence of tokens"):
+            pool_vision_output(output, "cls", "X", pixels)

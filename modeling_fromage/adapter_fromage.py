@@ -99,6 +99,11 @@ class FromageAdapter(nn.Module):
             pairs.append((self.ret_lm_head, output_embeddings))
         for ours, theirs in pairs:
             rows = weight_of(theirs)
+            if not rows.is_floating_point():
+                raise ValueError(
+                    f"`[RET]` cannot start from the rows of {type(theirs).__name__}, whose weight is packed in "
+                    f"{rows.dtype}. Leave the embeddings out of the quantisation, as both libraries do by default."
+                )
             mean = rows.float().mean(dim=0)
             ids = range(ret_token_id, ret_token_id + self.ret_embedding.num_embeddings)
             weight_of(ours).copy_(torch.stack([rows[i].float() if i < len(rows) else mean for i in ids]))

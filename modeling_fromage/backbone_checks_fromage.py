@@ -71,7 +71,14 @@ def measure_logit_transform(language_model: PreTrainedModel) -> Callable[[torch.
     hidden = torch.randn(1, 2, weight.shape[-1], generator=generator).to(weight.device, dtype)
     ids = torch.tensor([[0, 1]], device=hidden.device)
 
-    largest_now = head(hidden).float().abs().max()
+    try:
+        largest_now = head(hidden).float().abs().max()
+    except (AssertionError, *FAILURES) as error:
+        raise ValueError(
+            f"The output embedding of {type(language_model).__name__} ({type(head).__name__}, weight "
+            f"{tuple(weight.shape)} of {weight.dtype}) does not run. Leave input and output embeddings out of the "
+            f"quantisation (llm_int8_skip_modules=['lm_head'] in bitsandbytes, as by default). It says: {error}"
+        ) from error
 
     def before_and_after(largest: float) -> tuple[torch.Tensor, torch.Tensor]:
         scaled = hidden * (largest / largest_now)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
 
 from .backbones_fromage import size_differences
@@ -54,6 +55,11 @@ def assemble_from_vision_text(
         prefix: {key[len(prefix) + 1 :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{prefix}_")}
         for prefix in ROLES
     }
+    if options["vision"].get("quantization_config") is not None:
+        raise ValueError(
+            "`vision_quantization_config` is refused: a checkpoint would load without it, and give other features. "
+            "Quantise the language model alone (`text_quantization_config`)."
+        )
     if "text_gguf_file" in config_kwargs:
         options["text"]["gguf_file"] = config_kwargs["text_gguf_file"]
     shared = {key: kwargs.pop(key) for key in list(kwargs) if key in SHARED_LOADER_KWARGS}
@@ -118,6 +124,8 @@ def load_backbone(
         ValueError: The checkpoint lacks weights that are in use.
     """
     hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
+    if kwargs.get("quantization_config", ...) is None:  # which would hide that the files are quantised
+        kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
     if prefix == "vision" and "config" not in kwargs:
         # A CLIPModel repository holds both halves: the configuration decides which class is built.
         projected = kwargs.pop("projected", False)
@@ -167,8 +175,8 @@ def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) 
                 f"The {role} {name!r} is not the one of this checkpoint: {'; '.join(differences)}. Set "
                 f"`{prefix}_model_id` to the right one."
             )
-        if (quantization := found.to_dict().get("quantization_config")) and "quantization_config" not in kwargs:
-            saved.quantization_config = quantization  # of a repository that is stored quantised
+        if quantization := found.to_dict().get("quantization_config"):  # of a repository that is stored quantised
+            saved.quantization_config = quantization
         kwargs["config"] = saved
     model = load_backbone(prefix, name, kwargs, config.vision_pooling, config.vision_model_library)
     if known := getattr(config, f"{prefix}_model_fingerprint"):
@@ -222,7 +230,14 @@ def backbone_within(
 ) -> PreTrainedModel:
     """A backbone out of a self-contained checkpoint, by itself: the way to quantise the language model alone."""
     kwargs = {**kwargs, **hub_kwargs, "config": getattr(config, f"{prefix}_config")}
-    return load_backbone(prefix, name, {**kwargs, "key_mapping": {rf"^{PARTS[prefix]}\.": ""}}, config.vision_pooling)
+    kwargs["adapter_kwargs"] = {"subfolder": "none"}  # a PEFT adapter beside it is of the whole model
+    kwargs["key_mapping"] = {rf"^{PARTS[prefix]}\.": ""}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # nothing about tensors of the other parts
+    try:
+        return load_backbone(prefix, name, kwargs, config.vision_pooling)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.peft import maybe_load_adapters
+from transformers.quantizers import HfQuantizer
 
 from .adapter_fromage import trained_state
 from .backbone_loading_fromage import (
@@ -34,7 +36,7 @@ from .checkpoint_files_fromage import (
     tensor_names,
     weight_files_of,
 )
-from .checkpoint_origin_fromage import backbone_references
+from .checkpoint_origin_fromage import backbone_references, has_packed_weights
 from .configuration_fromage import FromageConfig
 from .file_writing_fromage import move_into_place
 from .fingerprint_fromage import trained_fingerprint
@@ -81,7 +83,13 @@ def save_checkpoint(
     trained = {key: value for key, value in state_dict.items() if key.startswith(TRAINED_PREFIX)}
     rounded = {key: _rounded(key, value, adapter_dtype) for key, value in trained.items()}
     config = _config_to_save(model, references, _fingerprint_to_save(model, trained, rounded))
-    state_dict = rounded if references else {**state_dict, **rounded}
+    quantizer = None
+    if references:
+        state_dict = rounded
+    elif has_packed_weights(model.language_model):
+        state_dict, quantizer = _with_quantized_tensors(model, {**state_dict, **rounded})
+    else:
+        state_dict.update(rounded)
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", directory.name)  # not the name of the folder that files are staged in
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +98,7 @@ def save_checkpoint(
     with tempfile.TemporaryDirectory(dir=directory, prefix=_STAGING) as staging:
         if not with_peft or _peft_needs_base(model, references):
             only_local = {**kwargs, "push_to_hub": False} if with_peft else kwargs
-            with _as_saved(model, config):
+            with _as_saved(model, config, quantizer):
                 PreTrainedModel.save_pretrained(model, staging, state_dict=state_dict, **only_local)
         if with_peft:
             PreTrainedModel.save_pretrained(model, staging, state_dict=whole_state, **kwargs)
@@ -98,17 +106,49 @@ def save_checkpoint(
 
 
 @contextmanager
-def _as_saved(model: "FromagePreTrainedModel", config: FromageConfig) -> Iterator[None]:
-    """Let transformers save the model with the checkpoint's configuration, and without PEFT."""
+def _as_saved(model: "FromagePreTrainedModel", config: FromageConfig, quantizer: HfQuantizer | None) -> Iterator[None]:
+    """Let transformers save the model with the checkpoint's configuration and quantizer, and without PEFT."""
     changed = {"config": config, "_keys_to_ignore_on_save": None, "_hf_peft_config_loaded": False}
     kept = {name: getattr(model, name) for name in changed}
     try:
         for name, value in changed.items():
             setattr(model, name, value)
+        if quantizer is not None:
+            model.__dict__["hf_quantizer"] = quantizer
         yield
     finally:
         for name, value in kept.items():
             setattr(model, name, value)
+        model.__dict__.pop("hf_quantizer", None)  # with which a Trainer would not train the model
+
+
+def _with_quantized_tensors(
+    model: "FromagePreTrainedModel", state_dict: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], HfQuantizer]:
+    """`state_dict` with a packed language model's tensors as its quantizer stores them, and a quantizer with which
+    transformers writes them and what it tells of them: by names of the language model's own, as when it is loaded.
+
+    Raises:
+        ValueError: The quantizer has no format to store them in.
+    """
+    lm, part = model.language_model, f"{PARTS['text']}."
+    quantizer: Any = copy.copy(getattr(lm, "hf_quantizer", None))
+    # transformers does not always read torchao's embeddings back as they were.
+    has_embeddings = getattr(getattr(quantizer, "quantization_config", None), "include_input_output_embeddings", False)
+    if quantizer is None or not quantizer.is_serializable() or has_embeddings:
+        raise ValueError(
+            f"The language model's weights are packed{' with its embeddings' * has_embeddings} by "
+            f"{type(quantizer).__name__}, which cannot store them. Save the trained parts alone "
+            "(save_backbones=False), of a model assembled by from_vision_text_pretrained."
+        )
+    own = {key.removeprefix(part): value for key, value in state_dict.items() if key.startswith(part)}
+    without_peft = SimpleNamespace(state_dict=lambda: own, named_modules=lm.named_modules)
+    stored, metadata = quantizer.get_state_dict_and_metadata(without_peft)
+    if stored is not None:
+        rest = {key: value for key, value in state_dict.items() if not key.startswith(part)}
+        state_dict = rest | {f"{part}{key}": value for key, value in stored.items()}
+    quantizer.get_state_dict_and_metadata = lambda _: (state_dict, dict(metadata))
+    return state_dict, quantizer
 
 
 def _peft_needs_base(model: "FromagePreTrainedModel", references: dict[str, Any]) -> bool:
@@ -137,9 +177,10 @@ def _config_to_save(
     for prefix in ROLES:
         sub_config = getattr(config, f"{prefix}_config")
         sub_config.name_or_path = references.get(f"{prefix}_model_id", "")  # no path of this machine
+        if references or not has_packed_weights(getattr(model, PARTS[prefix])):
+            sub_config.__dict__.pop("quantization_config", None)  # a choice of whoever loads
         if references:
             setattr(config, f"{prefix}_model_id", references[f"{prefix}_model_id"])
-            sub_config.__dict__.pop("quantization_config", None)  # a choice of whoever loads
         else:
             for field in ("model_id", "model_revision", "model_fingerprint"):
                 setattr(config, f"{prefix}_{field}", None)
@@ -207,7 +248,7 @@ def load_checkpoint(
     )
     files = weight_files_of(name, kwargs.get("variant"), hub_kwargs)
     holds_backbones = any(not key.startswith(TRAINED_PREFIX) for file in files for key in tensor_names(file))
-    if not files or (holds_backbones and kwargs.get("quantization_config") is None):
+    if not files or (holds_backbones and not _is_quantized(cls, name, config, hub_kwargs, kwargs)):
         return _load_whole(
             cls, load_with_transformers, pretrained_model_name_or_path, *model_args, config=config, **kwargs
         )
@@ -246,6 +287,19 @@ def load_checkpoint(
         model.load_adapter(peft_path, adapter_name=peft_name, adapter_kwargs=adapter_kwargs)
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, info) if options.get("output_loading_info") else model
+
+
+def _is_quantized(
+    cls: type["FromagePreTrainedModel"],
+    name: str | os.PathLike,
+    config: Any,
+    hub_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether the language model of a self-contained checkpoint is stored quantized, or to be quantized."""
+    if not isinstance(config, PreTrainedConfig):
+        config = cls.config_class.from_pretrained(name if config is None else config, **hub_kwargs)
+    return kwargs.get("quantization_config") is not None or hasattr(config.text_config, "quantization_config")
 
 
 def _load_whole(

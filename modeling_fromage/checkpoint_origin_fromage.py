@@ -96,10 +96,11 @@ def difference_from_origin(
         state_dict: The model's. Where it has no weights of the backbone's, only whether that is being trained is asked.
 
     Raises:
-        ValueError: It differs, and its weights are packed by a quantiser: they cannot be saved whole either.
+        ValueError: It differs, and its weights are packed by a quantiser that cannot store them.
     """
-    problem = _find_difference(model, prefix, state_dict)
-    if problem and _has_packed_weights(getattr(model, PARTS[prefix])):
+    problem, backbone = _find_difference(model, prefix, state_dict), getattr(model, PARTS[prefix])
+    is_storable = hasattr(backbone, "hf_quantizer") and backbone.hf_quantizer.is_serializable()
+    if problem and has_packed_weights(backbone) and not is_storable:
         raise ValueError(
             f"The quantized {ROLES[prefix]} {problem}. It can be saved neither by reference nor whole: change it as it "
             "is without quantization_config, and quantize it when it is loaded."
@@ -191,7 +192,7 @@ def _widest_dtype(files: list[Path]) -> torch.dtype | None:
     return functools.reduce(torch.promote_types, found) if found else None
 
 
-def _has_packed_weights(backbone: nn.Module) -> bool:
+def has_packed_weights(backbone: nn.Module) -> bool:
     """Whether a quantiser keeps several weights in a number, or in a tensor of its own: no state dict for others."""
     weights = list(backbone.parameters())
     return not all(w.is_floating_point() and w.dtype.itemsize > 1 for w in weights) or any(

@@ -101,8 +101,10 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             config.vision_feature_size = check_vision_model(vision_model, config.vision_pooling)
         vision_feature_size(config, self.vision_model)
         self.adapter = FromageAdapter(config, input_width, head_width)
-        if language_model is not None and hasattr(language_model, "hf_quantizer"):  # the files are not quantised
-            self.origins["text"].digest = weights_digest(language_model.state_dict())
+        if hasattr(language_model, "hf_quantizer"):  # cannot be compared with files, which are not quantised
+            self.origins["text"].digest = weights_digest(self.language_model.state_dict())
+        for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):  # by which PEFT puts in its layers for bitsandbytes
+            setattr(self, flag, getattr(self.language_model, flag, False))
         self._is_stateful = self.language_model._is_stateful
         extend_generation_config(self, self.language_model)
         self.post_init()

@@ -46,12 +46,18 @@ def names_without_peft(module: nn.Module, state_dict: dict[str, torch.Tensor]) -
     """A state dict of `module` by the names that its tensors have without PEFT, and without PEFT's tensors."""
     if all(_inner_name(child) is None for child in module.modules()):
         return dict(state_dict)
-    names = {
-        f"{name}{tensor}": f"{plain_name}{tensor}"
-        for name, plain_name, own in own_modules(module)
-        for tensor in (*own._parameters, *own._buffers)
-    }
-    return {names[key]: value for key, value in state_dict.items() if key in names}
+    own = {name: (plain_name, child) for name, plain_name, child in own_modules(module)}
+    plain = {}
+    for key, value in state_dict.items():
+        prefix = key
+        while prefix not in own:  # the innermost module; what a quantizer adds has names that go on after its weight's
+            prefix = prefix[:-1].rpartition(".")[0]
+            prefix += "." * bool(prefix)
+        plain_name, child = own[prefix]
+        tensor = key.removeprefix(prefix)
+        if tensor.partition(".")[0] not in child._modules:  # else a module of PEFT's
+            plain[plain_name + tensor] = value
+    return plain
 
 
 def set_peft_training_mode(module: nn.Module) -> None:

@@ -31,6 +31,8 @@ class FromageAdapter(nn.Module):
         head_width (`int`): H, the width of the hidden states that its output head takes.
     """
 
+    weight: None = None  # which some of PEFT's methods ask of every module that they unwrap (merge_and_unload)
+
     def __init__(self, config: FromageConfig, input_width: int, head_width: int):
         super().__init__()
         self.num_image_tokens = config.num_image_tokens

@@ -23,6 +23,7 @@ from .frozen_lm_fromage import FrozenLM
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
 from .losses_fromage import mean_over_targets
 from .packing_fromage import next_tokens
+from .peft_layers_fromage import unwrapped
 from .pretrained_fromage import FromagePreTrainedModel
 from .processing_fromage import FromageProcessor
 from .scoring_fromage import score_candidates
@@ -88,8 +89,8 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         new_adapter: bool = True,
     ):
         super().__init__(config)
-        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
-        self.vision_model = vision_model or AutoModel.from_config(config.vision_config)
+        self.language_model = unwrapped(language_model) or AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_model = unwrapped(vision_model) or AutoModel.from_config(config.vision_config)
         self.language_model.eval()  # as it is tried, and stays
         self.vision_model.eval()
         config.text_config = self.language_model.config
@@ -298,7 +299,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         lm, across_processes = self.frozen_lm(), self.training and _has_several_ranks()
         shift_labels: torch.LongTensor | None = kwargs.pop("shift_labels", None)
         if self.training:
-            _check_training(lm, input_ids, labels, shift_labels, retrieval_input_ids)
+            _check_training(lm, input_ids, labels, shift_labels, retrieval_input_ids, past_key_values)
         pooled = self._pooled_features(pixel_values, pooled_image_features)
         hint = DISPATCH_HINT if across_processes else ""
         embeds = _lm_inputs(lm, input_ids, inputs_embeds, pooled, mm_encoder_outputs, retrieval_input_ids, hint)
@@ -324,7 +325,13 @@ def _check_training(
     labels: torch.Tensor | None,
     shift_labels: torch.Tensor | None,
     retrieval_input_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
 ) -> None:
+    if retrieval_input_ids is not None and past_key_values is not None:
+        raise ValueError(
+            "Retrieval texts start anew: a training batch with them takes no `past_key_values`, as PEFT's "
+            "prefix tuning gives. Take a method that changes layers (LoRA, ...)."
+        )
     if input_ids is not None and retrieval_input_ids is not None and labels is None and shift_labels is None:
         raise ValueError(
             "A training batch has captioning rows and retrieval texts, but no labels. A Trainer with "

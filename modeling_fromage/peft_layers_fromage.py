@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,6 +73,38 @@ def set_peft_training_mode(module: nn.Module) -> None:
             wrapper.training = True
             for child in added:
                 child.train()
+
+
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """Raise a `ValueError` where PEFT puts virtual tokens or a cache of them before what `model` reads."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"PEFT's {config.peft_type.value} does not work with FROMAGe, which runs the language model's layers by "
+            "itself, several texts in one pass: virtual tokens would be left out. Take a method that changes layers "
+            "(LoRA, DoRA, IA3, OFT, ...)."
+        )
+
+
+def refuse_trainable_encoder(vision_model: nn.Module) -> None:
+    """Raise a `ValueError` where a parameter of the vision encoder requires gradient: it would get none."""
+    trainable = [name for name, parameter in vision_model.named_parameters() if parameter.requires_grad]
+    if trainable:
+        raise ValueError(
+            f"The vision model has {len(trainable)} parameters that require gradient ({trainable[0]}, ...), but it "
+            "runs without gradient, so that they would stay as they are. Freeze them; of PEFT, name layers of the "
+            r"language model alone, with a pattern such as target_modules=r'language_model\..*\.(q_proj|v_proj)'."
+        )
+
+
+def unwrapped(model: PreTrainedModel | None) -> PreTrainedModel | None:
+    """`model`; raise a `ValueError` where it is not one of transformers' but wrapped, as `peft.get_peft_model` does."""
+    if model is not None and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"A backbone must be a PreTrainedModel, got {type(model).__name__}. Assemble the FROMAGe model from "
+            "unwrapped backbones, then put PEFT into it: model.add_adapter(...) or peft.get_peft_model(model, ...)."
+        )
+    return model
 
 
 def load_peft_tensors(model: PreTrainedModel, directory: str | os.PathLike) -> None:

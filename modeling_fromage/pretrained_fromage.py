@@ -27,6 +27,8 @@ from .peft_layers_fromage import (
     load_peft_tensors,
     names_without_peft,
     own_parameters,
+    refuse_prompt_learning,
+    refuse_trainable_encoder,
     set_peft_training_mode,
 )
 
@@ -78,26 +80,26 @@ class FromagePreTrainedModel(PreTrainedModel):
 
     def frozen_lm(self) -> FrozenLM:
         """The language model as FROMAGe runs it, with the present modules."""
+        refuse_prompt_learning(self.language_model)
         return FrozenLM(self.language_model, self.adapter, self.config, self.traits)
 
     def freeze_backbones(self) -> "FromagePreTrainedModel":
         """Let exactly the adapter's parameters require gradient; what PEFT has put in is left as it is."""
-        for backbone in (self.language_model, self.vision_model):
-            for _, parameter in own_parameters(backbone):
-                parameter.requires_grad_(False)
+        for _, parameter in (*own_parameters(self.language_model), *own_parameters(self.vision_model)):
+            parameter.requires_grad_(False)
         for is_wrapped, parameter in own_parameters(self.adapter):
             parameter.requires_grad_(not is_wrapped)  # of a wrapped one PEFT trains a copy, or a difference from it
         self.train(self.training)
         return self
 
     def train(self, mode: bool = True) -> "FromagePreTrainedModel":
-        """Set training mode. The frozen backbones stay in eval mode, except for what PEFT trains in them."""
+        """Set training mode. The frozen backbones stay in eval mode, except for what PEFT trains in the LM."""
         super().train(mode)
         self.language_model.eval()
         self.vision_model.eval()
         if mode:
             set_peft_training_mode(self.language_model)
-            set_peft_training_mode(self.vision_model)
+            refuse_trainable_encoder(self.vision_model)
             allow_activation_checkpointing(self.language_model)
         return self
 

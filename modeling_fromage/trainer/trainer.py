@@ -21,6 +21,7 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
+from ..peft_layers_fromage import refuse_prompt_learning
 from ..processing_fromage import FromageProcessor
 from ..training_losses_fromage import LOSS_WEIGHTS
 from .data_collator import FromageDataCollator
@@ -85,6 +86,7 @@ class NormalizeRetEmbeddingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         refuse_arguments(args, UNSUPPORTED_IN_TRAINING)  # again, for a callback that was added later
+        refuse_prompt_learning(kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

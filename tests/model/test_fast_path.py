@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from modeling_fromage.losses_fromage import ChunkedTokenLoss, contrastive_loss, token_losses
@@ -16,6 +16,7 @@ from modeling_fromage.packing_fromage import PackedRows, length_groups
 from modeling_fromage.training_losses_fromage import why_not_ret_only
 from tests.helpers.backbones import BACKBONES, VOCAB, make_model
 from tests.helpers.batches import CAPTIONS, RET, double_model, make_batch, pad
+from tests.helpers.peft_methods import METHODS, WITHIN_LM
 
 VARIANTS = ["packed", "grouped", "concatenated", "checkpointed", "gradient cache", "left padding", "accumulated"]
 
@@ -189,6 +190,23 @@ def test_chunks_of_the_token_loss(monkeypatch):
         torch.testing.assert_close(ours, theirs)
     losses = token_losses(hidden @ head.t(), hidden @ rows.t(), targets, 11)
     torch.testing.assert_close(losses.sum(), expected)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lm_head", "embed_tokens"])
+def test_step_with_peft(method):
+    model = double_model("llama_clip")
+    if method in METHODS:
+        config = METHODS[method](target_modules=WITHIN_LM, modules_to_save=["adapter"])
+    else:
+        config = LoraConfig(r=2, target_modules=[method], modules_to_save=["adapter"])
+    whole = get_peft_model(model, config).double().train()
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    pixels = torch.rand(len(CAPTIONS), 3, 32, 32, dtype=torch.float64)
+    losses = [model(**make_batch(model, pixels, [0, 1, 2, 3])).loss]
+    assert_same_step(whole, losses, [plain_double_pass(model, pixels, [0, 1, 2, 3])])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -11,13 +11,14 @@ from hub_scripts import push_to_hub
 from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from tests.helpers.hub import run
 from tests.helpers.hub_server import HubServer, hub_server
+from tests.helpers.open_clip import write_vit
 from tests.helpers.strangers import ask_stranger
 
 ASSEMBLE = """
 import sys
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 
-vision, text = "org/tiny-clip", "org/tiny-opt"
+vision, text = VISION, "org/tiny-opt"
 processor = FromageProcessor.from_vision_text_pretrained(vision, text, num_image_tokens=2)
 model = FromageForConditionalGeneration.from_vision_text_pretrained(
     vision, text, processor=processor, projection_dim=16
@@ -54,8 +55,8 @@ def hub(tiny):
         yield server
 
 
-def assemble(hub: HubServer, tmp_path: Path, *arguments: str) -> Path:
-    (tmp_path / "assemble.py").write_text(ASSEMBLE)
+def assemble(hub: HubServer, tmp_path: Path, *arguments: str, vision: str = "org/tiny-clip") -> Path:
+    (tmp_path / "assemble.py").write_text(f"VISION = {vision!r}\n{ASSEMBLE}")
     run(hub, tmp_path, "assemble.py", "model", *arguments)
     return tmp_path / "model"
 
@@ -106,6 +107,22 @@ def test_push_and_pull(hub, tmp_path):
         assert torch.equal(logits, found[0][0]) and embeds.shape == (1, 16)
     snapshot = tmp_path / "hf_home" / "hub" / "models--org--tiny-opt" / "snapshots"
     assert [path.name for path in snapshot.iterdir()] == [first_commit]
+
+
+def test_an_encoder_of_open_clip(hub, tmp_path):
+    """Named by its repository and commit, and loaded from there, by a stranger too, without open_clip."""
+    write_vit(tmp_path / "vit")
+    first_commit = hub.commit("org/vit", {path.name: path.read_bytes() for path in (tmp_path / "vit").iterdir()})
+    folder = assemble(hub, tmp_path, vision="open_clip:hf-hub:org/vit")
+    config = json.loads((folder / "config.json").read_text())
+    named = [config[f"vision_model_{field}"] for field in ("library", "id", "revision")]
+    assert named == ["open_clip", "org/vit", first_commit]
+    assert config["vision_model_fingerprint"].keys() == {"open_clip_model.safetensors"}
+    run(hub, tmp_path, "-m", "hub_scripts.push_to_hub", "model", "org/fromage")
+    card = hub.repositories["org/fromage"][hub.heads["org/fromage"]]["README.md"].decode()
+    assert "base_model:\n- org/tiny-opt\n- org/vit" in card
+    hub.commit("org/vit", {"README.md": b"moved on"})
+    assert len(ask(hub, tmp_path, "org/fromage")) == 3
 
 
 def test_both_spellings_of_license():

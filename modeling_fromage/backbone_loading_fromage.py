@@ -246,6 +246,8 @@ def find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike) -
     Raises:
         ValueError: A backbone is not there, or unknown.
     """
+    if (config.vision_model_id or "").startswith("open_clip:"):  # as a caller names it
+        config.vision_model_library, config.vision_model_id = split_library(config.vision_model_id)
     for prefix, role in ROLES.items():
         field = f"{prefix}_model_id"
         name = getattr(config, field)

@@ -276,12 +276,12 @@ def open_clip_image_processor(name: str, **hub_kwargs: Any) -> OpenClipImageProc
         ValueError: `name` is no checkpoint of open_clip, or it prepares images in a way that no image processor has.
     """
     config = read_open_clip_config(name, **hub_kwargs)
-    size = config["model_cfg"]["vision_cfg"].get("image_size", _SIZES["image_size"])
     given: dict[str, Any] = {
-        "size": size, "mean": _MEAN, "std": _STD, "interpolation": "bicubic", "resize_mode": "shortest",
+        "mean": _MEAN, "std": _STD, "interpolation": "bicubic", "resize_mode": "shortest",
         **config.get("preprocess_cfg", {}),
     }  # fmt: skip
-    height, width = _pair(given["size"])
+    # The tower's size goes before any that is given beside the transforms.
+    height, width = _pair(config["model_cfg"]["vision_cfg"].get("image_size", _SIZES["image_size"]))
     if given["resize_mode"] == "squash":
         shapes = {"size": {"height": height, "width": width}, "do_center_crop": False}
     elif given["resize_mode"] == "shortest" and height == width:

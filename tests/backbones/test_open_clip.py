@@ -61,12 +61,17 @@ def test_features_are_those_of_open_clip(tower, projected, tmp_path):
     torch.testing.assert_close(alone, found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tower", ["vit", "resnet", "timm", "siglip", "rope"])
-def test_trained_saved_and_loaded(tower, backbones, tmp_path):
+@pytest.mark.parametrize(
+    "tower, projected", [("vit", False), ("vit", True), ("resnet", False), ("timm", True), ("siglip", False),
+                         ("rope", False)]
+)  # fmt: skip
+def test_trained_saved_and_loaded(tower, projected, backbones, tmp_path):
     write_checkpoint(tower, tmp_path / "backbones/tower")
     names = (f"open_clip:local-dir:{tmp_path}/backbones/tower", str(backbones / "language_model"))
     processor = FromageProcessor.from_vision_text_pretrained(*names, num_image_tokens=2)
-    model = FromageForConditionalGeneration.from_vision_text_pretrained(*names, processor=processor, projection_dim=16)
+    model = FromageForConditionalGeneration.from_vision_text_pretrained(
+        *names, processor=processor, projection_dim=16, vision_projected=projected
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     texts = ["<|image|>a cat[RET]", "<|image|>two dogs[RET]"]
     batch = processor(images=IMAGES, text=texts, return_tensors="pt", padding=True)

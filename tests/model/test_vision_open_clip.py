@@ -59,6 +59,17 @@ def test_saved_and_loaded(vit, backbones, tmp_path, save_backbones):
     assert len(found) == 3
 
 
+def test_a_checkpoint_finds_it_elsewhere(vit, backbones, tmp_path):
+    folder, _ = vit
+    model, _ = assemble(folder, backbones)
+    model.save_pretrained(tmp_path / "model")
+    folder.rename(tmp_path / "moved")
+    for name in (tmp_path / "moved", f"open_clip:local-dir:{tmp_path}/moved"):
+        again = FromageForConditionalGeneration.from_pretrained(tmp_path / "model", vision_model_id=str(name))
+        assert_equal(outputs(again), outputs(model))
+        assert again.config.vision_model_id == str(tmp_path / "moved")
+
+
 def test_pickled_weights_and_those_of_a_training_run(vit, backbones):
     folder, encoder = vit
     state = load_file(folder / "open_clip_model.safetensors")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_fromage import FromageDataCollator
 from tests.helpers.backbones import PARITY, make_processor
+from tests.helpers.open_clip import write_vit
 from tests.helpers.training import losses
 from training import cache_features, train
 from training.data import feature_cache as features
@@ -75,7 +76,12 @@ def make_pictures(folder: Path, colours: list[str]) -> Path:
     return folder / "train.tsv"
 
 
-def test_training_with_the_cache_equals_training_without(config, tmp_path):
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_training_with_the_cache_equals_training_without(config, tmp_path, library):
+    if library == "open_clip":
+        write_vit(tmp_path / "backbones" / "vit")
+        name, other = str(tmp_path / "backbones" / "vision_model"), f"open_clip:local-dir:{tmp_path}/backbones/vit"
+        config.write_text(config.read_text().replace(name, other))
     assert run(config, tmp_path / "cache") == 5
     first = load_file(tmp_path / "cache" / "features-00000.safetensors")["features"]
     assert first.dtype == torch.float16 and first.shape == (5, 32)

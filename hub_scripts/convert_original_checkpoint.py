@@ -19,14 +19,16 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.hub import resolve_revision
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
-from modeling_fromage.backbone_loading_fromage import saved_dtype, take_ids_from, vision_half
+from modeling_fromage.backbone_loading_fromage import saved_dtype, take_ids_from
 from modeling_fromage.checkpoint_fromage import TRAINED_PREFIX
+from modeling_fromage.configuration_fromage import vision_half
 from modeling_fromage.file_writing_fromage import replacing
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
+from modeling_fromage.vision_fromage import auto_model_for
 
 from .build_image_index import from_original_embeddings
 
@@ -151,7 +153,7 @@ def without_weights(
     text, vision = configs["text"], vision_half(configs["vision"])
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(text, dtype=saved_dtype(text))
-        tower = AutoModel.from_config(vision, dtype=saved_dtype(vision))
+        tower = auto_model_for(vision).from_config(vision, dtype=saved_dtype(vision))
         try:
             language.generation_config = GenerationConfig.from_pretrained(
                 language_model, revision=config_kwargs["text_model_revision"]

@@ -13,9 +13,10 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
 
 from .backbones_fromage import size_differences
-from .configuration_fromage import FromageConfig
+from .configuration_fromage import FromageConfig, vision_half
 from .fingerprint_fromage import check_fingerprint, weight_files
 from .processing_fromage import FromageProcessor
+from .vision_fromage import auto_model_for, names_in_vision_half, vision_part
 from .vision_libraries_fromage import read_vision_config, split_library
 from .vision_open_clip import load_open_clip
 
@@ -123,21 +124,14 @@ def load_backbone(
     Raises:
         ValueError: The checkpoint lacks weights that are in use.
     """
-    hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
     if kwargs.get("quantization_config", ...) is None:  # which would hide that the files are quantised
         kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
-    if prefix == "vision" and "config" not in kwargs:
-        # A CLIPModel repository holds both halves: the configuration decides which class is built.
-        projected = kwargs.pop("projected", False)
-        config = vision_half(read_vision_config(name, library, projected, **hub_kwargs))
-        fields = kwargs.keys() & config.to_dict().keys() - {*SHARED_LOADER_KWARGS, "quantization_config"}
-        for field in fields:  # which transformers sets where it loads the configuration itself
-            setattr(config, field, kwargs[field])
-        kwargs = {"config": config, **{key: value for key, value in kwargs.items() if key not in fields}}
-    auto_class: Any = AutoModelForCausalLM if prefix == "text" else AutoModel
-    load = load_open_clip if prefix == "vision" and library == "open_clip" else auto_class.from_pretrained
-    model, info = load(name, output_loading_info=True, **kwargs)
-    missing = sorted(info["missing_keys"])
+    if prefix == "vision":
+        model, missing = _load_vision_model(name, kwargs, library)
+    else:
+        auto_class: Any = AutoModelForCausalLM
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
     if prefix == "vision" and pooling != "pooler":
         missing = [key for key in missing if "pooler" not in key]  # random, and not in use
     if missing:
@@ -145,6 +139,32 @@ def load_backbone(
         hint = " Set `vision_pooling='cls'` or `'mean'`." if has_no_pooler else ""
         raise ValueError(f"The {ROLES[prefix]} {name!r} lacks weights that are in use: {', '.join(missing[:8])}.{hint}")
     return model
+
+
+def _load_vision_model(name: str, kwargs: dict[str, Any], library: str) -> tuple[PreTrainedModel, list[str]]:
+    """`from_pretrained` of a vision encoder, and the names of the weights that its files lack."""
+    hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
+    if "config" not in kwargs:
+        # A CLIPModel repository holds both halves: the configuration decides which class is built.
+        projected = kwargs.pop("projected", False)
+        config = vision_half(read_vision_config(name, library, projected, **hub_kwargs))
+        fields = kwargs.keys() & config.to_dict().keys() - {*SHARED_LOADER_KWARGS, "quantization_config"}
+        for field in fields:  # which transformers sets where it loads the configuration itself
+            setattr(config, field, kwargs[field])
+        kwargs = {"config": config, **{key: value for key, value in kwargs.items() if key not in fields}}
+    load = load_open_clip if library == "open_clip" else auto_model_for(kwargs["config"]).from_pretrained
+    model, info = load(name, output_loading_info=True, **kwargs)
+    if not info["missing_keys"] or library == "open_clip" or "key_mapping" in kwargs:
+        return model, sorted(info["missing_keys"])
+    whole = AutoConfig.from_pretrained(name, **hub_kwargs)
+    half = vision_half(whole)
+    if half is whole:
+        return model, sorted(info["missing_keys"])
+    # An image-text model may have the half under other names than the half by itself has.
+    vars(half).update(vars(kwargs["config"]))
+    model, info = AutoModel.from_pretrained(name, output_loading_info=True, **{**kwargs, "config": whole})
+    missing = names_in_vision_half(model, info["missing_keys"])
+    return vision_part(model), sorted(missing)
 
 
 def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -282,11 +302,6 @@ def backbone_files(prefix: str, config: FromageConfig, cache_dir: str | None = N
     library = config.vision_model_library if prefix == "vision" else "transformers"
     name, revision = (getattr(config, f"{prefix}_model_{field}") for field in ("id", "revision"))
     return weight_files(name, revision, library, gguf_file, cache_dir)
-
-
-def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The vision encoder's configuration within that of an image-text model."""
-    return config.vision_config if "vision_config" in config.sub_configs else config
 
 
 def saved_dtype(config: PreTrainedConfig, default: str | torch.dtype | None = None) -> torch.dtype | None:

@@ -31,7 +31,7 @@ class FromageConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to OPT's defaults):
             Configuration of the frozen causal language model.
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP's vision defaults):
-            Configuration of the frozen vision encoder.
+            Configuration of the frozen vision encoder, or of an image-text model whose vision half it is.
         num_image_tokens (`int`, defaults to 1):
             `k` of the paper (section 3.1): vectors in the LM's input space, and placeholders in the text, per image.
         projection_dim (`int`, defaults to 256):
@@ -128,6 +128,7 @@ class FromageConfig(PreTrainedConfig):
         if kwargs.get("custom_pipelines"):
             kwargs["custom_pipelines"] = _CustomPipelines(kwargs["custom_pipelines"])
         super().__post_init__(**kwargs)
+        self.vision_config = vision_half(self.vision_config)
         if self.text_embed_layers is None:
             self.text_embed_layers = [-1]
         if self.image_token_id is None:
@@ -165,7 +166,8 @@ class FromageConfig(PreTrainedConfig):
     def from_vision_text_configs(
         cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs: Any
     ) -> "FromageConfig":
-        """Build a [`FromageConfig`] from the configurations of its two backbones, which are copied."""
+        """Build a [`FromageConfig`] from the configurations of its two backbones, which are copied. Of an image-text
+        model's configuration (CLIP's, SigLIP's) the vision half is taken."""
         return cls(vision_config=copy.deepcopy(vision_config), text_config=copy.deepcopy(text_config), **kwargs)
 
     @property
@@ -184,6 +186,12 @@ class FromageConfig(PreTrainedConfig):
         view: PreTrainedConfig = object.__new__(_full_width_class(base, self.logit_width))
         object.__setattr__(view, "__dict__", inner.__dict__)  # shared: callers write to it
         return view
+
+
+def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision encoder's configuration within that of an image-text model, or the configuration itself."""
+    halves = [getattr(config, name) for name in ("vision_config", "image_config") if name in config.sub_configs]
+    return next((half for half in halves if half is not None), config)
 
 
 class _CustomPipelines(dict):
@@ -205,4 +213,4 @@ def _full_width_class(base: type, width: int) -> type:
     return type(base.__name__, (base,), {"vocab_size": property(lambda self: width, refuse)})
 
 
-__all__ = ["FromageConfig"]
+__all__ = ["FromageConfig", "vision_half"]

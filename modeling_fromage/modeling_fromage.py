@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -28,7 +28,13 @@ from .pretrained_fromage import FromagePreTrainedModel
 from .processing_fromage import FromageProcessor
 from .scoring_fromage import score_candidates
 from .training_losses_fromage import DISPATCH_HINT, captioning_loss, retrieval_losses, weighted_sum
-from .vision_fromage import check_vision_model, pool_vision_output, vision_feature_size
+from .vision_fromage import (
+    build_vision_model,
+    check_vision_model,
+    pool_vision_output,
+    vision_feature_size,
+    vision_part,
+)
 
 
 @dataclass
@@ -89,8 +95,9 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         new_adapter: bool = True,
     ):
         super().__init__(config)
-        self.language_model = unwrapped(language_model) or AutoModelForCausalLM.from_config(config.text_config)
-        self.vision_model = unwrapped(vision_model) or AutoModel.from_config(config.vision_config)
+        language_model, vision_model = unwrapped(language_model), unwrapped(vision_model)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_model = vision_part(vision_model) if vision_model else build_vision_model(config.vision_config)
         self.language_model.eval()  # as it is tried, and stays
         self.vision_model.eval()
         config.text_config = self.language_model.config
@@ -99,7 +106,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             weight_of(module).shape[-1] for module in (self.get_input_embeddings(), self.get_output_embeddings())
         )
         if vision_model is not None and new_adapter:
-            config.vision_feature_size = check_vision_model(vision_model, config.vision_pooling)
+            config.vision_feature_size = check_vision_model(self.vision_model, config.vision_pooling)
         vision_feature_size(config, self.vision_model)
         self.adapter = FromageAdapter(config, input_width, head_width)
         if hasattr(language_model, "hf_quantizer"):  # cannot be compared with files, which are not quantised

@@ -4,17 +4,19 @@ Axes: N images, T tokens of an image, h and w the height and width of a feature 
 """
 
 import copy
+import importlib
 import inspect
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .backbone_probes_fromage import FAILURES
 from .backbones_fromage import undisturbed
-from .configuration_fromage import FromageConfig
+from .configuration_fromage import FromageConfig, vision_half
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,83 @@ def _has_channels_last(feature_map: torch.Tensor, pixel_values: torch.Tensor) ->
     return last and not first
 
 
+# ---- the vision half of an image-text model ------------------------------------------------------------------------
+
+
+def auto_model_for(vision_config: PreTrainedConfig) -> Any:
+    """`AutoModel`, which first learns the class of an encoder that it does not know by itself (BLIP's, OwlViT's).
+
+    Raises:
+        ValueError: transformers has no model of that configuration that takes pixel values.
+    """
+    kind = type(vision_config)
+    is_remote = "AutoModel" in (getattr(vision_config, "auto_map", None) or {})
+    if kind not in MODEL_MAPPING and not is_remote:
+        try:
+            module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
+        except ImportError:
+            module = None
+        models = [each for each in vars(module).values() if _takes_pixels(each, kind)] if module else []
+        if not models:
+            raise ValueError(
+                f"transformers has no vision encoder with a configuration of type {kind.__name__}. Take another vision "
+                "model."
+            )
+        usual_name = f"{kind.__name__.removesuffix('Config')}Model"
+        AutoModel.register(kind, max(models, key=lambda model: model.__name__ == usual_name), exist_ok=True)
+    return AutoModel
+
+
+def build_vision_model(vision_config: PreTrainedConfig) -> PreTrainedModel:
+    """An encoder with random weights."""
+    return auto_model_for(vision_config).from_config(vision_config)
+
+
+def _takes_pixels(each: Any, config_class: type) -> bool:
+    is_model = isinstance(each, type) and issubclass(each, PreTrainedModel)
+    if not is_model or "config_class" not in dir(each) or each.config_class is not config_class:
+        return False
+    return list(inspect.signature(each.forward).parameters)[1:2] == ["pixel_values"]
+
+
+def vision_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The vision encoder within an image-text model, with its weights, or the model itself where it is an encoder.
+
+    Raises:
+        ValueError: There is none that runs by itself.
+    """
+    half = vision_half(model.config)
+    if half is model.config:
+        return model
+    within = model.get_submodule(_name_of_half(model) or "")
+    if within is not model:
+        with torch.device("meta"):
+            encoder = build_vision_model(copy.deepcopy(half))
+        if type(within) is type(encoder):
+            return within
+        # SAM and OwlViT hold what is within their encoder.
+        inner = next((name for name, each in encoder.named_modules() if type(each) is type(within)), None)
+        if inner is not None:
+            encoder.set_submodule(inner, within)
+            encoder.config = half
+            if all(parameter.device.type != "meta" for parameter in encoder.parameters()):
+                return encoder.eval()
+    raise ValueError(
+        f"FROMAGe finds no vision encoder of its own in {type(model).__name__}. Save the encoder by itself with "
+        "save_pretrained, and pass that folder; or take another vision model."
+    )
+
+
+def names_in_vision_half(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of `names`, of tensors of an image-text model, that are in its vision half."""
+    return [name for name in names if name.startswith(f"{_name_of_half(model)}.")]
+
+
+def _name_of_half(model: PreTrainedModel) -> str | None:
+    kind = type(vision_half(model.config))
+    return next((name for name, each in model.named_modules() if type(getattr(each, "config", None)) is kind), None)
+
+
 # ---- width ---------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +194,7 @@ def _measured_feature_size(config: FromageConfig, vision_model: PreTrainedModel 
     vision_config = copy.deepcopy(config.vision_config)
     try:
         if vision_model is None or next(vision_model.parameters()).device.type != "meta":
-            build: Any = AutoModel.from_config if vision_model is None else type(vision_model)._from_config
+            build = type(vision_model)._from_config if vision_model else build_vision_model
             with torch.device("meta"):
                 vision_model = build(vision_config).eval()
         pixels = dummy_images(vision_config, 1).to("meta", vision_model.dtype)
@@ -210,4 +289,12 @@ def _refuse_further_inputs(vision_model: PreTrainedModel) -> None:
         )
 
 
-__all__ = ["check_vision_model", "pool_vision_output", "vision_feature_size"]
+__all__ = [
+    "auto_model_for",
+    "build_vision_model",
+    "check_vision_model",
+    "names_in_vision_half",
+    "pool_vision_output",
+    "vision_feature_size",
+    "vision_part",
+]

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .backbone_probes_fromage import FAILURES, TOLERANCE, has_ability, miniature
+from .backbone_probes_fromage import TOLERANCE, has_ability, why_no_shortcut
 from .backbones_fromage import decoder_and_head, undisturbed, weight_of
+from .miniature_fromage import FAILURES, miniature
 
 logger = logging.getLogger(__name__)
 
@@ -227,12 +228,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 @undisturbed
 @torch.no_grad()
-def check_decoder(language_model: PreTrainedModel) -> None:
+def check_decoder(language_model: PreTrainedModel) -> float:
     """Raise a `ValueError` where FROMAGe cannot give the LM what it takes.
 
     Visual tokens and `[RET]` come as embeddings: the LM must not make more of token ids (Gemma 3n has inputs for each
-    layer, Falcon-H1 scales them), nor need them. And it must be causal, which XLNet and a BERT that is no decoder are
-    not.
+    layer), nor need them. It must be causal, which XLNet and a BERT that is no decoder are not, and pass a gradient.
+
+    Returns:
+        What it multiplies the embeddings of token ids by, and those that are given to it not: 1 but for Falcon-H1.
     """
     decoder, tolerance = miniature(language_model), TOLERANCE
     if decoder is None:
@@ -241,25 +244,34 @@ def check_decoder(language_model: PreTrainedModel) -> None:
     name, embedding = type(language_model).__name__, decoder.get_input_embeddings()
     weight = weight_of(embedding)
     ids = torch.arange(3, device=weight.device)[None] + len(weight) // 2  # padding has other ids
-
-    def difference(found: torch.Tensor) -> float:
-        return ((found.float() - expected).norm() / expected.norm()).item()
-
     expected = decoder(input_ids=ids[:, :2], use_cache=False)[0].float()
     embeds = embedding(ids)
+
+    def difference(embeds: torch.Tensor) -> float:
+        found = decoder(inputs_embeds=embeds.clone(), use_cache=False)[0][:, : expected.shape[1]].float()
+        return ((found - expected).norm() / expected.norm()).item()
+
     try:
-        without_ids = difference(decoder(inputs_embeds=embeds[:, :2].clone(), use_cache=False)[0])
-        longer = difference(decoder(inputs_embeds=embeds.clone(), use_cache=False)[0][:, :2])
+        scales = [1.0, *_numbers_in_both(decoder.config, language_model.config)]
+        differences = [difference(embeds[:, :2])]
+        if not differences[0] <= tolerance:
+            differences += [difference(scale * embeds[:, :2]) for scale in scales[1:]]
+        scale = scales[min(range(len(differences)), key=differences.__getitem__)]
+        longer = difference(scale * embeds)
         decoder(inputs_embeds=-embeds, use_cache=False)  # of no token: Gemma 4 looks up whose embeddings they are
+        with torch.enable_grad():
+            inputs = embeds.detach().clone().requires_grad_()
+            output = decoder(inputs_embeds=1 * inputs, use_cache=False)[0]
+            torch.autograd.grad(output.float().square().sum(), inputs)
     except FAILURES as error:
         raise ValueError(
-            f"{name} does not run from embeddings without token ids, and FROMAGe gives it embeddings. Take another LM. "
-            f"It says: {error}"
+            f"{name} does not run from embeddings without token ids, with a gradient for them, and FROMAGe gives it "
+            f"embeddings. Take another LM. It says: {error}"
         ) from error
-    if not without_ids <= tolerance:
+    if not min(differences) <= tolerance:
         raise ValueError(
             f"{name} takes more from token ids than their input embeddings: its hidden states are off by "
-            f"{without_ids:.2g} without the ids, and FROMAGe gives it embeddings. Take another LM."
+            f"{differences[0]:.2g} without the ids, and FROMAGe gives it embeddings. Take another LM."
         )
     if not longer <= max(5 * tolerance, 1e-2):
         raise ValueError(
@@ -267,6 +279,15 @@ def check_decoder(language_model: PreTrainedModel) -> None:
             "load one that can be a decoder with `is_decoder=True` (`text_is_decoder=True` in "
             "from_vision_text_pretrained)."
         )
+    return scale
+
+
+def _numbers_in_both(small: PreTrainedConfig, config: PreTrainedConfig) -> list[float]:
+    """The floating-point numbers that a miniature's configuration shares with the LM's."""
+    numbers, own = small.to_dict(), config.get_text_config(decoder=True).to_dict()
+    return sorted(
+        {value for key, value in numbers.items() if type(value) is float and value > 0 and own.get(key) == value}
+    )
 
 
 # ---- what has been found out ----------------------------------------------------------------------------------------
@@ -281,6 +302,7 @@ class LanguageModelTraits:
     def __init__(self) -> None:
         self.abilities: dict[tuple[str, str], bool] = {}  # by attention implementation and ability
         self.logit_transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.shortcut_problems: dict[str, str] = {}  # by attention implementation
         self.mean_row_norm: float | None = None  # of the input embeddings before `[RET]`
         self.passes_gradient = False  # shown; a linear layer that loses it raises
         self.logged_fallbacks: set[str] = set()
@@ -301,6 +323,15 @@ class LanguageModelTraits:
             self.abilities[attention, ability] = found
         verb = "takes" if found else "does not take"
         logger.info("%s (%s) %s %s.", type(language_model).__name__, attention, verb, ability)
+
+    def why_no_shortcut(self, language_model: PreTrainedModel) -> str | None:
+        """What keeps the LM from the shortcuts of training; `None` where it takes one of them."""
+        if self.takes(language_model, "packed rows") or self.takes(language_model, "cached prefixes"):
+            return None
+        attention = language_model.config._attn_implementation
+        if attention not in self.shortcut_problems:
+            self.shortcut_problems[attention] = why_no_shortcut(language_model)
+        return self.shortcut_problems[attention]
 
     def measure_logit_transform(self, language_model: PreTrainedModel) -> None:
         """Measure anew what the LM does to its head's output, unless its weights are not there yet."""

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
 
 from .backbones_fromage import size_differences
-from .configuration_fromage import FromageConfig, vision_half
+from .configuration_fromage import FromageConfig, text_half, vision_half
 from .fingerprint_fromage import check_fingerprint, weight_files
 from .processing_fromage import FromageProcessor
+from .text_part_fromage import load_language_model, with_text_half
 from .vision_fromage import auto_model_for, names_in_vision_half, vision_part
 from .vision_libraries_fromage import read_vision_config, split_library
 from .vision_open_clip import load_open_clip
@@ -126,12 +127,11 @@ def load_backbone(
     """
     if kwargs.get("quantization_config", ...) is None:  # which would hide that the files are quantised
         kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
-    if prefix == "vision":
-        model, missing = _load_vision_model(name, kwargs, library)
+    hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
+    if prefix == "text":
+        model, missing = load_language_model(name, hub_kwargs, kwargs)
     else:
-        auto_class: Any = AutoModelForCausalLM
-        model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
+        model, missing = _load_vision_model(name, hub_kwargs, kwargs, library)
     if prefix == "vision" and pooling != "pooler":
         missing = [key for key in missing if "pooler" not in key]  # random, and not in use
     if missing:
@@ -141,9 +141,10 @@ def load_backbone(
     return model
 
 
-def _load_vision_model(name: str, kwargs: dict[str, Any], library: str) -> tuple[PreTrainedModel, list[str]]:
-    """`from_pretrained` of a vision encoder, and the names of the weights that its files lack."""
-    hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
+def _load_vision_model(
+    name: str, hub_kwargs: dict[str, Any], kwargs: dict[str, Any], library: str
+) -> tuple[PreTrainedModel, list[str]]:
+    """`from_pretrained` of a vision encoder of a library, and the names of the weights that its files lack."""
     if "config" not in kwargs:
         # A CLIPModel repository holds both halves: the configuration decides which class is built.
         projected = kwargs.pop("projected", False)
@@ -189,7 +190,8 @@ def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) 
             projected = getattr(saved, "projected", False)
             found = vision_half(read_vision_config(name, config.vision_model_library, projected, **hub_kwargs))
         else:
-            found = AutoConfig.from_pretrained(name, **hub_kwargs)
+            whole = AutoConfig.from_pretrained(name, **hub_kwargs)
+            found = text_half(whole)
         if differences := size_differences(saved, found):
             raise ValueError(
                 f"The {role} {name!r} is not the one of this checkpoint: {'; '.join(differences)}. Set "
@@ -197,7 +199,7 @@ def reload_backbone(prefix: str, config: FromageConfig, kwargs: dict[str, Any]) 
             )
         if quantization := found.to_dict().get("quantization_config"):  # of a repository that is stored quantised
             saved.quantization_config = quantization
-        kwargs["config"] = saved
+        kwargs["config"] = saved if prefix == "vision" else with_text_half(whole, saved)
     model = load_backbone(prefix, name, kwargs, config.vision_pooling, config.vision_model_library)
     if known := getattr(config, f"{prefix}_model_fingerprint"):
         check_fingerprint(backbone_files(prefix, config, kwargs.get("cache_dir")), known, role, name)
@@ -266,7 +268,7 @@ def find_local_backbones(config: FromageConfig, checkpoint: str | os.PathLike) -
     Raises:
         ValueError: A backbone is not there, or unknown.
     """
-    if (config.vision_model_id or "").startswith("open_clip:"):  # as a caller names it
+    if config.vision_model_id is not None and config.vision_model_id.startswith("open_clip:"):  # as a caller names it
         config.vision_model_library, config.vision_model_id = split_library(config.vision_model_id)
     for prefix, role in ROLES.items():
         field = f"{prefix}_model_id"

@@ -5,7 +5,6 @@ layers, fp32) has weights large enough for a wrong mask, position or state to sh
 dtype. What its own weights, dtype and attention kernels make of it is then tried on the LM itself.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .backbones_fromage import decoder_and_head, in_eval_mode, undisturbed, weight_of
+from .backbones_fromage import decoder_and_head, in_eval_mode, initial_cache, run_decoder, undisturbed, weight_of
+from .miniature_fromage import FAILURES, miniature
 from .packing_fromage import PackedRows, positions
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,6 @@ LENGTHS = (6, 2, 4)  # of the sequences, which two more tokens follow
 # Of the norm, in fp32. What is wrong is off by more than 1e-2. A mixture of experts moves by 7e-7, as it runs batches
 # of other sizes; the steps of a state-space model are off by 1e-4 from its scan, in the LM's own `generate` as well.
 TOLERANCE, _TOLERANCE_OF_STEPS = 1e-5, 1e-3
-FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-_VOCAB = 64
-_LARGEST = 5e7  # parameters of a miniature: seconds on a CPU
 
 
 class Trial:
@@ -60,10 +57,6 @@ class Trial:
             embeds[i] *= -10
             yield embeds, i
 
-    def empty_cache(self) -> Cache:
-        """What transformers' `generate` starts from."""
-        return DynamicCache(config=self.decoder.config.get_text_config(decoder=True))
-
     def run(
         self,
         embeds: torch.Tensor,
@@ -72,11 +65,7 @@ class Trial:
         cache: Cache | None = None,
         use_cache: bool = True,
     ) -> Any:
-        # A cache is passed only where there is one: state-space models know no such argument.
-        past = {} if cache is None else {"past_key_values": cache}
-        return self.decoder(
-            inputs_embeds=embeds.clone(), attention_mask=mask, position_ids=position_ids, use_cache=use_cache, **past
-        )
+        return run_decoder(self.decoder, embeds.clone(), mask, position_ids, cache, use_cache=use_cache)
 
     def same_gradient(self, run: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         """Whether `run` of each sequence's next token (3, D) -> (3, H) has the gradient of whole passes."""
@@ -151,31 +140,44 @@ class Trial:
         cache = prefix_of(0)
         return self.same_gradient(lambda tokens: query(cache, tokens))
 
-    def takes_left_padding(self) -> bool:
-        """A batch padded on the left, whole, and in a cache with two more tokens at once and one by one."""
+    def _padded_on_the_left(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+        """Batches with quiet and with loud padding, their mask and positions, and the columns before the last two."""
         mask = (self.columns.flip(0) < self.lengths[:, None]).long()
         width = mask.shape[1]
         longer = nn.functional.pad(mask, (0, 2), value=1)
-        later = positions(longer)
         for fill in (0, -10):
-            embeds = torch.stack(
-                [
-                    torch.cat([fill * row[:1].expand(width - n, -1), row[: n + 2]])
-                    for row, n in zip(self.embeds, LENGTHS, strict=True)
-                ]
-            )
-            whole = self.run(embeds, longer, later, use_cache=False)[0]
-            prefix = self.run(embeds[:, :width], mask, later[:, :width], self.empty_cache())
-            at_once = self.run(embeds[:, width:], longer, later[:, width:], copy.deepcopy(prefix.past_key_values))[0]
-            cache, steps = prefix.past_key_values, [prefix[0]]
-            for end in (width + 1, width + 2):
-                here = slice(end - 1, end)
-                output = self.run(embeds[:, here], longer[:, :end], later[:, here], cache)
+            rows = [
+                torch.cat([fill * row[:1].expand(width - n, -1), row[: n + 2]])
+                for row, n in zip(self.embeds, LENGTHS, strict=True)
+            ]
+            yield torch.stack(rows), longer, positions(longer), width
+
+    def _agree_behind_padding(self, found: torch.Tensor) -> bool:
+        width = found.shape[1] - 2
+        return all(self.agree(found[i, width - n :], self.truth[i]) for i, n in enumerate(LENGTHS))
+
+    def takes_left_padding(self) -> bool:
+        """A batch padded on the left, whole, and in a cache with two more tokens one by one."""
+        for embeds, mask, position, width in self._padded_on_the_left():
+            cache, steps = initial_cache(self.decoder), []
+            for start, end in ((0, width), (width, width + 1), (width + 1, width + 2)):
+                here = slice(start, end)
+                output = self.run(embeds[:, here], mask[:, :end], position[:, here], cache)
                 cache = output.past_key_values
                 steps.append(output[0])
-            for found in (whole, torch.cat([prefix[0], at_once], dim=1), torch.cat(steps, dim=1)):
-                if not all(self.agree(found[i, width - n :], self.truth[i]) for i, n in enumerate(LENGTHS)):
-                    return False
+            whole = self.run(embeds, mask, position, use_cache=False)[0]
+            if not (self._agree_behind_padding(whole) and self._agree_behind_padding(torch.cat(steps, dim=1))):
+                return False
+        return True
+
+    def takes_several_tokens_at_once(self) -> bool:
+        """A batch padded on the left in a cache, and two more tokens behind it in one pass."""
+        for embeds, mask, position, width in self._padded_on_the_left():
+            first, last = slice(width), slice(width, None)
+            prefix = self.run(embeds[:, first], mask[:, first], position[:, first], initial_cache(self.decoder))
+            rest = self.run(embeds[:, last], mask, position[:, last], prefix.past_key_values)
+            if not self._agree_behind_padding(torch.cat([prefix[0], rest[0]], dim=1)):
+                return False
         return True
 
     def takes_right_padding(self) -> bool:
@@ -192,7 +194,7 @@ class Trial:
         """One sequence, whose last two tokens run one by one behind a cache of the others."""
         row, n = self.embeds[:1], LENGTHS[0]
         mask = torch.ones(1, n + 2, dtype=torch.long, device=row.device)
-        cache, steps = self.empty_cache(), []
+        cache, steps = initial_cache(self.decoder), []
         for start, end in ((0, n), (n, n + 1), (n + 1, n + 2)):
             output = self.run(row[:, start:end], mask[:, :end], positions(mask)[:, start:end], cache)
             cache = output.past_key_values
@@ -205,11 +207,12 @@ ABILITIES = {
     "packed rows": Trial.takes_packed_rows,
     "cached prefixes": Trial.takes_cached_prefixes,
     "left padding": Trial.takes_left_padding,
+    "several tokens behind a cache": Trial.takes_several_tokens_at_once,
     "right padding": Trial.takes_right_padding,
     "a cache": Trial.continues_from_a_cache,
 }
-_TRAINING = ("packed rows", "cached prefixes")  # shortcuts of training: in doubt, the ordinary pass
-_GENERATION = ("left padding", "a cache")
+TRAINING = ("packed rows", "cached prefixes")  # shortcuts of training: in doubt, the ordinary pass
+GENERATION = ("left padding", "several tokens behind a cache", "a cache")
 
 
 def holds_attention_alone(cache: Cache | None) -> bool:
@@ -226,15 +229,15 @@ def has_ability(language_model: PreTrainedModel, ability: str) -> bool:
     decoder, _ = decoder_and_head(language_model)
     embedding = language_model.get_input_embeddings()
     if weight_of(embedding).device.type == "meta":  # offloaded: not to be trained
-        return ability not in _TRAINING
+        return ability not in TRAINING
     if ability == "packed rows" and language_model.config._attn_implementation not in ("sdpa", "eager"):
         return False  # other kernels take no masks
-    if ability in _TRAINING and not holds_attention_alone(_cache_of(language_model.config)):
+    if ability in TRAINING and not holds_attention_alone(_cache_of(language_model.config)):
         return False
     found = _shown_by_a_miniature(language_model, ability)
     if found is None:
-        found = ability not in _TRAINING
-    elif ability not in _TRAINING:
+        found = ability not in TRAINING
+    elif ability not in TRAINING:
         return found
     if not found:
         return False
@@ -256,6 +259,29 @@ def _cache_of(config: PreTrainedConfig) -> Cache | None:
         return None
 
 
+@undisturbed
+@torch.no_grad()
+def why_no_shortcut(language_model: PreTrainedModel) -> str:
+    """Why an LM takes neither packed rows nor cached prefixes, in words."""
+    if not holds_attention_alone(_cache_of(language_model.config)):
+        return "the language model's layers keep states, which mix what stands in a row"
+    decoder = miniature(language_model)
+    if decoder is None:
+        return "no small copy of the language model can be made to try packed rows on"
+    width = weight_of(decoder.get_input_embeddings()).shape[-1]
+    embeds = torch.randn(1, max(LENGTHS), width, generator=torch.Generator().manual_seed(1))
+    places = torch.arange(max(LENGTHS))[None]
+    try:
+        output = run_decoder(decoder, embeds.clone(), None, places, use_cache=True)
+        if not holds_attention_alone(output.get("past_key_values")):
+            return "the language model returns no cache of keys and values"
+        if torch.equal(output[0], run_decoder(decoder, embeds.clone(), None, places**2, use_cache=False)[0]):
+            return "the language model takes no `position_ids`: it counts the places in a row itself"
+    except FAILURES as error:
+        return f"the language model does not take them ({type(error).__name__})"
+    return "the language model computes other numbers from packed rows and cached prefixes than from whole texts"
+
+
 def _shown_by_a_miniature(language_model: PreTrainedModel, ability: str) -> bool | None:
     """Whether a miniature of the LM has the ability; `None` where none can be made."""
     decoder = miniature(language_model)
@@ -265,7 +291,7 @@ def _shown_by_a_miniature(language_model: PreTrainedModel, ability: str) -> bool
     generator = torch.Generator().manual_seed(1)
     width = weight_of(decoder.get_input_embeddings()).shape[-1]
     embeds = torch.randn(len(LENGTHS), max(LENGTHS) + 2, width, generator=generator)
-    tolerance = _TOLERANCE_OF_STEPS if ability in _GENERATION else TOLERANCE
+    tolerance = _TOLERANCE_OF_STEPS if ability in GENERATION else TOLERANCE
     # In fp64 where attention is so sharp that fp32's rounding is magnified; some kernels take no fp64.
     for dtype in (torch.float32, torch.float64):
         try:
@@ -274,86 +300,3 @@ def _shown_by_a_miniature(language_model: PreTrainedModel, ability: str) -> bool
         except FAILURES:
             continue
     return False
-
-
-# ---- the miniature -------------------------------------------------------------------------------------------------
-
-
-def miniature(language_model: PreTrainedModel) -> PreTrainedModel | None:
-    """A decoder of the LM's class and configuration, on the CPU in fp32, with few layers and large random weights.
-
-    As small as the class allows: what does not fit together is left as large as it is. `None` where that fails too.
-    """
-    attention = language_model.config._attn_implementation
-    attention = attention if attention in ("sdpa", "eager") else "sdpa"
-    for heads, thin in ((2, True), (4, True), (2, False), (4, False), (None, True), (None, False)):
-        try:
-            config = _small_config(language_model.config, heads, thin)
-            with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in type(language_model)._from_config(config).parameters())
-            if size > _LARGEST:
-                continue
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                small = (
-                    type(language_model)._from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
-                )
-                small.requires_grad_(False)
-                decoder, _ = decoder_and_head(small)
-                _enlarge(small)
-                width = weight_of(small.get_input_embeddings()).shape[-1]
-                decoder(inputs_embeds=torch.randn(1, 3, width, dtype=torch.float32), use_cache=False)
-        except (AssertionError, ImportError, *FAILURES):
-            continue
-        return decoder
-    return None
-
-
-def _small_config(config: PreTrainedConfig, few: int | None, thin: bool) -> PreTrainedConfig:
-    """A copy with a layer of each kind (two at least) and few tokens; `thin`: with small feed-forward parts and few
-    experts; `few`: at least so many attention heads, and a width to match."""
-    config = copy.deepcopy(config)
-    fields = vars(config)
-    depth = config.num_hidden_layers
-    of_layers = {key: value for key, value in fields.items() if isinstance(value, list) and len(value) == depth}
-    kinds = list(zip(*(value for value in of_layers.values() if isinstance(value[0], str)), strict=True))
-    kept = sorted({*range(min(2, depth)), *(kinds.index(kind) for kind in kinds)})
-    changes: dict[str, Any] = {key: [value[i] for i in kept] for key, value in of_layers.items()}
-    changes |= {key: len(kept) for key in ("decoder_layers", "encoder_layers", "num_blocks") if key in fields}
-    sizes = {key: value for key, value in fields.items() if type(value) is int}
-    changes |= {key: 0 for key, value in sizes.items() if key.endswith("token_id") and value >= _VOCAB}
-    changes |= {key: _VOCAB for key in sizes if key.startswith("vocab_size")}
-    if thin:
-        changes |= {
-            key: 64 for key, value in sizes.items() if ("intermediate_size" in key or "ffn" in key) and value > 64
-        }
-        chosen = max((value for key, value in sizes.items() if "per_tok" in key or "top_k" in key), default=2)
-        experts = ("num_experts", "num_local_experts", "n_routed_experts")
-        changes |= {key: max(4, chosen) for key in experts if sizes.get(key, 0) > 4}
-    if few:
-        width = config.hidden_size
-        heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
-        fewest = next((n for n in (*range(few, heads), 1) if heads % n == 0), heads) if heads else 1
-        factor = heads // fewest if heads else max(1, width // 64)
-        changes |= {key: value // factor for key, value in sizes.items() if value % width == 0 and key not in changes}
-        # Heads of states as well, whose number goes with the width, too.
-        changes |= {
-            key: max(1, value // factor)
-            for key, value in sizes.items()
-            if any(word in key for word in ("heads", "n_head", "groups"))
-        }
-    for key, value in changes.items():
-        setattr(config, key, value)
-    config.num_hidden_layers = len(kept)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        fields.pop(name, None)
-    return config
-
-
-def _enlarge(model: nn.Module) -> None:
-    """Weights that keep the size of what they multiply, as after training, so that no part of the model is silent."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-        elif parameter.dim() == 1:  # scales and biases, among them such as start from zero
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)

@@ -1,6 +1,7 @@
 """What FROMAGe asks of its language model: widths, windows, and modes. The only place for it."""
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,61 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 def decoder_and_head(language_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module]:
     """The LM without its head, and the head."""
     decoder, head = language_model.get_decoder(), language_model.get_output_embeddings()
-    if head is None or decoder is language_model or decoder is head:
+    if decoder is language_model or not isinstance(decoder, PreTrainedModel):
+        # `get_decoder` goes by names: it finds ModernBERT-decoder's head, and nothing in Llama 4.
+        inner = [module for module in language_model.children() if isinstance(module, PreTrainedModel)]
+        decoder = inner[0] if len(inner) == 1 else language_model
+    if head is None or decoder is language_model:
         raise ValueError(
             f"{type(language_model).__name__} is not a causal language model with an output head. Load the language "
             "model with AutoModelForCausalLM."
         )
     return decoder, head
+
+
+@functools.cache
+def _arguments(decoder_class: Any) -> set[str]:
+    return {*inspect.signature(decoder_class.forward).parameters}
+
+
+@torch.compiler.assume_constant_result
+def _cache_name(decoder_class: Any) -> str:
+    """What a decoder calls its cache: `cache_params` in Mamba and its kind."""
+    return "cache_params" if "cache_params" in _arguments(decoder_class) else "past_key_values"
+
+
+def initial_cache(decoder: PreTrainedModel) -> Cache | None:
+    """What a generation starts from: an empty cache; none where the decoder makes its own in its first pass, as one of
+    states alone has no length, which transformers' `generate` asks for."""
+    config = decoder.config.get_text_config(decoder=True)
+    generation: Any = GenerationMixin
+    if not generation._supports_default_dynamic_cache.__func__(type(decoder)):  # RWKV, xLSTM
+        return None
+    cache = DynamicCache(config=config)
+    has_attention = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+    return cache if has_attention or not cache.layers else None
+
+
+def run_decoder(
+    decoder: PreTrainedModel,
+    embeds: torch.Tensor,
+    mask: Any = None,
+    position_ids: torch.Tensor | None = None,
+    cache: Cache | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The decoder's output for `embeds` (B, L, D), with its cache as `past_key_values`."""
+    decoder_class: Any = type(decoder)
+    name = _cache_name(decoder_class)
+    if cache is not None:  # passed only where there is one: some know no such argument
+        kwargs[name] = cache
+        if name == "cache_params" and mask is not None:
+            # Of what is new; `generate` makes masks for each kind of layer where a cache has a fixed size.
+            mask = mask[:, -embeds.shape[1] :] if isinstance(mask, torch.Tensor) else None
+    output = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, return_dict=True, **kwargs)
+    if name != "past_key_values":
+        output["past_key_values"] = output.get(name)
+    return output
 
 
 def hidden_state_width(text_config: PreTrainedConfig, layer: int, head_width: int) -> int:
@@ -108,8 +159,11 @@ def attention_window(text_config: PreTrainedConfig) -> float:
 
 
 def context_length(text_config: PreTrainedConfig) -> float:
-    """Tokens that the LM has positions for; infinite where its configuration names no limit."""
-    return getattr(text_config, "max_position_embeddings", None) or float("inf")
+    """Tokens that the LM has positions for; infinite where its configuration names no limit (or -1, as XLNet's)."""
+    config = text_config.to_dict()
+    # Beyond the latter, Doge's attention looks at what follows as it chooses what to keep.
+    limits = [getattr(text_config, "max_position_embeddings", None), config.get("keep_window_size")]
+    return min((limit for limit in limits if limit and limit > 0), default=float("inf"))
 
 
 def check_length(input_ids: torch.Tensor, text_config: PreTrainedConfig) -> None:

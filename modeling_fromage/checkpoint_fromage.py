@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -234,7 +235,6 @@ def load_checkpoint(
     load_with_transformers: Callable[..., Any],
     pretrained_model_name_or_path: str | os.PathLike,
     *model_args: Any,
-    config: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Body of [`FromagePreTrainedModel.from_pretrained`], which documents it.
@@ -242,6 +242,23 @@ def load_checkpoint(
     Args:
         load_with_transformers: transformers' own `from_pretrained` of `cls`.
     """
+    try:
+        return _load_checkpoint(cls, load_with_transformers, pretrained_model_name_or_path, *model_args, **kwargs)
+    except HTTPError as error:
+        raise ConnectionError(
+            f"Loading {pretrained_model_name_or_path} broke off while a file was downloaded: {error}. Call again: "
+            "files that are complete are not downloaded twice."
+        ) from error
+
+
+def _load_checkpoint(
+    cls: type["FromagePreTrainedModel"],
+    load_with_transformers: Callable[..., Any],
+    pretrained_model_name_or_path: str | os.PathLike,
+    *model_args: Any,
+    config: Any = None,
+    **kwargs: Any,
+) -> Any:
     hub_kwargs: Any = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
     peft_path, name, adapter_kwargs = maybe_load_adapters(
         pretrained_model_name_or_path, hub_kwargs, **(kwargs.get("adapter_kwargs") or {})

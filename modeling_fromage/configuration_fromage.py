@@ -48,6 +48,9 @@ class FromageConfig(PreTrainedConfig):
         ret_embedding_scale (`float`, defaults to 1):
             What `[RET]`'s row is multiplied by where it enters the LM: what the LM's embedding module multiplies its
             own rows by (the square root of the width in Gemma). Measured when a new model is assembled.
+        text_embedding_scale (`float`, defaults to 1):
+            What the LM multiplies the embeddings of token ids by, beside its embedding module, and embeddings that are
+            given to it not (Falcon-H1). Found out when a new model is assembled.
         logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Initial log of the contrastive temperature.
         projector_type (`"linear"`): Kind of `multi_modal_projector`. There is no other yet.
         vision_pooling (`"pooler"`, `"cls"` or `"mean"`, defaults to `"pooler"`):
@@ -103,6 +106,7 @@ class FromageConfig(PreTrainedConfig):
     num_ret_tokens: int = 1
     tie_ret_embedding: bool = True
     ret_embedding_scale: float = 1.0
+    text_embedding_scale: float = 1.0
     logit_scale_init_value: float = math.log(1 / 0.07)
     projector_type: Literal["linear"] = "linear"
     vision_pooling: Literal["pooler", "cls", "mean"] = "pooler"
@@ -128,7 +132,12 @@ class FromageConfig(PreTrainedConfig):
         if kwargs.get("custom_pipelines"):
             kwargs["custom_pipelines"] = _CustomPipelines(kwargs["custom_pipelines"])
         super().__post_init__(**kwargs)
-        self.vision_config = vision_half(self.vision_config)
+        self.vision_config, self.text_config = vision_half(self.vision_config), text_half(self.text_config)
+        if not isinstance(getattr(self.text_config, "num_hidden_layers", None), int):
+            raise ValueError(
+                f"A `text_config` of type {self.text_config.model_type!r} names no `num_hidden_layers`: it is not "
+                "of one decoder. Take another language model."
+            )
         if self.text_embed_layers is None:
             self.text_embed_layers = [-1]
         if self.image_token_id is None:
@@ -194,6 +203,13 @@ def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
     return next((half for half in halves if half is not None), config)
 
 
+def text_half(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The language model's configuration within that of a multimodal model, or the configuration itself."""
+    text_config = config.get_text_config(decoder=True)
+    is_part = any(text_config is getattr(config, name, None) for name in config.sub_configs)
+    return text_config if is_part else config
+
+
 class _CustomPipelines(dict):
     """The pipelines whose code a checkpoint carries. `pipeline` takes the task's name from here, and then the code,
     unless the task is not among them: those that are registered in this process need no code of the checkpoint."""
@@ -213,4 +229,4 @@ def _full_width_class(base: type, width: int) -> type:
     return type(base.__name__, (base,), {"vocab_size": property(lambda self: width, refuse)})
 
 
-__all__ = ["FromageConfig", "vision_half"]
+__all__ = ["FromageConfig", "text_half", "vision_half"]

@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from .adapter_fromage import FromageAdapter
 from .backbone_checks_fromage import LanguageModelTraits
-from .backbones_fromage import attention_window, decoder_and_head
+from .backbones_fromage import attention_window, decoder_and_head, run_decoder
 from .configuration_fromage import FromageConfig
 from .losses_fromage import (
     LOGITS_AT_A_TIME,
@@ -76,6 +76,8 @@ class FrozenLM:
         """
         is_ret, is_image = self.is_ret(input_ids), input_ids == self.config.image_token_id
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_ret | is_image, 0))
+        if self.config.text_embedding_scale != 1.0:
+            embeds = embeds * self.config.text_embedding_scale
         ret_rows = self.adapter.ret_rows()
         if self.config.ret_embedding_scale != 1.0:  # the embedding module scales the LM's own rows, the head does not
             ret_rows = ret_rows * self.config.ret_embedding_scale
@@ -146,15 +148,13 @@ class FrozenLM:
         takes_both = torch.compiler.is_compiling() and self.takes("left padding") and self.takes("right padding")
         padding = None if takes_both else padding_side(attention_mask, embeds)
         if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
+            kwargs["cache"] = past_key_values
         if padding and not self.takes(f"{padding} padding"):
             return self._decode_with_padding_last(embeds, attention_mask, position_ids, **kwargs)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions(attention_mask)[:, -embeds.shape[1] :]
         kwargs.setdefault("use_cache", False)
-        return self.decoder(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
-        )
+        return run_decoder(self.decoder, embeds, attention_mask, position_ids, **kwargs)
 
     def _decode_with_padding_last(
         self, embeds: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor | None, **kwargs: Any

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .backbones_fromage import check_length, context_length
+from .backbones_fromage import check_length, context_length, initial_cache
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
 
@@ -148,6 +148,16 @@ class FromageGenerationMixin(GenerationMixin):
                 "whole text anew for each token."
             )
         kwargs["use_cache"] = False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> bool:
+        is_given = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        parent: Any = super()
+        result = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if not is_given and initial_cache(self.frozen_lm().decoder) is None:
+            model_kwargs.pop("past_key_values", None)
+        return result
 
     def _mask_of_prompt(self, prompt: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The mask of a prompt that comes without one, by transformers' rule: pad tokens are padding, unless they end

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -27,6 +27,7 @@ from .peft_layers_fromage import unwrapped
 from .pretrained_fromage import FromagePreTrainedModel
 from .processing_fromage import FromageProcessor
 from .scoring_fromage import score_candidates
+from .text_part_fromage import build_language_model, text_part
 from .training_losses_fromage import DISPATCH_HINT, captioning_loss, retrieval_losses, weighted_sum
 from .vision_fromage import (
     build_vision_model,
@@ -78,7 +79,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     Args:
         config ([`FromageConfig`]): The configuration.
         language_model, vision_model (`PreTrainedModel`, *optional*):
-            Live backbones to join. Built with random weights from the configuration where absent.
+            Live backbones to join (of a multimodal model, its LM). Built with random weights where absent.
         new_adapter (`bool`, defaults to `True`):
             Whether live backbones are joined for the first time: they are then tried, `[RET]` starts from the LM's
             rows, and `ret_embedding_scale` is measured. `False` where trained parts are to be loaded.
@@ -96,7 +97,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     ):
         super().__init__(config)
         language_model, vision_model = unwrapped(language_model), unwrapped(vision_model)
-        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = text_part(language_model) if language_model else build_language_model(config.text_config)
         self.vision_model = vision_part(vision_model) if vision_model else build_vision_model(config.vision_config)
         self.language_model.eval()  # as it is tried, and stays
         self.vision_model.eval()
@@ -118,8 +119,8 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         self.post_init()
         if language_model is not None and new_adapter:
             self.adapter.init_ret(self.get_input_embeddings(), self.get_output_embeddings(), config.ret_token_id)
-            config.ret_embedding_scale = measure_embedding_scale(self.language_model)
-            check_decoder(self.language_model)
+            config.text_embedding_scale = check_decoder(self.language_model)
+            config.ret_embedding_scale = config.text_embedding_scale * measure_embedding_scale(self.language_model)
         self.traits.measure_logit_transform(self.language_model)
         self._ignore_backbones_on_save()
         self.freeze_backbones()

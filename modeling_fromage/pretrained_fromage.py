@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HTTPError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -15,7 +14,7 @@ from transformers import initialization as init
 from .adapter_fromage import FromageAdapter, trained_state
 from .backbone_checks_fromage import LanguageModelTraits
 from .backbone_loading_fromage import PARTS, ROLES, BackboneOrigin
-from .backbones_fromage import allow_activation_checkpointing, weight_of
+from .backbones_fromage import allow_activation_checkpointing, decoder_and_head, weight_of
 from .checkpoint_files_fromage import TRAINED_PREFIX, load_trained_parts, weight_files_of
 from .checkpoint_fromage import load_checkpoint, load_peft_adapter, refuse_unsaved_peft, save_checkpoint
 from .checkpoint_origin_fromage import refuse_local_backbones
@@ -70,6 +69,11 @@ class FromagePreTrainedModel(PreTrainedModel):
         elif isinstance(module, FromageAdapter):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
+    def initialize_weights(self) -> None:
+        for backbone in (self.language_model, self.vision_model):  # by their own classes' rules: buffers, too
+            backbone.initialize_weights()
+        super().initialize_weights()
+
     @torch.no_grad()
     def retrieval_fingerprint(self) -> str:
         """A digest of the trained parts: embeddings of models that differ in it cannot be compared. Taken anew when
@@ -123,7 +127,7 @@ class FromagePreTrainedModel(PreTrainedModel):
         self.language_model.set_output_embeddings(value)
 
     def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
+        return decoder_and_head(self.language_model)[0]
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 
@@ -246,13 +250,7 @@ class FromagePreTrainedModel(PreTrainedModel):
         load = super().from_pretrained
         if pretrained_model_name_or_path is None:  # a state dict is given
             return load(None, *model_args, config=config, **kwargs)
-        try:
-            return load_checkpoint(cls, load, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        except HTTPError as error:
-            raise ConnectionError(
-                f"Loading {pretrained_model_name_or_path} broke off while a file was downloaded: {error}. Call again: "
-                "files that are complete are not downloaded twice."
-            ) from error
+        return load_checkpoint(cls, load, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     def load_adapter(  # type: ignore[override]  # further options come by keyword
         self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any

@@ -6,11 +6,11 @@ LM's head.
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache
 
-from .backbone_probes_fromage import holds_attention_alone
 from .backbones_fromage import context_length
 from .frozen_lm_fromage import FrozenLM
 from .packing_fromage import additive_mask, tokens_first
@@ -68,7 +68,7 @@ def score_candidates(
     mask, input_ids = mask.gather(-1, order), input_ids.gather(-1, order)
     embeds = lm.embed(input_ids, visual_tokens)
     context = lm.decode(embeds, mask, use_cache=True) if lm.takes("left padding") else None
-    if context is None or not holds_attention_alone(context.past_key_values):
+    if context is None or not isinstance(context.past_key_values, Cache):
         return _scores_of_whole_texts(lm, embeds, mask, ids, candidate_mask, shift)
     last = context.last_hidden_state[:, -1:]  # (B, 1, H)
 
@@ -161,18 +161,23 @@ def _run_in_rows(
     order = tokens_first(candidate_mask)
     candidate_mask, ids = candidate_mask.gather(-1, order), ids.gather(-1, order)
     count, length = ids.shape[1:]
-    copies = copy.deepcopy(cache)
-    copies.batch_repeat_interleave(count)
+    copies: Any = copy.deepcopy(cache)
+    rows = torch.arange(len(ids), device=ids.device)
+    copies.reorder_cache(rows.repeat_interleave(count))  # states beside keys and values, too
     full_mask = torch.cat([mask.repeat_interleave(count, dim=0), candidate_mask.flatten(0, 1).to(mask)], dim=1)
-    output = lm.decode(
-        lm.embed(ids.flatten(0, 1).masked_fill(~candidate_mask.flatten(0, 1), 0)),
-        full_mask,
-        past_key_values=copies,
-        use_cache=True,
-    )
-    hidden = output.last_hidden_state.unflatten(0, (-1, count))  # (B, C, M, H)
-    rows = torch.arange(len(ids), device=ids.device)[:, None]
-    return hidden[rows, layout.candidate, layout.position.clamp(min=0, max=length - 1)]
+    embeds, context = lm.embed(ids.flatten(0, 1).masked_fill(~candidate_mask.flatten(0, 1), 0)), mask.shape[1]
+    size = length if lm.takes("several tokens behind a cache") else 1
+    outputs = [
+        lm.decode(
+            embeds[:, start : start + size],
+            full_mask[:, : context + start + size],
+            past_key_values=copies,
+            use_cache=True,
+        ).last_hidden_state
+        for start in range(0, length, size)
+    ]
+    hidden = torch.cat(outputs, dim=1).unflatten(0, (-1, count))  # (B, C, M, H)
+    return hidden[rows[:, None], layout.candidate, layout.position.clamp(min=0, max=length - 1)]
 
 
 __all__ = ["score_candidates"]

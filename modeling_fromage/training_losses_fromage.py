@@ -133,9 +133,7 @@ def why_not_ret_only(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) 
     after_ret = is_ret.int().cumsum(-1).bool() & mask.bool()
     if not ((is_ret.sum(-1) == 1).all() and (after_ret == is_ret).all() and (mask.sum(-1) > 1).all()):
         return "a text has [RET] elsewhere than once, at its end, or nothing before it"
-    if not (lm.takes("packed rows") or lm.takes("cached prefixes")):
-        return "the language model does not continue cached prefixes of different lengths"
-    return None
+    return lm.traits.why_no_shortcut(language_model)
 
 
 def ordinary_pass(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@ transformers' wrapper."""
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
 from transformers.utils import is_timm_available
@@ -19,7 +19,7 @@ from .vision_open_clip import (
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
 
 
-def split_library(name: str) -> tuple[str, str]:
+def split_library(name: str) -> tuple[Literal["transformers", "open_clip"], str]:
     """The library of a vision encoder, and the folder or Hub id within it.
 
     `"open_clip:hf-hub:org/name"`, `"open_clip:local-dir:PATH"` and `"open_clip:MODEL/TAG"` (a model and a pretrained

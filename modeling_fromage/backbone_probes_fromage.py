@@ -278,7 +278,7 @@ def why_no_shortcut(language_model: PreTrainedModel) -> str:
         if torch.equal(output[0], run_decoder(decoder, embeds.clone(), None, places**2, use_cache=False)[0]):
             return "the language model takes no `position_ids`: it counts the places in a row itself"
     except FAILURES as error:
-        return f"the language model does not take them ({type(error).__name__})"
+        return f"a pass with a cache fails in the language model ({type(error).__name__})"
     return "the language model computes other numbers from packed rows and cached prefixes than from whole texts"
 
 

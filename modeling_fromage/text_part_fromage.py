@@ -14,8 +14,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from .backbones_fromage import decoder_and_head, undisturbed, weight_of
+from .backbones_fromage import decoder_and_head, in_eval_mode, undisturbed, weight_of
 from .configuration_fromage import text_half
+from .miniature_fromage import FAILURES
 
 
 def with_text_half(config: PreTrainedConfig, text_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -97,22 +98,23 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
         return model
     check_causal_lm(model.config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if head is None:
+        raise _refusal(model, causal_lm_class(config), "it has no output head")
     config.tie_word_embeddings = weight_of(head) is weight_of(model.get_input_embeddings())
     with torch.device("meta"):
         lm = build_language_model(config)
     if type(decoder) is type(lm):  # BLIP-2 and Llama 4 hold a whole one
-        lm = decoder
-    else:
-        for own, part in zip(decoder_and_head(lm), (decoder, head), strict=True):
-            if type(own) is not type(part):
-                why = f"it has a {type(part).__name__} in the place of a {type(own).__name__}"
-                raise _refusal(model, lm, why)
-            lm.set_submodule(next(name for name, module in lm.named_modules() if module is own), part)
-        lm.config = decoder.config
-        lm.generation_config = copy.deepcopy(model.generation_config)
-        for name in ("hf_quantizer", "quantization_method"):
-            if name in vars(model):
-                setattr(lm, name, vars(model)[name])
+        return decoder
+    for own, part in zip(decoder_and_head(lm), (decoder, head), strict=True):
+        if type(own) is not type(part):
+            why = f"it has a {type(part).__name__} in the place of a {type(own).__name__}"
+            raise _refusal(model, type(lm), why)
+        lm.set_submodule(next(name for name, module in lm.named_modules() if module is own), part)
+    lm.config = decoder.config
+    lm.generation_config = copy.deepcopy(model.generation_config)
+    for name in ("hf_quantizer", "quantization_method"):
+        if name in vars(model):
+            setattr(lm, name, vars(model)[name])
     _compare(model, lm.eval())
     return lm
 
@@ -125,21 +127,20 @@ def _compare(model: PreTrainedModel, lm: PreTrainedModel) -> None:
     if weight.device.type == "meta":
         return
     ids = torch.arange(3, 8, device=weight.device)[None]
-    was_training = model.training
     try:
-        whole = model.eval()(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
-        lm.eval()
+        with in_eval_mode(model):
+            whole = model(input_ids=ids, use_cache=False).logits.float()
+    except FAILURES as error:
+        raise _refusal(model, type(lm), f"it does not run on text alone ({error})") from error
     alone = lm(input_ids=ids, use_cache=False).logits.float()
     difference = ((alone - whole).norm() / whole.norm()).item() if alone.shape == whole.shape else float("inf")
     if not difference <= (2e-2 if lm.dtype.itemsize < 4 else 1e-4):
-        raise _refusal(model, lm, f"logits of a text differ by {difference:.2g}")
+        raise _refusal(model, type(lm), f"logits of a text differ by {difference:.2g}")
 
 
-def _refusal(model: PreTrainedModel, lm: Any, why: str) -> ValueError:
+def _refusal(model: PreTrainedModel, lm_class: type, why: str) -> ValueError:
     return ValueError(
-        f"{type(model).__name__} does not hold the {type(lm).__name__} that its configuration names as its text part: "
+        f"{type(model).__name__} does not hold the {lm_class.__name__} that its configuration names as its text part: "
         f"{why}. Take the language model that it was built from, or another one."
     )
 

@@ -101,11 +101,9 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         self.vision_model = vision_part(vision_model) if vision_model else build_vision_model(config.vision_config)
         self.language_model.eval()  # as it is tried, and stays
         self.vision_model.eval()
-        config.text_config = self.language_model.config
-        config.vision_config = self.vision_model.config
-        input_width, head_width = (
-            weight_of(module).shape[-1] for module in (self.get_input_embeddings(), self.get_output_embeddings())
-        )
+        config.text_config, config.vision_config = self.language_model.config, self.vision_model.config
+        ends = self.get_input_embeddings(), self.get_output_embeddings()
+        input_width, head_width = (weight_of(module).shape[-1] for module in ends)
         if vision_model is not None and new_adapter:
             config.vision_feature_size = check_vision_model(self.vision_model, config.vision_pooling)
         vision_feature_size(config, self.vision_model)

@@ -1,114 +1,179 @@
-"""Tiny language models of many families."""
+"""A tiny random language model of every model type that AutoModelForCausalLM takes."""
+
+import dataclasses
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 VOCAB = 98  # `<|image|>` and `[RET]` are the LM's own last two rows: it is the truth about them
 IMAGE, RET, PAD = 96, 97, 1
-_COMMON = {"vocab_size": VOCAB, "bos_token_id": 2, "eos_token_id": None, "pad_token_id": PAD}
-_LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False}  # fmt: skip
-_GEMMA = {**_LLAMA, "head_dim": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
-_BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
-         "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
-         "max_position_embeddings": 128}  # fmt: skip
-_BERT = {**_LLAMA, "is_decoder": True, "tie_word_embeddings": True}
-_MAMBA2 = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "expand": 2, "head_dim": 16, "num_heads": 4,
-           "n_groups": 1, "chunk_size": 8, "conv_kernel": 4}  # fmt: skip
+MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+MULTIMODAL_TYPES = sorted(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
 
-FAMILIES = {
-    # controls
-    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 128},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "llama": _LLAMA,
-    "mistral": {**_LLAMA, "sliding_window": 64},
-    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2": _LLAMA,
-    "qwen3_moe": {**_LLAMA, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-                  "decoder_sparse_step": 1},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128},
-    "phi": {**_LLAMA, "partial_rotary_factor": 0.5},
-    "granite": {**_LLAMA, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
-    "cohere": {**_LLAMA, "logit_scale": 0.25, "tie_word_embeddings": True},
-    # positions or windows that padding and packing disturb
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128},
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "bart": _BART,
-    "trocr": {"hidden_size": 32, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
-              "decoder_ffn_dim": 48, "max_position_embeddings": 128},
-    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4,
-                "window_size": 6, "max_position_embeddings": 128},
-    # states beside attention, or instead of it
-    "lfm2": {**_LLAMA, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
-    "lfm3": {**_LLAMA, "layer_types": ["conv", "full_attention"]},
-    "minimax": {**_LLAMA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4,
-                "layer_types": ["linear_attention", "full_attention"]},
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
-    "mamba2": _MAMBA2,
-    "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
-    "jamba": {**_LLAMA, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
-              "expert_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8, "use_mamba_kernels": False},
-    "bamba": {**_LLAMA, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
-              "mamba_n_groups": 1, "mamba_chunk_size": 8},
-    "zamba2": {**_LLAMA, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_d_state": 8,
-               "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 16, "chunk_size": 8, "num_mem_blocks": 1,
-               "hybrid_layer_ids": [1], "num_key_value_heads": 4},
-    "falcon_h1": {**_LLAMA, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
-                  "mamba_n_groups": 1, "mamba_chunk_size": 8, "lm_head_multiplier": 0.3, "embedding_multiplier": 2.0},
-    "nemotron_h": {**_LLAMA, "layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3,
-                   "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8,
-                   "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-                   "moe_shared_expert_intermediate_size": 24, "n_group": 1, "topk_group": 1},
-    "qwen3_next": {**_LLAMA, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "num_experts": 4,
-                   "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
-                   "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-                   "linear_num_value_heads": 4},
-    "granitemoehybrid": {**_LLAMA, "layer_types": ["mamba", "attention"], "num_local_experts": 4,
-                         "num_experts_per_tok": 2, "shared_intermediate_size": 24, "mamba_n_heads": 4,
-                         "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8},
-    "recurrent_gemma": {**_LLAMA, "lru_width": 32, "attention_window_size": 8,
-                        "block_types": ["recurrent", "attention"],
-                        "head_dim": 8, "tie_word_embeddings": True},
-    "xlstm": {"hidden_size": 32, "embedding_dim": 32, "num_hidden_layers": 2, "num_blocks": 2, "num_heads": 4,
-              "chunk_size": 8, "mode": "inference"},
-    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48},
-    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    # embeddings that the embedding module scales
+# What a configuration's fields of these names are made; most families need no more.
+SIZES = {
+    "vocab_size": VOCAB, "bos_token_id": 2, "eos_token_id": None, "pad_token_id": PAD,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_head_dim": 8,
+    "sliding_window": 64, "query_pre_attn_scalar": 8, "tie_word_embeddings": False, "is_decoder": True,
+    # experts
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 24, "shared_intermediate_size": 24, "first_k_dense_replace": 1,
+    "moe_shared_expert_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+    # latent attention
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "index_topk": 64, "index_head_dim": 8, "index_n_heads": 16,
+    # linear attention and states
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "state_size": 8, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_heads": 4, "mamba_n_groups": 1,
+    "mamba_chunk_size": 8, "chunk_size": 8,
+    # encoders and decoders
+    "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "ffn_dim": 48,
+    "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    # parts for images and sound
+    "image_size": 32, "patch_size": 8, "depth": 2, "num_heads": 2, "vision_output_dim": 32, "out_hidden_size": 32,
+}  # fmt: skip
+_GEMMA = {"tie_word_embeddings": True}
+_GEMMA_LAYERS = {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]}
+_LATENT = {"num_key_value_heads": 4}
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+_MAMBA2 = {"expand": 2, "head_dim": 16, "num_heads": 4, "n_groups": 1, "conv_kernel": 4}
+_PER_LAYER_INPUTS = {**_GEMMA_LAYERS, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
+                     "num_kv_shared_layers": 0}  # fmt: skip
+_GEMMA3N = {**_PER_LAYER_INPUTS, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [48, 48],
+            "activation_sparsity_pattern": [0.0, 0.0]}  # fmt: skip
+_ASSISTANT = {"backbone_hidden_size": 32,
+              "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+                              "num_kv_shared_layers": 2, "global_head_dim": 8,
+                              "layer_types": ["sliding_attention", "full_attention"]}}  # fmt: skip
+_DOTS3 = {**_LATENT, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+          "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+          "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+_INKLING = {"layer_types": ["hybrid_sliding", "hybrid"], "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8, "sliding_window_size": 64, "d_rel": 4, "rel_extent": 16,
+            "unpadded_vocab_size": VOCAB}  # fmt: skip
+
+# What else some of them need.
+ODD: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "bailing_hybrid": {**_HYBRID, "num_key_value_heads": 4},
+    "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full", "scale_embedding": True},
+    "codegen": {"rotary_dim": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cpmant": {"dim_head": 8, "dim_ff": 48},
+    "ctrl": {"dff": 48},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 24, "moe_top_k": 2},
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_text": _DOTS3,
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32, "per_layer_config": {}},
+    "emu3": {"vocabulary_map": {"<image>": IMAGE}},
+    "falcon_h1": {"mamba_d_ssm": 64, "lm_head_multiplier": 0.3, "embedding_multiplier": 2.0},
     "gemma": _GEMMA,
-    "gemma2": {**_GEMMA, "sliding_window": 64},
-    "gemma3_text": {**_GEMMA, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma3n_text": {**_GEMMA, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"],
-                     "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
-                     "num_kv_shared_layers": 0, "altup_num_inputs": 2, "intermediate_size": [48, 48],
-                     "activation_sparsity_pattern": [0.0, 0.0]},
-    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 128},
-    "biogpt": {**{k: v for k, v in _LLAMA.items() if "key_value" not in k}},
-    "bigbird_pegasus": {**_BART, "attention_type": "original_full", "scale_embedding": True},
-    "minicpm3": {**_LLAMA, "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16, "q_lora_rank": 16,
-                 "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-                 "num_key_value_heads": 4},
-    # heads of more than a matrix
-    "bert": _BERT,
-    "roberta": _BERT,
-    "rembert": {**_BERT, "input_embedding_size": 32, "output_embedding_size": 48},
-    "modernbert-decoder": {**_LLAMA, "local_attention": 64},
-    # a router that is a linear layer; embeddings scaled in place; no embeddings without ids; not causal
-    "phimoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "ctrl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "dff": 48},
-    "gemma4_text": {**_GEMMA, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"],
-                    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
-                    "global_head_dim": 8},
-    "cpmant": {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 2},
-    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA_LAYERS,
+    "gemma3n_text": _GEMMA3N,
+    "gemma4_assistant": _ASSISTANT,
+    "gemma4_text": {**_PER_LAYER_INPUTS, "global_head_dim": 8},
+    "gemma4_unified_assistant": _ASSISTANT,
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "gptj": {"rotary_dim": 8},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "inkling2_text": {**_INKLING, "layer_types": ["sliding_attention", "full_attention"]},
+    "inkling_text": _INKLING,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "use_mamba_kernels": False},
+    "kimi_linear": {**_HYBRID, "num_key_value_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {**_LATENT, "num_layers": 1, "zero_expert_num": 2},
+    "mamba2": _MAMBA2,
+    "minicpm3": {**_LATENT, "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16},
+    "minimax": {**_HYBRID, "block_size": 4},
+    "mpt": {"expansion_ratio": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3, "mamba_num_heads": 4,
+                   "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    "phi": {"partial_rotary_factor": 0.5},
+    "qwen3_moe": {"decoder_sparse_step": 1},
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"],
+                        "tie_word_embeddings": True},
+    "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 16), "attn_layers": ["local", "lsh"],
+                 "num_buckets": 4, "feed_forward_size": 48, "attention_head_size": 8},
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 48},
+    "qwen4_exp_text": {**_HYBRID, "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+                       "indexer_budget": 64, "indexer_compress_ratio": 4},
+    "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16, "pronunciation_vocab_size": VOCAB,
+                 "shape_vocab_size": VOCAB},
+    "rwkv": {"attention_hidden_size": 32},
+    "xlm": {"causal": True, "pad_index": IMAGE},  # it counts pad tokens in its texts
+    "xlstm": {"embedding_dim": 32, "num_blocks": 2, "mode": "inference"},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": _LATENT,
+    "zamba": {"layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 4, "attention_head_dim": 16},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_ngroups": 1,
+               "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1, "hybrid_layer_ids": [1],
+               "num_key_value_heads": 4},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }  # fmt: skip
 
 
-def make_lm(family: str, spread: float = 1.0, **overrides) -> PreTrainedModel:
-    """A random LM of a family, in eval mode; `spread` multiplies its matrices, so that attention and caps matter."""
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """A model type's configuration with small numbers in the place of its defaults."""
+    return _shrunk(CONFIG_MAPPING[model_type], {**ODD.get(model_type, {}), **overrides})
+
+
+def _shrunk(config_class: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfig:
+    names, aliases = {field.name for field in dataclasses.fields(config_class)}, config_class.attribute_map
+    values = {key: size for name, size in SIZES.items() for key in (name, aliases.get(name)) if key in names}
+    values |= own
+    for name, default in getattr(config_class, "sub_configs_defaults", {}).items():
+        model_type = getattr(default, "model_type", None)
+        sub_class = (
+            CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else getattr(default, "config_class", default)
+        )
+        values[name] = _shrunk(sub_class, {**ODD.get(sub_class.model_type, {}), **own.get(name, {})})
+    return config_class(**values)
+
+
+def make_lm(family: str, spread: float = 1.0, **overrides: Any) -> PreTrainedModel:
+    """A random LM of a model type, or a multimodal model that holds one, in eval mode.
+
+    Args:
+        spread: Multiplies its matrices, so that attention and caps matter.
+    """
     torch.manual_seed(3)
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    config = tiny_config(family, **overrides)
+    multimodal = "text_config" in config.sub_configs and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    auto_class: Any = AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
+    model = auto_class.from_config(config).eval()
     model.generation_config.forced_eos_token_id = None  # of Bart
     with torch.no_grad():
         for parameter in model.parameters():

@@ -41,7 +41,13 @@ from .checkpoint_origin_fromage import backbone_references, has_packed_weights
 from .configuration_fromage import FromageConfig
 from .file_writing_fromage import move_into_place
 from .fingerprint_fromage import trained_fingerprint
-from .peft_layers_fromage import has_merged_layers, has_peft_parameters, names_without_peft, own_parameters
+from .peft_layers_fromage import (
+    has_merged_layers,
+    has_peft_parameters,
+    names_without_peft,
+    own_parameters,
+    take_unrounded_values,
+)
 
 if TYPE_CHECKING:
     from .pretrained_fromage import FromagePreTrainedModel
@@ -388,4 +394,7 @@ def load_peft_adapter(
             f"{sorted(info.unexpected_keys)[:8]}. Load it with peft.PeftModel.from_pretrained(model, folder), into "
             "the model that it was made from."
         )
+    if peft_model_id is not None:
+        hub_kwargs = {key: value for key, value in (kwargs.get("adapter_kwargs") or {}).items() if key in _HUB_DEFAULTS}
+        take_unrounded_values(model, peft_model_id, adapter_name or "default", hub_kwargs)
     return info

@@ -128,6 +128,25 @@ def load_peft_tensors(model: PreTrainedModel, directory: str | os.PathLike) -> N
         set_peft_model_state_dict(model, saved, adapter_name=model.active_adapters()[0])
 
 
+def take_unrounded_values(
+    model: PreTrainedModel, peft_model_id: str | os.PathLike, adapter_name: str, hub_kwargs: dict[str, Any]
+) -> None:
+    """Give an adapter of `model` that was just loaded the values of its file, where loading has rounded them.
+
+    PEFT trains in fp32 beside backbones in bfloat16, in whose dtype transformers loads what was trained.
+    """
+    if is_peft_available():
+        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft.functional import cast_adapter_dtype
+
+        saved = load_peft_weights(os.fspath(peft_model_id), device="cpu", **hub_kwargs)
+        saved = {key.removeprefix("base_model.model."): value for key, value in saved.items()}
+        own = model.get_adapter_state_dict(adapter_name)
+        if any(own[key].dtype.itemsize < value.dtype.itemsize for key, value in saved.items() if key in own):
+            cast_adapter_dtype(model, adapter_name)
+            set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
+
+
 def _inner_name(module: nn.Module) -> str | None:
     """The name under which a module of PEFT's holds the one that it stands for; `None` for all other modules."""
     if "peft" not in sys.modules:  # nothing can be PEFT's then, and importing it takes a second

@@ -4,14 +4,19 @@ import inspect
 import re
 import textwrap
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
-from typing import Any, get_type_hints
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, TorchAoConfig, TrainingArguments
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_fromage import FromageConfig
 from modeling_fromage.io.command_line import dtype_name
 
 from .config import read_config, to_dataclasses, type_name
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _LOADED = "it is read from the backbone that `{}` names"
 DECIDED_ELSEWHERE = {  # fields of FromageConfig that a training file cannot set, and why
@@ -64,9 +69,20 @@ class ModelArguments(ConfigArguments):
     vision_model: str = field(metadata={"help": "Hub id or folder of a vision encoder."})
     dtype: str = field(default="float32", metadata={"help": "dtype of the frozen backbones: float32, bfloat16, ..."})
     compile_vision_model: bool = field(default=False, metadata={"help": "torch.compile the frozen vision encoder."})
+    quantization: Literal["int8", "nf4"] | None = field(
+        default=None, metadata={"help": "Of the language model's linear layers: int8 by torchao, nf4 by bitsandbytes."}
+    )
+    lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA of this rank in the language model too."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; by default twice its rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of what LoRA reads."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that LoRA is put into; by default [q_proj, v_proj]."}
+    )
 
     def __post_init__(self) -> None:
         self.dtype = dtype_name(self.dtype)
+        if self.lora_rank is None and (self.lora_alpha, self.lora_dropout, self.lora_target_modules) != (None, 0, None):
+            raise ValueError("The other keys of LoRA do nothing without `lora_rank`. Set it, or leave them out.")
         for known in fields(ConfigArguments):
             if known.type is float:  # FromageConfig refuses integers
                 setattr(self, known.name, float(getattr(self, known.name)))
@@ -75,6 +91,36 @@ class ModelArguments(ConfigArguments):
         """The fields of FromageConfig that are set."""
         values = {known.name: getattr(self, known.name) for known in fields(ConfigArguments)}
         return {name: value for name, value in values.items() if value is not None}
+
+    def quantization_config(self) -> QuantizationConfigMixin | None:
+        """For `text_quantization_config`, with all of each library's defaults but double quantisation."""
+        if self.quantization == "nf4":
+            _require("bitsandbytes", "quantization: nf4")
+            return BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=self.dtype,
+            )  # fmt: skip
+        if self.quantization == "int8":
+            _require("torchao", "quantization: int8")
+            from torchao.quantization import Int8WeightOnlyConfig  # takes seconds
+
+            return TorchAoConfig(Int8WeightOnlyConfig())
+        return None
+
+    def lora_config(self) -> "LoraConfig | None":
+        """For `add_adapter`: LoRA in the language model, and a copy of the trained parts, which it trains and saves."""
+        if self.lora_rank is None:
+            return None
+        _require("peft", "lora_rank")
+        from peft import LoraConfig  # takes a second, and is asked for by few
+
+        return LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=rf"language_model\..*\.({'|'.join(self.lora_target_modules or ['q_proj', 'v_proj'])})",
+            modules_to_save=["adapter"],
+        )
 
 
 @dataclass
@@ -119,6 +165,11 @@ def describe_keys() -> str:
     names = ", ".join(known.name for known in fields(TrainingArguments) if known.init)
     lines += ["", "keys of transformers.TrainingArguments (explained there):"]
     return "\n".join([*lines, *textwrap.wrap(names, 100, initial_indent="  ", subsequent_indent="  ")])
+
+
+def _require(package: str, key: str) -> None:
+    if find_spec(package) is None:
+        raise ImportError(f"`{key}` needs the package {package}: pip install {package}.")
 
 
 def _describe(cls: type) -> list[str]:

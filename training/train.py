@@ -22,14 +22,20 @@ def assemble(
     model_args: ModelArguments, **dtypes: str | torch.dtype
 ) -> tuple[FromageProcessor, FromageForConditionalGeneration]:
     """Build the processor and a new model from `model_args`, with backbones in `dtypes`."""
-    config = model_args.config_kwargs()
+    config, quantization = model_args.config_kwargs(), model_args.quantization_config()
     gguf = {"gguf_file": config["text_gguf_file"]} if "text_gguf_file" in config else {}
     processor = FromageProcessor.from_vision_text_pretrained(
         model_args.vision_model, model_args.language_model, num_image_tokens=model_args.num_image_tokens, **gguf
     )
     model = FromageForConditionalGeneration.from_vision_text_pretrained(
-        model_args.vision_model, model_args.language_model, processor=processor, **config, **dtypes
-    )
+        model_args.vision_model, model_args.language_model, processor=processor, **config, **dtypes,
+        text_quantization_config=quantization,
+    )  # fmt: skip
+    if (lora := model_args.lora_config()) is not None:
+        from peft.functional import cast_adapter_dtype
+
+        model.add_adapter(lora)
+        cast_adapter_dtype(model, "default")  # to fp32, as the other trained parts: bf16 would lose small steps
     return processor, model
 
 

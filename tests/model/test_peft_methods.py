@@ -162,3 +162,17 @@ def test_layers_of_the_vision_model_are_refused(checkpoint, tmp_path, targets):
     whole = get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=["adapter"]))
     with pytest.raises(ValueError, match="runs without gradient.* name layers of the language model alone"):
         train(whole, processor, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_what_was_trained_in_fp32_beside_bf16_is_loaded_in_fp32(checkpoint, tmp_path, method):
+    folder, _ = checkpoint
+    model = FromageForConditionalGeneration.from_pretrained(folder, dtype="bfloat16")
+    whole = get_peft_model(model, METHODS[method](target_modules=WITHIN_LM, modules_to_save=["adapter"])).eval()
+    for parameter in model.language_model.parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            torch.nn.init.normal_(parameter, std=0.2)
+    expected = outputs(model)
+    whole.save_pretrained(tmp_path / "peft")
+    assert_equal(outputs(AutoModel.from_pretrained(tmp_path / "peft", dtype="bfloat16")), expected)

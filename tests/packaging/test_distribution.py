@@ -95,7 +95,7 @@ def test_the_wheel_holds_all_of_it_and_no_more(distributions):
     assert names == expected_files()
     assert "modeling_fromage/hub_scripts/model_card_template.md" in names
     assert {name for name in names if name.endswith(".yaml")} == {
-        f"modeling_fromage/training/configs/{name}.yaml" for name in ("paper", "quickstart")
+        f"modeling_fromage/training/configs/{path.name}" for path in (ROOT / "training" / "configs").glob("*.yaml")
     }
     (source,) = distributions.glob("*.tar.gz")
     with tarfile.open(source) as archive:

@@ -29,13 +29,7 @@ from .processing_fromage import FromageProcessor
 from .scoring_fromage import score_candidates
 from .text_part_fromage import build_language_model, text_part
 from .training_losses_fromage import DISPATCH_HINT, captioning_loss, retrieval_losses, weighted_sum
-from .vision_fromage import (
-    build_vision_model,
-    check_vision_model,
-    pool_vision_output,
-    vision_feature_size,
-    vision_part,
-)
+from .vision_fromage import build_vision_model, check_vision_model, pool_vision_output, vision_feature_size, vision_part
 
 
 @dataclass

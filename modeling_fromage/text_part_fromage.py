@@ -51,7 +51,7 @@ def load_language_model(
 def causal_lm_class(config: PreTrainedConfig) -> Any:
     """The class to build or load an LM by: AutoModelForCausalLM; or that of a text part's configuration (Mllama's,
     Emu3's) which transformers has under the name of the whole alone. `None` where there is none."""
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _has_code_of_its_own(config):
         return AutoModelForCausalLM
     for whole in vars(sys.modules[type(config).__module__]).values():
         if isinstance(whole, type) and issubclass(whole, PreTrainedConfig) and whole in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -59,6 +59,10 @@ def causal_lm_class(config: PreTrainedConfig) -> Any:
             if found.config_class is type(config):
                 return found
     return None
+
+
+def _has_code_of_its_own(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "auto_map", None))  # `trust_remote_code`
 
 
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -79,7 +83,7 @@ def check_causal_lm(config: PreTrainedConfig) -> None:
             f"{whole}{of_whole} has no causal language model in transformers that could be taken by itself. Take the "
             "language model that it was built from, or another one that AutoModelForCausalLM loads."
         )
-    is_multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING or hasattr(config, "auto_map")
+    is_multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING or _has_code_of_its_own(config)
     if text_config is not config and not is_multimodal:
         raise ValueError(
             f"{whole} does not hold a language model that runs by itself, although a part of it is called one "

@@ -123,11 +123,11 @@ def without_numbers(message):
 def multimodal_row_of(family, folder):
     try:
         whole = make_lm(family)
-    except Exception as error:  # a tiny one cannot be made by rule, or needs a library that is not here
+    except Exception:  # a tiny one cannot be made by rule, or needs a library that is not here
         try:
             return {"result": "refused", "why": refusal_from_folder(family, folder)}
         except (ImportError, OSError):  # not refused by its configuration, and there are no weights
-            return {"result": "not tried", "why": f"no tiny model of it could be made ({type(error).__name__})"}
+            return {"result": "not tried", "why": "no tiny model of it is made by rule, or it needs another library"}
     try:
         model = assemble(whole)
         check_folders(model, folder, whole)

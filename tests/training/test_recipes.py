@@ -8,6 +8,7 @@ import torch
 from transformers import set_seed
 
 from modeling_fromage import FromageForConditionalGeneration
+from tests.helpers.paths import ROOT
 from tests.helpers.recipes import CONFIGS, PUBLISHED, RECIPES, parameters, write_data, write_tiny_backbones
 from training.arguments import parse_config
 from training.train import assemble, main
@@ -56,6 +57,14 @@ def test_arithmetic_of_memory(recipe):
     assert sum(listed[:-1]) == pytest.approx(listed[-1], abs=0.0051)
     for size in re.findall(r"card of (\d+) GB", text):
         assert listed[-1] < 0.9 * int(size)
+
+
+def test_the_page_lists_them_with_their_memory():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+) GB \|$", (ROOT / "docs/train.md").read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == RECIPES
+    for name, gigabytes in rows:
+        (total,) = re.findall(r"^#   in all += ([\d.]+)$", (CONFIGS / f"{name}.yaml").read_text(), re.MULTILINE)
+        assert gigabytes == f"{float(total):.1f}"
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in ELSEWHERE])

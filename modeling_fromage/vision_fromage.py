@@ -100,8 +100,8 @@ def auto_model_for(vision_config: PreTrainedConfig) -> Any:
         models = [each for each in vars(module).values() if _takes_pixels(each, kind)] if module else []
         if not models:
             raise ValueError(
-                f"transformers has no vision encoder with a configuration of type {kind.__name__}. Take another vision "
-                "model."
+                f"transformers has no encoder of pixel values with a configuration of type {kind.__name__}. Take "
+                "another vision model."
             )
         usual_name = f"{kind.__name__.removesuffix('Config')}Model"
         AutoModel.register(kind, max(models, key=lambda model: model.__name__ == usual_name), exist_ok=True)

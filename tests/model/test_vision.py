@@ -1,15 +1,20 @@
 """What is asked of a vision encoder: the width of its features, one vector an image, and images that do not mix."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    BlipConfig,
+    BridgeTowerConfig,
+    CLIPConfig,
     CLIPVisionConfig,
     EfficientNetConfig,
     MobileNetV2Config,
+    OwlViTConfig,
     PreTrainedModel,
     Siglip2VisionConfig,
     ViTConfig,
@@ -17,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, vision_fromage
+from modeling_fromage.backbone_loading_fromage import load_backbone
 from modeling_fromage.vision_fromage import check_vision_model, pool_vision_output, vision_feature_size
 from tests.helpers.backbones import TEXT_CONFIGS, VISION_CONFIGS, make_model
 
@@ -141,3 +147,55 @@ def test_feature_maps_are_averaged_over_their_pixels():
         torch.testing.assert_close(pool_vision_output(output, "mean", "X", pixels), expected)
         with pytest.raises(ValueError, match="needs a sequence of tokens"):
             pool_vision_output(output, "cls", "X", pixels)
+
+
+# ---- vision halves of image-text models ---------------------------------------------------------------------------
+
+
+_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "vocab_size": 99}  # fmt: skip
+WHOLE = {
+    "clip": lambda: CLIPConfig(vision_config=VIT, text_config=_TEXT),
+    "blip": lambda: BlipConfig(vision_config=VIT, text_config=_TEXT),  # a class that AutoModel does not know
+    "owlvit": lambda: OwlViTConfig(vision_config=VIT, text_config=_TEXT),  # which holds what is within its encoder
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_the_vision_half_is_taken(kind, tmp_path):
+    whole = AutoModel.from_config(WHOLE[kind]()).eval()
+    lm, text = make_model("opt_clip").language_model, TEXT_CONFIGS["opt"]()
+    pixels = torch.rand(2, 3, 32, 32)
+    fields = {"projection_dim": 16, "image_token_id": 500, "ret_token_id": 501}
+    config = FromageConfig.from_vision_text_configs(whole.config, text, **fields)
+    assert type(config.vision_config) is type(whole.config.vision_config)
+    model = FromageForConditionalGeneration(config, lm, whole).eval()
+    expected = whole.vision_model(pixels).pooler_output
+    assert torch.equal(model.get_pooled_image_features(pixels), expected)
+    built = FromageForConditionalGeneration(FromageConfig.from_vision_text_configs(whole.config, text, **fields))
+    assert built.vision_model.state_dict().keys() == model.vision_model.state_dict().keys()
+    whole.save_pretrained(tmp_path / "whole")
+    lm.save_pretrained(tmp_path / "lm")
+    processor = SimpleNamespace(image_token_id=500, ret_token_id=501, num_image_tokens=1)
+    model = FromageForConditionalGeneration.from_vision_text_pretrained(
+        str(tmp_path / "whole"), str(tmp_path / "lm"), processor, projection_dim=16
+    )
+    torch.testing.assert_close(model.get_pooled_image_features(pixels), expected)
+    for save_backbones in (False, True):
+        model.save_pretrained(tmp_path / "model", save_backbones=save_backbones)
+        again = FromageForConditionalGeneration.from_pretrained(tmp_path / "model")
+        torch.testing.assert_close(again.get_pooled_image_features(pixels), expected)
+
+
+def test_a_vision_half_that_takes_no_pixel_values_is_refused():
+    config = BridgeTowerConfig()
+    with pytest.raises(ValueError, match="no encoder of pixel values with a configuration of type BridgeTowerVision"):
+        FromageForConditionalGeneration(FromageConfig.from_vision_text_configs(config, TEXT_CONFIGS["opt"]()))
+
+
+def test_a_vision_half_that_lacks_weights_is_refused(tmp_path):
+    whole = AutoModel.from_config(WHOLE["blip"]())
+    state = {name: tensor for name, tensor in whole.state_dict().items() if "vision_model.post_layernorm" not in name}
+    whole.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match="lacks weights that are in use: .*post_layernorm"):
+        load_backbone("vision", str(tmp_path), {}, "pooler")

@@ -8,8 +8,10 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     DINOv3ViTConfig,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -95,12 +97,18 @@ TINY: dict[type[PreTrainedConfig], Callable[[], PreTrainedConfig]] = {
 
 def write_tiny_backbones(recipe: str, folder: Path) -> dict[str, str]:
     """Folders of random backbones of the recipe's architectures, as keys of a training file."""
-    for part, config, auto in zip(
+    for part, published, auto in zip(
         ("language_model", "vision_model"), PUBLISHED[recipe], (AutoModelForCausalLM, AutoModel), strict=True
     ):
         skip = shutil.ignore_patterns("*.safetensors", "config.json")
         shutil.copytree(PARITY / "case_a_opt_tied" / part, folder / part, ignore=skip)
-        auto.from_config(TINY[type(config)]()).save_pretrained(folder / part)
+        config = TINY[type(published)]()
+        if isinstance(config, Gemma3TextConfig):  # from 4B up there are multimodal checkpoints alone
+            config = Gemma3Config(
+                text_config=config, vision_config=SiglipVisionConfig(**_VIT), mm_tokens_per_image=4, image_token_index=3
+            )
+            auto = AutoModelForImageTextToText
+        auto.from_config(config).save_pretrained(folder / part)
     keys = {part: str(folder / part) for part in ("language_model", "vision_model")}
     if "vision_model: open_clip:" in (CONFIGS / f"{recipe}.yaml").read_text():
         write_vit(folder / "open_clip")

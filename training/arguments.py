@@ -25,6 +25,8 @@ DECIDED_ELSEWHERE = {  # fields of FromageConfig that a training file cannot set
     "image_token_id": "the processor adds the token and knows its id",
     "ret_token_id": "the processor adds the token and knows its id",
     "ret_embedding_scale": "it is measured on the language model",
+    "text_embedding_scale": "it is measured on the language model",
+    "vision_feature_size": "it is measured on the vision model",
     "tie_word_embeddings": "the language model ties its own embeddings, and nothing is tied across the parts",
     "text_model_id": "say `language_model` instead",
     "vision_model_id": "say `vision_model` instead",

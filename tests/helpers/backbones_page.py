@@ -47,6 +47,12 @@ by itself is refused; then take the language model that it was built from (Qwen2
 
 VISION = """\
 ## Vision encoders
+
+Every model type of `MODEL_MAPPING` whose main input is `pixel_values`, and the vision half of every image-text model:
+of a live one, of a folder with the whole model, of a configuration. `vision_pooling` makes one vector of an image; what
+an encoder has not is refused. An encoder is refused where it needs more than pixel values, where an image's features
+change from call to call or with the images beside it, or where there is no vector for each image. The last column
+bounds the relative difference between features of a batch and of each image by itself.
 """
 
 
@@ -63,8 +69,9 @@ def page() -> str:
     parts.append(table("multimodal_models", "not tried", refused, ["model type", "why"]))
     if stored("vision_models"):
         parts.append(VISION)
-        for result in ("exact", "refused"):
-            parts.append(table("vision_models", result, anything, ["model type", result]))
+        parts.append(table("vision_models", "exact", exact_vision_model, VISION_COLUMNS))
+        parts.append(table("vision_models", "refused", refused, REFUSED_COLUMNS))
+        parts.append(table("vision_models", "not tried", refused, ["model type", "why"]))
     return "\n".join(parts)
 
 
@@ -85,6 +92,7 @@ def table(kind, result, cells, columns: list[str]) -> str:
 
 
 LANGUAGE_COLUMNS = ["model type", "class", "training step", "generation", "note", "differences"]
+VISION_COLUMNS = ["model type", "class", "`vision_pooling`", "difference"]
 REFUSED_COLUMNS = ["model type", "message", "shown by that model alone"]
 
 
@@ -102,9 +110,8 @@ def text_part(row: Row) -> list[str]:
     return [f"`{row['text_part']}`"]
 
 
-def anything(row: Row) -> list[str]:
-    cells = [f"{name}: {value}" for name, value in row.items() if name != "result" and value]
-    return ["; ".join(cells).replace("|", "\\|")]
+def exact_vision_model(row: Row) -> list[str]:
+    return [f"`{row['class']}`", row["poolings"], f"< {row['within']:.0e}".replace("e-0", "e-")]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
+from transformers.utils import is_peft_available, logging
+
+logger = logging.get_logger(__name__)
 
 
 def own_modules(module: nn.Module, name: str = "", plain_name: str = "") -> Iterator[tuple[str, str, nn.Module]]:
@@ -87,14 +89,20 @@ def refuse_prompt_learning(model: nn.Module) -> None:
 
 
 def refuse_trainable_encoder(vision_model: nn.Module) -> None:
-    """Raise a `ValueError` where a parameter of the vision encoder requires gradient: it would get none."""
-    trainable = [name for name, parameter in vision_model.named_parameters() if parameter.requires_grad]
-    if trainable:
-        raise ValueError(
-            f"The vision model has {len(trainable)} parameters that require gradient ({trainable[0]}, ...), but it "
-            "runs without gradient, so that they would stay as they are. Freeze them; of PEFT, name layers of the "
-            r"language model alone, with a pattern such as target_modules=r'language_model\..*\.(q_proj|v_proj)'."
-        )
+    """Raise a `ValueError` where PEFT is to train something in the vision encoder, which runs without gradient. Of its
+    own parameters that require gradient the log tells."""
+    trainable = {name: parameter for name, parameter in vision_model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        return
+    message = (
+        f"The vision model has {len(trainable)} parameters that require gradient ({next(iter(trainable))}, ...), but "
+        "it runs without gradient, so that they stay as they are. Freeze them; of PEFT, name layers of the language "
+        r"model alone, with a pattern such as target_modules=r'language_model\..*\.(q_proj|v_proj)'."
+    )
+    own = {id(parameter) for _, parameter in own_parameters(vision_model)}
+    if any(id(parameter) not in own for parameter in trainable.values()):
+        raise ValueError(message)
+    logger.warning_once(message)
 
 
 def unwrapped(model: PreTrainedModel | None) -> PreTrainedModel | None:

@@ -155,7 +155,7 @@ def test_a_changed_backbone_is_not_pushed_by_reference(hub, tmp_path):
 model.get_input_embeddings().weight.data[5] += 1
 model.push_to_hub("org/changed")
 """
-    (tmp_path / "change.py").write_text(ASSEMBLE + change)
+    (tmp_path / "change.py").write_text(f"VISION = 'org/tiny-clip'\n{ASSEMBLE}{change}")
     error = run(hub, tmp_path, "change.py", "model", "org/mine", ok=False)
     assert re.search("ValueError: The language model has other weights than org/tiny-opt.*save_backbones=True", error)
     assert "org/mine" in hub.heads and "org/changed" not in hub.heads

@@ -19,6 +19,7 @@ except RuntimeError as error:
     ) from error
 
 from .vision_efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel  # noqa: F401 (registers the classes)
+from .vision_open_clip import OpenClipVisionConfig, OpenClipVisionModel  # noqa: F401 (likewise)
 
 
 @strict

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.vision_libraries_fromage import split_library
+from modeling_fromage.vision_open_clip import OpenClipVisionConfig
+from tests.helpers import processes
 from tests.helpers.checkpoints import assert_equal, keys_of, outputs
 from tests.helpers.open_clip import TOWERS, write_vit
 from tests.helpers.strangers import ask_stranger
@@ -68,6 +70,19 @@ def test_a_checkpoint_finds_it_elsewhere(vit, backbones, tmp_path):
         again = FromageForConditionalGeneration.from_pretrained(tmp_path / "model", vision_model_id=str(name))
         assert_equal(outputs(again), outputs(model))
         assert again.config.vision_model_id == str(tmp_path / "moved")
+
+
+def test_a_stranger_may_read_the_configuration_first(tmp_path):
+    """By remote code, before anything has asked for image processors or models."""
+    vision = OpenClipVisionConfig(model_cfg={"embed_dim": 16, "vision_cfg": TOWERS["resnet"]["vision_cfg"]})
+    FromageConfig(vision_config=vision).save_pretrained(tmp_path / "model")
+    (tmp_path / "program.py").write_text(
+        "import sys\nsys.modules['modeling_fromage'] = None\nfrom transformers import AutoConfig\n"
+        f"config = AutoConfig.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True)\n"
+        "print(config.vision_config.model_type)\n"
+    )
+    found = processes.run(tmp_path / "program.py", cwd=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    assert found.stdout.strip() == "open_clip_vision", found.stderr[-2000:]
 
 
 def test_pickled_weights_and_those_of_a_training_run(vit, backbones):

@@ -88,47 +88,6 @@ def build_index(
 ) -> IndexParts:
     """Build an index of `images`, or open the one that `save_directory` holds. Arguments and errors as for
     [`FromageImageIndex.build`]."""
-    with contextlib.ExitStack() as stack:
-        directory = Path(save_directory or stack.enter_context(tempfile.TemporaryDirectory()))
-        in_memory = isinstance(images, (list, tuple))  # the caller holds these in any case
-        keep = in_memory and save_directory is not None
-        root = _build_into(directory, model, processor, images, ids, metadata, batch_size, dtype, num_workers, limits,
-                           show_progress, shard, keep)  # fmt: skip
-        parts = open_index(directory, root)
-        parts.access.may_read_files = True  # as the caller says
-        if save_directory is None:
-            held = image_sources(images, ids, metadata)[0] if in_memory else ()
-            parts.store.into_memory((row.id, row.image) for row in held if isinstance(row.image, Image.Image))
-            parts.access.folder = None
-    if backend != parts.store.now.backend.name or backend_options:
-        parts.store.use_backend(make_backend(backend, backend_options))
-        if save_directory is not None:
-            progress = read_listing(directory, INDEX_FILE)[0]["progress"]  # the next call is to open it
-            save_index(directory, *parts, progress=progress)
-    return parts
-
-
-def _build_into(
-    directory: Path,
-    model: EmbeddingModel,
-    processor: ImageProcessorHolder,
-    images: Any,
-    ids: Sequence[str] | None,
-    metadata: Sequence[dict[str, Any]] | None,
-    batch_size: int,
-    dtype: torch.dtype,
-    num_workers: int,
-    limits: ImageLimits,
-    show_progress: bool,
-    shard: tuple[int, int] | None,
-    keep_images: bool,
-) -> str | None:
-    """Write an index of `images` into `directory`, unless it is there; with the images that are in memory, if
-    `keep_images`. Returns the folder that relative paths start from.
-
-    Raises:
-        ValueError: There is no image, none can be read, or `directory` holds an index of other images.
-    """
     check_dtype(dtype)
     sources, total, root = image_sources(images, ids, metadata)
     if shard is not None:
@@ -144,10 +103,24 @@ def _build_into(
         "image_root": root,
         "may_read_files": True,
     }
-    if not _is_built(directory, sources, header):
-        embedder = ImageEmbedder(model, processor, limits)
-        _write_index(directory, header, sources, total, embedder, batch_size, num_workers, show_progress, keep_images)
-    return root
+    in_memory = isinstance(images, (list, tuple))  # the caller holds these in any case
+    with contextlib.ExitStack() as stack:
+        directory = Path(save_directory or stack.enter_context(tempfile.TemporaryDirectory()))
+        if not _is_built(directory, sources, header):
+            keep, embedder = in_memory and save_directory is not None, ImageEmbedder(model, processor, limits)
+            _write_index(directory, header, sources, total, embedder, batch_size, num_workers, show_progress, keep)
+        parts = open_index(directory, root)
+        parts.access.may_read_files = True  # as the caller says
+        if save_directory is None:
+            held = image_sources(images, ids, metadata)[0] if in_memory else ()
+            parts.store.into_memory((row.id, row.image) for row in held if isinstance(row.image, Image.Image))
+            parts.access.folder = None
+    if backend != parts.store.now.backend.name or backend_options:
+        parts.store.use_backend(make_backend(backend, backend_options))
+        if save_directory is not None:
+            progress = read_listing(directory, INDEX_FILE)[0]["progress"]  # the next call is to open it
+            save_index(directory, *parts, progress=progress)
+    return parts
 
 
 def _write_index(

@@ -71,7 +71,6 @@ def read_vision_config(name: str, library: str, projected: bool = False, **hub_k
         ImportError: It needs a package that is not installed.
     """
     if library == "open_clip":
-        hub_kwargs.pop("trust_remote_code", None)
         return open_clip_vision_config(read_open_clip_config(name, **hub_kwargs)["model_cfg"], projected)
     _require_timm(name, hub_kwargs)
     config = AutoConfig.from_pretrained(name, **hub_kwargs)
@@ -91,7 +90,6 @@ def load_image_processor(name: str, **hub_kwargs: Any) -> BaseImageProcessor:
     """
     library, name = split_library(name)
     if library == "open_clip":
-        hub_kwargs.pop("trust_remote_code", None)
         return open_clip_image_processor(name, **hub_kwargs)
     if (known := _timm_config(name, hub_kwargs)) is not None:
         return _timm_image_processor(name, known)

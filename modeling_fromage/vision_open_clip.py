@@ -123,6 +123,7 @@ def _build_tower(model_cfg: dict[str, Any], projected: bool) -> nn.Module:
 
 def find_file(name: str, filename: str, **hub_kwargs: Any) -> Path | None:
     """One of a checkpoint's files, in its folder or downloaded into the Hub's cache; `None` if it has none."""
+    hub_kwargs = {key: value for key, value in hub_kwargs.items() if key in _HUB_KWARGS}
     found = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     return None if found is None else Path(found)
 
@@ -159,9 +160,9 @@ def open_clip_vision_config(model_cfg: dict[str, Any], projected: bool = False) 
     names = ("embed_dim", "vision_cfg", "quick_gelu")
     kept: dict[str, Any] = {name: model_cfg[name] for name in names if name in model_cfg}
     config = OpenClipVisionConfig(model_cfg=kept, projected=projected, image_size=vision["image_size"])
-    height, width = _pair(config.image_size)
-    with torch.no_grad():
-        features = _build_tower(kept, projected).eval()(torch.zeros(1, config.num_channels, height, width))
+    with torch.no_grad(), torch.device("meta"):  # no weights are drawn to find a width
+        tower = _build_tower(kept, projected).eval()
+        features = tower(torch.zeros(1, config.num_channels, *_pair(config.image_size)))
     config.hidden_size = _pooled(features).shape[-1]
     return config
 

@@ -2,7 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,10 +255,17 @@ def backbone_within(
     kwargs = {**kwargs, **hub_kwargs, "config": getattr(config, f"{prefix}_config")}
     kwargs["adapter_kwargs"] = {"subfolder": "none"}  # a PEFT adapter beside it is of the whole model
     kwargs["key_mapping"] = {rf"^{PARTS[prefix]}\.": ""}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # nothing about tensors of the other parts
-    try:
+    with without_report():  # of tensors of the other parts
         return load_backbone(prefix, name, kwargs, config.vision_pooling)
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Load without transformers' report of tensors that are missing or left over."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
 

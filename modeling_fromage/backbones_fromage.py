@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-logger = logging.getLogger(__name__)
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -160,9 +157,8 @@ def attention_window(text_config: PreTrainedConfig) -> float:
 
 def context_length(text_config: PreTrainedConfig) -> float:
     """Tokens that the LM has positions for; infinite where its configuration names no limit (or -1, as XLNet's)."""
-    config = text_config.to_dict()
     # Beyond the latter, Doge's attention looks at what follows as it chooses what to keep.
-    limits = [getattr(text_config, "max_position_embeddings", None), config.get("keep_window_size")]
+    limits = [getattr(text_config, name, None) for name in ("max_position_embeddings", "keep_window_size")]
     return min((limit for limit in limits if limit and limit > 0), default=float("inf"))
 
 

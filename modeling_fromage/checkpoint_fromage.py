@@ -320,9 +320,11 @@ def _is_quantized(
     kwargs: dict[str, Any],
 ) -> bool:
     """Whether the language model of a self-contained checkpoint is stored quantized, or to be quantized."""
+    if kwargs.get("quantization_config") is not None:
+        return True
     if not isinstance(config, PreTrainedConfig):
         config = cls.config_class.from_pretrained(name if config is None else config, **hub_kwargs)
-    return kwargs.get("quantization_config") is not None or hasattr(config.text_config, "quantization_config")
+    return hasattr(config.text_config, "quantization_config")
 
 
 def _load_whole(

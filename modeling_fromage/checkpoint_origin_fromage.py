@@ -19,7 +19,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
-from .backbone_loading_fromage import PARTS, ROLES, backbone_files, is_relative, reload_backbone
+from .backbone_loading_fromage import PARTS, ROLES, backbone_files, is_relative, reload_backbone, without_report
 from .configuration_fromage import FromageConfig
 from .fingerprint_fromage import check_fingerprint, fingerprint
 from .peft_layers_fromage import names_without_peft, own_parameters
@@ -247,12 +247,11 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Load without transformers' progress bar and report: they were shown when the model was loaded."""
-    verbosity, has_progress_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    has_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_report():
+            yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
         if has_progress_bar:
             transformers_logging.enable_progress_bar()

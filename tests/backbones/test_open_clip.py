@@ -13,7 +13,7 @@ from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.vision_libraries_fromage import load_image_processor, split_library
 from modeling_fromage.vision_open_clip import load_open_clip
 from tests.helpers import processes
-from tests.helpers.checkpoints import assert_equal, outputs
+from tests.helpers.checkpoints import assert_equal, outputs, saved_both_ways
 from tests.helpers.open_clip import SIGLIP, TOWERS, write_checkpoint
 from tests.helpers.strangers import ask_stranger
 
@@ -83,12 +83,11 @@ def test_trained_saved_and_loaded(tower, projected, backbones, tmp_path):
     model.eval()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved and all(name.startswith("adapter.") for name in moved)
-    for save_backbones in (False, True):
-        folder = tmp_path / f"model-{save_backbones}"
-        model.save_pretrained(folder, save_backbones=save_backbones)
-        processor.save_pretrained(folder)
-        again = FromageForConditionalGeneration.from_pretrained(folder)
+    places = []
+    for place, again in saved_both_ways(model, processor, tmp_path):
         assert_equal(outputs(again, size), outputs(model, size))
+        places.append(place)
+    folder = places[-1]
     half = FromageForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
     embeds = [each.get_image_embeds(batch.pixel_values).float() for each in (half, model)]
     torch.testing.assert_close(*embeds, rtol=0.1, atol=0.05)

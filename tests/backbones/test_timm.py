@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.vision_libraries_fromage import load_image_processor
-from tests.helpers.checkpoints import assert_equal, outputs
+from tests.helpers.checkpoints import assert_equal, outputs, saved_both_ways
 
 # A convolutional one, tokens with a class token and with positions computed anew, and windows of attention.
 MODELS = ["test_efficientnet", "test_vit", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224"]
@@ -41,11 +41,7 @@ def test_features_pixels_and_checkpoints(checkpoint, backbones, tmp_path):
     found = model.get_pooled_image_features(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
     size = pixels.shape[-1]
-    for save_backbones in (False, True):
-        place = tmp_path / f"model-{save_backbones}"
-        model.save_pretrained(place, save_backbones=save_backbones)
-        processor.save_pretrained(place)
-        again = FromageForConditionalGeneration.from_pretrained(place)
+    for place, again in saved_both_ways(model, processor, tmp_path):
         assert_equal(outputs(again, size), outputs(model, size))
         processed = FromageProcessor.from_pretrained(place).image_processor(image, return_tensors="pt")["pixel_values"]
         assert torch.equal(processed, pixels)

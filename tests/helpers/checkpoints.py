@@ -1,6 +1,6 @@
 """Models made from folders of backbones, what they compute, and what their checkpoints hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -40,6 +40,15 @@ def outputs(model, image_size: int = 32) -> dict[str, torch.Tensor]:
             "text_embeds": model.get_text_embeds(ids, pixel_values=pixels),
             "image_embeds": model.get_image_embeds(pixels),
         }
+
+
+def saved_both_ways(model, processor, folder: Path) -> Iterator[tuple[Path, FromageForConditionalGeneration]]:
+    """A checkpoint in `folder` and the model that it loads as: of the trained parts alone, then with the backbones."""
+    for save_backbones in (False, True):
+        place = folder / f"model-{save_backbones}"
+        model.save_pretrained(place, save_backbones=save_backbones)
+        processor.save_pretrained(place)
+        yield place, FromageForConditionalGeneration.from_pretrained(place)
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):

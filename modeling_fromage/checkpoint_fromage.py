@@ -271,7 +271,8 @@ def _load_checkpoint(
     )
     files = weight_files_of(name, kwargs.get("variant"), hub_kwargs)
     holds_backbones = any(not key.startswith(TRAINED_PREFIX) for file in files for key in tensor_names(file))
-    if not files or (holds_backbones and not _is_quantized(cls, name, config, hub_kwargs, kwargs)):
+    is_quantized = kwargs.get("quantization_config") is not None  # or else as it is stored
+    if not files or (holds_backbones and not (is_quantized or _is_stored_quantized(cls, name, config, hub_kwargs))):
         return _load_whole(
             cls, load_with_transformers, pretrained_model_name_or_path, *model_args, config=config, **kwargs
         )
@@ -312,16 +313,10 @@ def _load_checkpoint(
     return (model, info) if options.get("output_loading_info") else model
 
 
-def _is_quantized(
-    cls: type["FromagePreTrainedModel"],
-    name: str | os.PathLike,
-    config: Any,
-    hub_kwargs: dict[str, Any],
-    kwargs: dict[str, Any],
+def _is_stored_quantized(
+    cls: type["FromagePreTrainedModel"], name: str | os.PathLike, config: Any, hub_kwargs: dict[str, Any]
 ) -> bool:
-    """Whether the language model of a self-contained checkpoint is stored quantized, or to be quantized."""
-    if kwargs.get("quantization_config") is not None:
-        return True
+    """Whether a self-contained checkpoint holds its language model as a quantizer packs it."""
     if not isinstance(config, PreTrainedConfig):
         config = cls.config_class.from_pretrained(name if config is None else config, **hub_kwargs)
     return hasattr(config.text_config, "quantization_config")

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .backbone_probes_fromage import TOLERANCE, has_ability, why_no_shortcut
-from .backbones_fromage import decoder_and_head, undisturbed, weight_of
+from .backbones_fromage import decoder_and_head, refuse_offloaded_ends, undisturbed, weight_of
 from .miniature_fromage import FAILURES, miniature
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,9 @@ def measure_logit_transform(language_model: PreTrainedModel) -> Callable[[torch.
     Read off the LM's own logits of hidden states for which the head gives values up to 300, where no cap is missed.
 
     Raises:
-        ValueError: What the LM makes of them is another function of the head's output.
+        ValueError: What the LM makes of them is another function of the head's output, or the head is offloaded.
     """
+    refuse_offloaded_ends(language_model)
     _, head = decoder_and_head(language_model)
     generator = torch.Generator().manual_seed(0)
     weight = weight_of(head)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
 
-from .backbones_fromage import size_differences
+from .backbones_fromage import refuse_offloaded_ends, size_differences
 from .configuration_fromage import FromageConfig, text_half, vision_half
 from .fingerprint_fromage import check_fingerprint, weight_files
 from .processing_fromage import FromageProcessor
@@ -100,6 +100,7 @@ def assemble_from_vision_text(
     model = cls(config, language_model=models["text"], vision_model=models["vision"])
     for prefix, own in loaded_with.items():
         model.origins[prefix].remember_loading(own)
+    _join_device_maps(model)
     return model.eval()
 
 
@@ -124,13 +125,14 @@ def load_backbone(
     a vision encoder.
 
     Raises:
-        ValueError: The checkpoint lacks weights that are in use.
+        ValueError: The checkpoint lacks weights that are in use, or the device map offloads what FROMAGe reads.
     """
     if kwargs.get("quantization_config", ...) is None:  # which would hide that the files are quantised
         kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
     hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
     if prefix == "text":
         model, missing = load_language_model(name, hub_kwargs, kwargs)
+        refuse_offloaded_ends(model)
     else:
         model, missing = _load_vision_model(name, hub_kwargs, kwargs, library)
     if prefix == "vision" and pooling != "pooler":
@@ -212,7 +214,7 @@ def join_backbones(
 ) -> Any:
     """Load both backbones, with what of `kwargs` concerns each, and put new trained parts between them."""
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-    models, device_map = {}, {}
+    models = {}
     for prefix, part in PARTS.items():
         options = {key: value for key, value in kwargs.items() if prefix == "text" or key != "quantization_config"}
         sub_config = getattr(config, f"{prefix}_config")
@@ -224,18 +226,26 @@ def join_backbones(
             options["device_map"] = _device_map_of(part, options["device_map"])
         options = {key: value for key, value in options.items() if value is not None}
         models[part] = load(prefix, config, options)
-        placed = models[part].__dict__.get("hf_device_map", {})
-        device_map.update({f"{part}.{module}".rstrip("."): device for module, device in placed.items()})
     model = cls(config, **models, new_adapter=False)
     for origin in model.origins.values():
         origin.remember_loading(kwargs)
-    if device_map:  # of a backbone that is spread over devices
+    _join_device_maps(model)
+    return model
+
+
+def _join_device_maps(model: Any) -> None:
+    """Keep the device map of backbones that are spread over devices, as transformers does, and place the adapter."""
+    device_map = {
+        f"{part}.{module}".rstrip("."): device
+        for part in PARTS.values()
+        for module, device in getattr(model, part).__dict__.get("hf_device_map", {}).items()
+    }
+    if device_map:
         device = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
         model.hf_device_map = {**device_map, "adapter": device}
     else:
-        device = models["language_model"].device
+        device = model.language_model.device
     model.adapter.to(device)
-    return model
 
 
 def _device_map_of(part: str, device_map: dict[str, Any]) -> dict[str, Any] | None:

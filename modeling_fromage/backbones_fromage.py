@@ -29,6 +29,17 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight
 
 
+def refuse_offloaded_ends(language_model: PreTrainedModel) -> None:
+    """Raise a `ValueError` where accelerate keeps the LM's embedding or its output head elsewhere than it computes."""
+    ends = {"embedding": language_model.get_input_embeddings(), "head": language_model.get_output_embeddings()}
+    offloaded = [what for what, module in ends.items() if hasattr(module, "_hf_hook") and weight_of(module).is_meta]
+    if offloaded:
+        raise ValueError(
+            f"FROMAGe reads the rows of the {' and '.join(offloaded)} of {type(language_model).__name__}, which the "
+            "device map offloads. Give a `device_map` that keeps these modules on a device; layers may be offloaded."
+        )
+
+
 def decoder_and_head(language_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module]:
     """The LM without its head, and the head."""
     decoder, head = language_model.get_decoder(), language_model.get_output_embeddings()

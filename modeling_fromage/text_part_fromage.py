@@ -119,8 +119,27 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     for name in ("hf_quantizer", "quantization_method"):
         if name in vars(model):
             setattr(lm, name, vars(model)[name])
+    if device_map := vars(model).get("hf_device_map"):
+        lm.hf_device_map = _device_map_within(model, device_map, lm)
     _compare(model, lm.eval())
     return lm
+
+
+def _device_map_within(model: PreTrainedModel, device_map: dict[str, Any], lm: PreTrainedModel) -> dict[str, Any]:
+    """The device of each module of `lm` that holds tensors, by the device map of the model that has these modules."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def device_of(name: str) -> Any:
+        while name not in device_map:
+            name = name.rpartition(".")[0]
+        return device_map[name]
+
+    holders = {
+        name: module
+        for name, module in lm.named_modules()
+        if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    }
+    return {name: device_of(names[module]) for name, module in holders.items()}
 
 
 @undisturbed
@@ -136,7 +155,7 @@ def _compare(model: PreTrainedModel, lm: PreTrainedModel) -> None:
             whole = model(input_ids=ids, use_cache=False).logits.float()
     except FAILURES as error:
         raise _refusal(model, type(lm), f"it does not run on text alone ({error})") from error
-    alone = lm(input_ids=ids, use_cache=False).logits.float()
+    alone = lm(input_ids=ids, use_cache=False).logits.to(whole)
     difference = ((alone - whole).norm() / whole.norm()).item() if alone.shape == whole.shape else float("inf")
     if not difference <= (2e-2 if lm.dtype.itemsize < 4 else 1e-4):
         raise _refusal(model, type(lm), f"logits of a text differ by {difference:.2g}")

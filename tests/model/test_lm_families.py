@@ -1,11 +1,14 @@
 """FROMAGe over a few families of language models, against the LM itself. tests/backbones has all of them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
-from tests.helpers.lm_families import make_lm, tiny_config
+from tests.helpers.backbones import VISION_CONFIGS
+from tests.helpers.lm_families import IMAGE, RET, make_lm, tiny_config
 from tests.helpers.lm_stages import (
     assemble,
     check_folders,
@@ -52,6 +55,36 @@ def test_the_language_model_of_a_multimodal_one(family, tmp_path):
     torch.testing.assert_close(model.language_model(input_ids=ids).logits, expected)
     assert model.get_input_embeddings().weight is whole.get_input_embeddings().weight  # shared
     check_folders(model, tmp_path, whole)
+
+
+@pytest.mark.parametrize(("family", "decoder"), [("gemma3", "model.language_model"), ("llama", "model")])
+def test_layers_of_the_language_model_may_be_offloaded(family, decoder, tmp_path):
+    make_lm(family, spread=6.0).save_pretrained(tmp_path / "text")
+    AutoModel.from_config(VISION_CONFIGS["clip"]()).save_pretrained(tmp_path / "vision")
+    parts = ("embed_tokens", "norm", "rotary_emb", "layers.1")
+    rest = ("lm_head", "model.vision_tower", "model.multi_modal_projector") if family == "gemma3" else ("lm_head",)
+    device_map = dict.fromkeys([f"{decoder}.{part}" for part in parts] + list(rest), "cpu")
+
+    def load(device_map=None):
+        torch.manual_seed(0)
+        options = {"text_device_map": device_map, "text_offload_folder": tmp_path / "off"} if device_map else {}
+        processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2)
+        return FromageForConditionalGeneration.from_vision_text_pretrained(
+            str(tmp_path / "vision"), str(tmp_path / "text"), processor, **options
+        )
+
+    ids = torch.tensor([[2, 5, 6, 7, RET]])
+    expected = load()(input_ids=ids).logits
+    offloaded = load({**device_map, f"{decoder}.layers.0": "disk"})
+    assert offloaded.language_model.model.layers[0].mlp.up_proj.weight.is_meta
+    assert offloaded.hf_device_map["language_model.lm_head"] == offloaded.hf_device_map["adapter"] == "cpu"
+    assert "disk" in offloaded.hf_device_map.values()
+    assert torch.equal(offloaded(input_ids=ids).logits, expected)
+    offloaded.save_pretrained(tmp_path / "whole", save_backbones=True)
+    again = FromageForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    assert torch.equal(again(input_ids=ids).logits, expected)
+    with pytest.raises(ValueError, match="reads the rows of the embedding and head of .*ForCausalLM"):
+        load({"": "disk"})
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def vision_feature_size(config: FromageConfig, vision_model: PreTrainedModel | N
 @torch.no_grad()
 def _measured_feature_size(config: FromageConfig, vision_model: PreTrainedModel | None) -> int:
     """The width of what an encoder on the meta device makes of a dummy image; else what the configuration names."""
-    vision_config = copy.deepcopy(config.vision_config)
+    vision_config, why = copy.deepcopy(config.vision_config), ""
     try:
         if vision_model is None or next(vision_model.parameters()).device.type != "meta":
             build = type(vision_model)._from_config if vision_model else build_vision_model
@@ -201,13 +201,15 @@ def _measured_feature_size(config: FromageConfig, vision_model: PreTrainedModel 
         output = vision_model(pixels, return_dict=True)
         return pool_vision_output(output, config.vision_pooling, type(vision_model).__name__, pixels).shape[-1]
     except FAILURES as error:
-        logger.info("No dummy image runs through a %s without weights: %s", vision_config.model_type, error)
+        why = f"{type(error).__name__}: {error}"
+        logger.info("No dummy image runs through a %s without weights: %s", vision_config.model_type, why)
     fields = vision_config.to_dict()
     width = fields.get("hidden_size") or (fields.get("hidden_sizes") or [None])[-1]
     if not isinstance(width, int):
         raise ValueError(
-            f"Cannot tell the width of the features of a {vision_config.model_type!r} vision model without its "
-            "weights. Set `vision_feature_size` in the configuration."
+            f"A vision model of type {vision_config.model_type!r} encodes no dummy image, and its configuration names "
+            "no width. Take another vision model; or set `vision_feature_size` in the configuration, if it does encode "
+            f"pixel values by themselves once its weights are there. It says: {why}"
         )
     return width
 

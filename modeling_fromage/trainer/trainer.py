@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import (
@@ -21,9 +20,15 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from ..peft_layers_fromage import refuse_prompt_learning
 from ..processing_fromage import FromageProcessor
 from ..training_losses_fromage import LOSS_WEIGHTS
+from .callbacks import (
+    UNSUPPORTED_IN_EVALUATION,
+    UNSUPPORTED_IN_TRAINING,
+    WHAT_TO_CHECK,
+    NormalizeRetEmbeddingCallback,
+    refuse_arguments,
+)
 from .data_collator import FromageDataCollator
 from .ranking import gallery_ranks, recall_at_k
 
@@ -31,101 +36,6 @@ logger = logging.getLogger(__name__)
 
 # A gradient scaler starts at 2 ** 16 and halves at every step that it skips: here it has skipped 30.
 SMALLEST_LOSS_SCALE = 2.0**-14
-
-WHAT_TO_CHECK = (
-    "Check the learning rate, the image features, and the dtype of the backbones: float16 overflows where bfloat16 and "
-    "float32 do not."
-)
-
-# Arguments that would train something other than the model's losses, or nothing: the value that is off, and why.
-UNSUPPORTED_IN_TRAINING = {
-    "label_smoothing_factor": (
-        0.0,
-        "it replaces the model's three losses by one cross-entropy of labels that are not shifted. Set it to 0",
-    ),
-    "neftune_noise_alpha": (
-        None,
-        "the frozen language model stays in eval mode, where NEFTune adds no noise. Leave it out; "
-        "`image_feature_dropout` of FromageConfig regularises the images",
-    ),
-    "use_liger_kernel": (
-        False,
-        "Liger has no kernels for this model, which builds no whole logits anyway. Leave it out",
-    ),
-    "torch_compile": (
-        False,
-        "a step packs its texts by their lengths, so that nearly every batch would be compiled anew. Compile the "
-        "frozen encoder: `model.vision_model.compile()`, or `compile_vision_model: true` of `training.train`",
-    ),
-}
-UNSUPPORTED_IN_EVALUATION = {
-    "batch_eval_metrics": (
-        False,
-        "recall ranks the whole evaluation set, not a batch. Leave it out: embeddings are kept, never logits",
-    ),
-    "eval_do_concat_batches": (True, "recall ranks the whole evaluation set, not a batch. Leave it out"),
-}
-
-
-class NormalizeRetEmbeddingCallback(TrainerCallback):
-    """After each optimiser step, rescale `[RET]` to the mean norm of the LM's other embeddings (authors' code).
-
-    It also stops a plain `Trainer` from training something other than the model's losses, and from continuing with
-    numbers that are not finite.
-
-    Raises:
-        ValueError: An argument would train something else, such as `label_smoothing_factor`.
-        FloatingPointError: A gradient is NaN or infinite before the optimiser's step, or a trained parameter after it;
-            names the step.
-    """
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        refuse_arguments(args, UNSUPPORTED_IN_TRAINING)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        refuse_arguments(args, UNSUPPORTED_IN_TRAINING)  # again, for a callback that was added later
-        refuse_prompt_learning(kwargs["model"])
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.fp16:  # the gradient scaler skips such a step and tries a smaller scale
-            return
-        model: torch.nn.Module = kwargs["model"]
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        refuse_non_finite(gradients, state, "was not taken, for gradients that are not finite:")
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model: torch.nn.Module = kwargs["model"]
-        unwrapped: Any = getattr(model, "module", model)
-        unwrapped.normalize_ret_embedding()
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        refuse_non_finite(trained, state, "left numbers that are not finite:")
-
-
-def refuse_non_finite(tensors: dict[str, torch.Tensor], state: TrainerState, what: str) -> None:
-    """
-    Raises:
-        FloatingPointError: Names the `tensors` with a NaN or an infinity.
-    """
-    if not get_total_norm(tensors.values(), float("inf")).isfinite():  # synchronises with the device once
-        names = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        raise FloatingPointError(f"Step {state.global_step + 1} {what} {', '.join(names)}. {WHAT_TO_CHECK}")
-
-
-def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, str]]) -> None:
-    """
-    Raises:
-        ValueError: One of `args` differs from its value in `unsupported`.
-    """
-    for name, (off, reason) in unsupported.items():
-        value = getattr(args, name)
-        if value != off:
-            raise ValueError(f"`{name}={value}` does not work with FROMAGe: {reason}.")
 
 
 class FromageTrainer(Trainer):
@@ -397,4 +307,4 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
-__all__ = ["FromageTrainer", "NormalizeRetEmbeddingCallback"]
+__all__ = ["FromageTrainer"]

@@ -134,7 +134,8 @@ def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
 
 def duplicate_mask(image_features: torch.Tensor) -> torch.Tensor:
     """(N, N), True off the diagonal where two rows of `image_features` (N, width) are equal."""
-    equal = (image_features[:, None] == image_features[None]).all(-1)
+    number = image_features.unique(dim=0, return_inverse=True)[1]
+    equal = number[:, None] == number[None]
     return equal & ~torch.eye(len(image_features), dtype=torch.bool, device=image_features.device)
 
 

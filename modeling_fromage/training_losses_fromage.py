@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .adapter_fromage import FromageAdapter
 from .backbones_fromage import attention_window, no_activation_checkpointing
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
@@ -102,21 +103,47 @@ def retrieval_losses(
         return ret_only_pass(lm, input_ids, mask) if fallback is None else ordinary_pass(lm, input_ids, mask)
 
     losses, embeds = zip(*_in_chunks(branch, lm.config.gradient_cache_chunk_size, input_ids, mask), strict=True)
-    text_embeds, image_embeds = torch.cat(embeds), lm.adapter.image_embeds(pooled)
-    images, texts = image_embeds, text_embeds
-    if across_processes:
-        images, texts, pooled = (gather_with_gradient(tensor) for tensor in (images, texts, pooled))
-    logits_per_image = lm.adapter.logit_scale.exp() * images @ texts.t()
-    duplicates = duplicate_mask(pooled) if lm.config.mask_duplicate_images else None
     count = has_previous_token(mask).sum()
     return {
         "ret_token_loss": mean_over_targets(sum(losses[1:], losses[0]), count, across_processes),
+        **matching_loss(lm.adapter, lm.config, pooled, torch.cat(embeds), across_processes),
+    }
+
+
+def matching_loss(
+    adapter: FromageAdapter,
+    config: FromageConfig,
+    pooled: torch.Tensor,
+    text_embeds: torch.Tensor,
+    across_processes: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The contrastive loss of images, by their pooled features (N, vision width), and the texts that match them, by
+    their embeddings (N, q): the part of [`retrieval_losses`] that comes after the language model.
+
+    Returns:
+        `contrastive_loss`, `image_embeds`, `text_embeds`, `logits_per_image` and `logits_per_text`.
+    """
+    image_embeds = adapter.image_embeds(pooled)
+    images, texts = image_embeds, text_embeds
+    if across_processes:
+        images, texts, pooled = (gather_with_gradient(tensor) for tensor in (images, texts, pooled))
+    logits_per_image = adapter.logit_scale.exp() * images @ texts.t()
+    duplicates = duplicate_mask(pooled) if config.mask_duplicate_images else None
+    return {
         "contrastive_loss": contrastive_loss(logits_per_image, duplicates),
         "image_embeds": image_embeds,
         "text_embeds": text_embeds,
         "logits_per_image": logits_per_image,
         "logits_per_text": logits_per_image.t(),
     }
+
+
+@torch.no_grad()
+def ret_hidden_states(lm: FrozenLM, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states of the last `[RET]` of each text (N, L), without gradient: (N, width) for each of
+    `text_embed_layers`. Of a frozen language model, and while `[RET]` stays as it is, they are constants."""
+    _, layers = _hidden_states_and_rets(lm, input_ids, attention_mask)
+    return layers
 
 
 def why_not_ret_only(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> str | None:
@@ -138,13 +165,21 @@ def why_not_ret_only(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) 
 
 def ordinary_pass(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the next-token losses of texts (N, L), and their `[RET]` embeddings (N, q)."""
+    hidden, layers = _hidden_states_and_rets(lm, input_ids, mask)
+    has_previous = has_previous_token(mask)
+    predicts = torch.nn.functional.pad(has_previous, (0, 1))[mask.bool()]
+    loss = lm.sum_token_loss(hidden[predicts], input_ids[:, 1:][has_previous])
+    return loss, lm.adapter.text_embeds(layers)
+
+
+def _hidden_states_and_rets(
+    lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Hidden states of all tokens (T, H) of texts (N, L), and of each text's last `[RET]`, (N, width) a layer."""
     rows, columns = lm.last_rets(input_ids)
     hidden, layers = lm.run_unpadded(lm.embed(input_ids), mask, all_layers=True)
-    is_token, has_previous = mask.bool(), has_previous_token(mask)
-    predicts = torch.nn.functional.pad(has_previous, (0, 1))[is_token]
-    loss = lm.sum_token_loss(hidden[predicts], input_ids[:, 1:][has_previous])
-    number = (is_token.flatten().cumsum(0) - 1).view_as(is_token)[rows, columns]  # of each `[RET]` among the tokens
-    return loss, lm.adapter.text_embeds([layer[number] for layer in layers])
+    number = (mask.bool().flatten().cumsum(0) - 1).view_as(mask)[rows, columns]  # of each `[RET]` among the tokens
+    return hidden, [layer[number] for layer in layers]
 
 
 def ret_only_pass(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,4 +254,4 @@ def _in_chunks(
     return [checkpoint(branch, *piece, use_reentrant=False) for piece in pieces]
 
 
-__all__ = ["LOSS_WEIGHTS", "captioning_loss", "retrieval_losses", "weighted_sum"]
+__all__ = ["LOSS_WEIGHTS", "captioning_loss", "matching_loss", "ret_hidden_states", "retrieval_losses", "weighted_sum"]

@@ -120,7 +120,7 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
         if name in vars(model):
             setattr(lm, name, vars(model)[name])
     if device_map := vars(model).get("hf_device_map"):
-        lm.hf_device_map = _device_map_within(model, device_map, lm)
+        vars(lm)["hf_device_map"] = _device_map_within(model, device_map, lm)
     _compare(model, lm.eval())
     return lm
 

@@ -5,12 +5,12 @@ import logging
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
-from .arguments import DataArguments, ModelArguments, describe_keys, parse_config
+from .arguments import DataArguments, ModelArguments, RunArguments, describe_keys, parse_config
 from .config import packaged_configs
 from .data.captioned_images import load_captioned_images
 from .data.feature_cache import CachedFeatures, with_cached_features
@@ -56,7 +56,7 @@ def describe_parameters(model: FromageForConditionalGeneration) -> str:
     return f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, float]:
+def train(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict[str, float]:
     """Build the model, train it, evaluate it, and save it with its processor to `args.output_dir`.
 
     Returns:
@@ -84,6 +84,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         eval_dataset=eval_dataset,
         data_collator=make_collator(processor, data_args, args.seed),
         processing_class=processor,
+        **args.trainer_options(),
     )
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     if eval_dataset is not None:

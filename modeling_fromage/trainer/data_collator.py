@@ -88,19 +88,26 @@ class FromageDataCollator:
                 for pair in (rows[i : i + 2] for i in range(0, len(rows), 2))
             ]
         pad_id = self.processor.tokenizer.pad_token_id
-        retrieval = _pad([caption.retrieval_input_ids for caption in captions], pad_id)
         input_ids, attention_mask = _pad([ids for ids, _ in rows], pad_id)
         labels, _ = _pad([labels for _, labels in rows], -100)
         return {
             # First come tensors with a row for each example, then those with fewer rows, of concatenated captions:
             # accelerate cuts a streamed batch by the length of its first tensor, and the Trainer counts it.
-            "retrieval_input_ids": retrieval[0],
-            "retrieval_attention_mask": retrieval[1],
+            **self._retrieval_inputs(captions),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            **self._images(examples),
+            **self.image_inputs(examples),
         }
+
+    def retrieval_inputs(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`retrieval_input_ids` and `retrieval_attention_mask` of captions alone, as in a batch."""
+        return self._retrieval_inputs([self._encode(row, caption) for row, caption in enumerate(captions)])
+
+    def _retrieval_inputs(self, captions: Sequence[CaptionIds]) -> dict[str, torch.Tensor]:
+        rows = [caption.retrieval_input_ids for caption in captions]
+        input_ids, mask = _pad(rows, self.processor.tokenizer.pad_token_id)
+        return {"retrieval_input_ids": input_ids, "retrieval_attention_mask": mask}
 
     def _encode(self, row: int, caption: Any) -> CaptionIds:
         if not isinstance(caption, str) or not caption.strip():
@@ -118,7 +125,8 @@ class FromageDataCollator:
         digest = hashlib.sha256(repr((self.seed, tokens)).encode()).digest()
         return int.from_bytes(digest[:7], "big") / 2**56 < self.concat_captions_prob
 
-    def _images(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def image_inputs(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`pixel_values` or `pooled_image_features` of examples, as in a batch."""
         if "pooled_image_features" in examples[0]:
             features = [torch.as_tensor(example["pooled_image_features"]) for example in examples]
             return {"pooled_image_features": torch.stack(features)}

@@ -88,4 +88,13 @@ def recall_at_k(ranks: torch.Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str
     return {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
 
 
-__all__ = ["gallery_ranks", "recall_at_k"]
+def recall_in_both_directions(images: torch.Tensor, texts: torch.Tensor) -> dict[str, float]:
+    """Recall of the images (N, q) by the texts (N, q) that match them, `text_to_image_R@1`, ..., and the reverse."""
+    metrics: dict[str, float] = {"num_pairs": len(images)}
+    for direction, pair in (("text_to_image", (texts, images)), ("image_to_text", (images, texts))):
+        recall = recall_at_k(gallery_ranks(*pair))
+        metrics.update({f"{direction}_{name}": value for name, value in recall.items()})
+    return metrics
+
+
+__all__ = ["gallery_ranks", "recall_at_k", "recall_in_both_directions"]

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,8 @@ from .callbacks import (
     refuse_arguments,
 )
 from .data_collator import FromageDataCollator
-from .ranking import gallery_ranks, recall_at_k
+from .ranking import recall_in_both_directions
+from .warm_start import RetrievalWarmStart
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,10 @@ class FromageTrainer(Trainer):
         args ([`TrainingArguments`], *optional*): As in transformers.
         data_collator ([`FromageDataCollator`], *optional*): Defaults to one of `processing_class`.
         more, kwargs: As in transformers: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
+        learning_rates (`dict[str, float]`, *optional*): Other rates than `args.learning_rate` by the name of a trained
+            part, `{"visual_projection": 1e-5, "text_projection": 1e-5}` for example; the schedule is the same.
+        retrieval_warm_start_steps (`int`, defaults to 0): Steps in which the two retrieval projections are trained on
+            cached vectors before joint training; with its other options, see [`RetrievalWarmStart`].
 
     Raises:
         ValueError: An argument would train something other than the model's losses (`label_smoothing_factor`,
@@ -80,8 +86,12 @@ class FromageTrainer(Trainer):
         args: TrainingArguments | None = None,
         data_collator: Any = None,
         *more: Any,
+        learning_rates: dict[str, float] | None = None,
         **kwargs: Any,
     ):
+        options = {known.name: kwargs.pop(known.name) for known in fields(RetrievalWarmStart) if known.name in kwargs}
+        self.warm_start = RetrievalWarmStart(**options)
+        self.learning_rates = learning_rates or {}
         args = TrainingArguments("tmp_trainer") if args is None else args
         refuse_arguments(args, UNSUPPORTED_IN_TRAINING | UNSUPPORTED_IN_EVALUATION)
         accelerator_config = cast(AcceleratorConfig, args.accelerator_config)  # TrainingArguments makes it one
@@ -134,7 +144,26 @@ class FromageTrainer(Trainer):
             self._unwrapped.refuse_unsaved_peft()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # pushes during the run
             self._refuse_local_backbones()
+        if self.warm_start.retrieval_warm_start_steps and not resume_from_checkpoint:
+            self._train_retrieval(resume=given == "true")
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train_retrieval(self, resume: bool) -> None:
+        """The warm start, from its last checkpoint with `resume`. Its metrics are `warm_start_metrics` afterwards."""
+        checkpoint = last_complete_checkpoint(self.warm_start.folder(self.args)) if resume else None
+        model, collator = cast(Any, self.model), cast(Any, self.data_collator)
+        self.warm_start_metrics = self.warm_start.run(
+            model, collator, self.args, self.train_dataset, self.eval_dataset, checkpoint
+        )
+        logger.info("Retrieval warm start: %s", self.warm_start_metrics)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in the Trainer, with the rates of `learning_rates` in parameter groups of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new:
+            set_learning_rates(optimizer, self._unwrapped, self.learning_rates)
+        return optimizer
 
     @property
     def _unwrapped(self) -> Any:  # the model, a PeftModel around it, or another module
@@ -240,7 +269,9 @@ class FromageTrainer(Trainer):
         }
         metrics = {f"{metric_key_prefix}_{name}": float(mean) for name, mean in means.items()}
         if "image_embeds" in values:
-            metrics |= self._recall(values, metric_key_prefix)
+            embeds = (torch.as_tensor(values[name]) for name in ("image_embeds", "text_embeds"))
+            found = recall_in_both_directions(*embeds)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def prediction_step(
@@ -260,15 +291,24 @@ class FromageTrainer(Trainer):
         repeated = tuple(p.repeat(count) if p.dim() == 0 else p for p in predictions)  # a loss counts once a row
         return loss.detach(), repeated, inputs.get("labels")
 
-    @staticmethod
-    def _recall(values: dict[str, Any], prefix: str) -> dict[str, float]:
-        images = torch.as_tensor(values["image_embeds"]).float()
-        texts = torch.as_tensor(values["text_embeds"]).float()
-        metrics: dict[str, float] = {f"{prefix}_num_pairs": len(images)}
-        for direction, pair in (("text_to_image", (texts, images)), ("image_to_text", (images, texts))):
-            recall = recall_at_k(gallery_ranks(*pair))
-            metrics.update({f"{prefix}_{direction}_{name}": value for name, value in recall.items()})
-        return metrics
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module, rates: dict[str, float]) -> None:
+    """Move the parameters of parts with a rate of their own into groups of their own.
+
+    Raises:
+        ValueError: No trained parameter is of a part of that name.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for part, rate in rates.items():
+        own = {id(parameter) for name, parameter in trained.items() if part in name.split(".")}
+        if not own:
+            parts = sorted({name.split(".")[1] for name in trained if name.startswith("adapter.")})
+            raise ValueError(f"`learning_rates` names {part!r}, and nothing of that name is trained: {parts} are.")
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in own]
+            if moved:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+                optimizer.add_param_group({**group, "params": moved, "lr": float(rate)})
 
 
 class LossParts:

@@ -22,6 +22,7 @@ from modeling_fromage.backbone_loading_fromage import load_backbone
 from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
 from modeling_fromage.io.fetching import fetch
+from modeling_fromage.trainer.ret_states import as_stored
 from modeling_fromage.vision_fromage import check_vision_model, pool_vision_output
 from modeling_fromage.vision_libraries_fromage import load_image_processor, split_library
 
@@ -145,7 +146,7 @@ def write_features(
         loader = DataLoader(shards[start], batch_size=batch_size, collate_fn=encoder.collate, num_workers=num_workers)
         progress = tqdm(loader, desc="Encoding images", leave=False, disable=rank > 0)
         features, records = _encode_shard(encoder, shards[start], progress, start)
-        replace_file(paths[start], save({"features": _as_stored(features), **record_tensors(records)}))
+        replace_file(paths[start], save({"features": as_stored(features), **record_tensors(records)}))
     return len(missing)
 
 
@@ -182,10 +183,3 @@ def _encode_shard(
         features.append(pooled)
         records += batch_records
     return torch.cat(features), records
-
-
-def _as_stored(features: torch.Tensor) -> torch.Tensor:
-    """`features` `(N, vision_width)` in fp16, or unchanged where fp16 would overflow or lose small values."""
-    half, exact = features.half(), features.float()
-    error = (half.float() - exact).norm(dim=-1)
-    return half if (error <= 2**-10 * exact.norm(dim=-1)).all() else features

@@ -1,0 +1,293 @@
+"""Retrieval first: the two projections of the shared space are trained on cached vectors before anything else is.
+
+While `[RET]` is fixed, a frozen language model's hidden states at `[RET]` are constants, as a frozen encoder's features
+are. The contrastive loss is then one of two linear maps, and takes batches of hundreds or thousands of pairs in
+milliseconds; neither backbone runs. Axes: N pairs, W the encoder's width.
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import EvalPrediction, SchedulerType, Trainer, TrainingArguments
+from transformers.utils.logging import tqdm
+
+from ..modeling_fromage import FromageForConditionalGeneration
+from ..training_losses_fromage import matching_loss
+from .data_collator import FromageDataCollator
+from .ranking import recall_in_both_directions
+from .ret_states import RetStates, as_stored, cache_ret_states
+
+logger = logging.getLogger(__name__)
+
+Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and scale, (width,) each
+_SAMPLE = 65_536  # pairs that means and scales are taken of
+_SMALLEST_SCALE = 0.1  # of the mean deviation: entries that hardly vary are not blown up
+
+
+@dataclass(kw_only=True)
+class RetrievalWarmStart:
+    """Options of [`FromageTrainer`] for training the two retrieval projections first, on cached vectors."""
+
+    retrieval_warm_start_steps: int = field(
+        default=0, metadata={"help": "Steps of contrastive training on cached vectors before joint training; 0: none."}
+    )
+    retrieval_warm_start_batch_size: int = field(default=512, metadata={"help": "Pairs of such a step, per process."})
+    retrieval_warm_start_learning_rate: float = field(default=2e-3, metadata={"help": "Its peak; a cosine to 0."})
+    retrieval_warm_start_dropout: float = field(default=0.5, metadata={"help": "Dropout of the image features."})
+    retrieval_warm_start_standardize: bool = field(
+        default=True,
+        metadata={"help": "Centre and scale each input, folded into the projections afterwards; these start anew."},
+    )
+    ret_state_cache: str | None = field(
+        default=None, metadata={"help": "Folder for the states of [RET]; by default ret_states in output_dir."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.retrieval_warm_start_steps < 0 or self.retrieval_warm_start_batch_size < 2:
+            raise ValueError(
+                "`retrieval_warm_start_steps` must be at least 0 and `retrieval_warm_start_batch_size` at least 2, got "
+                f"{self.retrieval_warm_start_steps} and {self.retrieval_warm_start_batch_size}."
+            )
+        if not 0 <= self.retrieval_warm_start_dropout < 1:
+            raise ValueError(
+                f"`retrieval_warm_start_dropout` must be in [0, 1), got {self.retrieval_warm_start_dropout}."
+            )
+
+    def run(
+        self,
+        model: FromageForConditionalGeneration,
+        collator: FromageDataCollator,
+        args: TrainingArguments,
+        train_dataset: Any,
+        eval_dataset: Any,
+        resume_from_checkpoint: str | None,
+    ) -> dict[str, float]:
+        """Cache the states of `[RET]`, train the projections on them, and put them into `model`.
+
+        Args:
+            args (`TrainingArguments`): Of the joint training. Checkpoints and logs go to `retrieval_warm_start` in its
+                `output_dir`.
+            resume_from_checkpoint (`str`, *optional*): One of these checkpoints.
+
+        Returns:
+            The metrics: loss and seconds, and of an evaluation set the recall.
+
+        Raises:
+            ValueError: The states are no constants (LoRA, an unfrozen language model), or there is no list of pairs.
+        """
+        _check(model, args, train_dataset)
+        model.normalize_ret_embedding()  # as after each step of joint training
+        directory = Path(self.ret_state_cache or Path(args.output_dir or "", "ret_states"))
+        pairs = read_pairs(model, collator, train_dataset, directory / "train")
+        held_out = None
+        if eval_dataset is not None:
+            held_out = read_pairs(model, collator, eval_dataset, directory / "eval")
+        statistics = pairs.statistics() if self.retrieval_warm_start_standardize else None
+        module = CachedRetrieval(model, statistics, self.retrieval_warm_start_dropout)
+        trainer = Trainer(
+            module,
+            self._arguments(args, len(pairs), held_out is not None),
+            data_collator=_as_it_is,
+            train_dataset=pairs,
+            eval_dataset=held_out,
+            compute_metrics=_recall,
+        )
+        metrics = trainer.train(resume_from_checkpoint).metrics
+        if held_out is not None:
+            metrics |= trainer.evaluate()
+        trainer.save_state()
+        module.fold_into(model)
+        return metrics
+
+    def folder(self, args: TrainingArguments) -> Path:
+        """Where checkpoints and logs go."""
+        return Path(args.output_dir or "", "retrieval_warm_start")
+
+    def _arguments(self, args: TrainingArguments, count: int, evaluates: bool) -> TrainingArguments:
+        own = copy.copy(args)
+        changed = {
+            "output_dir": str(self.folder(args)),
+            "max_steps": self.retrieval_warm_start_steps,
+            "learning_rate": self.retrieval_warm_start_learning_rate,
+            "lr_scheduler_type": SchedulerType.COSINE,
+            "warmup_steps": min(20, self.retrieval_warm_start_steps // 5),
+            "per_device_train_batch_size": min(self.retrieval_warm_start_batch_size, max(1, count // args.world_size)),
+            "gradient_accumulation_steps": 1,
+            "dataloader_drop_last": True,
+            "dataloader_num_workers": 0,
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+            "load_best_model_at_end": False,
+            "push_to_hub": False,
+            "report_to": [],
+            "eval_strategy": args.eval_strategy if evaluates else "no",
+        }
+        for name, value in changed.items():
+            setattr(own, name, value)
+        return own
+
+
+class PairStates(Dataset):
+    """N pairs of an image's pooled features (N, W) and the states of `[RET]` behind its caption."""
+
+    def __init__(self, features: torch.Tensor, states: RetStates):
+        self.features, self.states = features, states
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """A whole batch at once."""
+        rows = torch.as_tensor(indices)
+        features = self.features[rows].float()
+        return {"pooled_image_features": features, "ret_states": self.states.rows(rows), "labels": rows}
+
+    def statistics(self) -> list[Statistics]:
+        """Mean and scale of the image features' entries, and of those of each layer's states."""
+        generator = torch.Generator().manual_seed(0)
+        sample = self.__getitems__(torch.randperm(len(self), generator=generator)[:_SAMPLE].tolist())
+        return [_statistics(rows) for rows in (sample["pooled_image_features"], *sample["ret_states"])]
+
+
+class CachedRetrieval(nn.Module):
+    """An adapter's two projections and its temperature, trained on standardised vectors.
+
+    Args:
+        model ([`FromageForConditionalGeneration`]): Its adapter is copied.
+        statistics (`list[Statistics]`, *optional*): Mean and scale of the image features and of each layer's states.
+            With them the projections start anew.
+        dropout (`float`): Of the image features.
+    """
+
+    def __init__(self, model: FromageForConditionalGeneration, statistics: list[Statistics] | None, dropout: float):
+        super().__init__()
+        self.config = model.config
+        self.adapter = copy.deepcopy(model.adapter).requires_grad_(False)
+        self.adapter.feature_dropout.p = dropout
+        self.adapter.logit_scale.requires_grad_()
+        for linear in self._projections(self.adapter):
+            linear.requires_grad_()
+            if statistics is not None:
+                nn.init.normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+        self.is_standardized = statistics is not None
+        for number, (mean, scale) in enumerate(statistics or []):
+            self.register_buffer(f"mean_{number}", mean.to(model.adapter.logit_scale.device))
+            self.register_buffer(f"scale_{number}", scale.to(model.adapter.logit_scale.device))
+
+    @staticmethod
+    def _projections(adapter: nn.Module) -> list[nn.Linear]:
+        owner: Any = adapter
+        return [owner.visual_projection, *owner.text_projection]
+
+    def _standardized(self, rows: torch.Tensor, number: int) -> torch.Tensor:
+        if not self.is_standardized:
+            return rows
+        return (rows - self.get_buffer(f"mean_{number}")) * self.get_buffer(f"scale_{number}")
+
+    def forward(
+        self,
+        pooled_image_features: torch.Tensor,
+        ret_states: list[torch.Tensor],
+        labels: torch.Tensor | None = None,
+        return_loss: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """The model's contrastive loss of N pairs: features (N, W), and states (N, width) a layer."""
+        layers = [self._standardized(layer, number) for number, layer in enumerate(ret_states, start=1)]
+        features = self._standardized(pooled_image_features, 0)
+        across_processes = torch.distributed.is_available() and torch.distributed.is_initialized() and self.training
+        found = matching_loss(self.adapter, self.config, features, self.adapter.text_embeds(layers), across_processes)
+        embeds = {name: found[name] for name in ("image_embeds", "text_embeds")}
+        return {"loss": found["contrastive_loss"], **embeds}
+
+    @torch.no_grad()
+    def fold_into(self, model: FromageForConditionalGeneration) -> None:
+        """Give the model these projections, the standardisation within them."""
+        owner: Any = model.adapter
+        owner.logit_scale.copy_(self.adapter.logit_scale)
+        pairs = zip(self._projections(owner), self._projections(self.adapter), strict=True)
+        for number, (theirs, ours) in enumerate(pairs):
+            theirs.weight.copy_(ours.weight)
+            theirs.bias.copy_(ours.bias)
+            if self.is_standardized:
+                theirs.weight.mul_(self.get_buffer(f"scale_{number}"))
+                theirs.bias.sub_(theirs.weight @ self.get_buffer(f"mean_{number}"))
+
+
+def read_pairs(
+    model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any, directory: Path
+) -> PairStates:
+    """The features of a dataset's images, encoded here where they are not cached, and the states of its captions."""
+    captions = dataset["caption"] if hasattr(dataset, "column_names") else [row["caption"] for row in _rows(dataset)]
+    cache_ret_states(model, collator, captions, directory)
+    return PairStates(_read_features(model, collator, dataset), RetStates(directory, len(captions)))
+
+
+def _read_features(model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any) -> torch.Tensor:
+    if "pooled_image_features" not in dataset[0]:
+        logger.info(
+            "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
+        )
+    found = []
+    for start in tqdm(range(0, len(dataset), 64), desc="Reading image features"):
+        rows = [dataset[i] for i in range(start, min(len(dataset), start + 64))]
+        inputs = {name: tensor.to(model.device) for name, tensor in collator.image_inputs(rows).items()}
+        features = inputs.get("pooled_image_features")
+        found.append((model.get_pooled_image_features(**inputs) if features is None else features).cpu())
+    return as_stored(torch.cat(found))
+
+
+def _rows(dataset: Any) -> Any:
+    return (dataset[i] for i in range(len(dataset)))
+
+
+def _statistics(rows: torch.Tensor) -> Statistics:
+    deviation = rows.double().std(0)
+    scale = 1 / (deviation + _SMALLEST_SCALE * deviation.mean()).clamp_min(1e-12)
+    return rows.double().mean(0).float(), scale.float()
+
+
+def _check(model: Any, args: TrainingArguments, dataset: Any) -> None:
+    """Raise a `ValueError` where states of `[RET]` are no constants, or pairs cannot be cached."""
+    hint = "Leave `retrieval_warm_start_steps` out, or "
+    if not isinstance(model, FromageForConditionalGeneration) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The warm start trains on hidden states of the language model as constants, and PEFT (LoRA) changes them. "
+            f"{hint}run it without PEFT and save the model; then train that one with PEFT."
+        )
+    if any(parameter.requires_grad for parameter in model.language_model.parameters()):
+        raise ValueError(f"The warm start needs a frozen language model. {hint}freeze it: `model.freeze_backbones()`.")
+    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"The warm start reads its pairs by number, and a {type(dataset).__name__} has no length. {hint}give a "
+            "data set with a length."
+        )
+    if len(dataset) < 2:
+        raise ValueError(f"The warm start needs two pairs or more, got {len(dataset)}.")
+    if args.world_size > 1:
+        raise ValueError(
+            f"The warm start runs in one process, and there are {args.world_size}. Run it by itself (`max_steps: 1`), "
+            "and train its model in several."
+        )
+
+
+def _recall(found: EvalPrediction) -> dict[str, float]:
+    images, texts = (torch.as_tensor(embeds) for embeds in found.predictions)
+    return recall_in_both_directions(images, texts)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+__all__ = ["RetrievalWarmStart"]

@@ -105,10 +105,11 @@ def cache_ret_states(
     paths = shard_paths(directory, len(captions))
     for number in tqdm(range(rank, len(paths), world_size), desc="Caching [RET] states", disable=rank > 0):
         own = list(captions[number * SHARD_SIZE : (number + 1) * SHARD_SIZE])
-        batches = [collator.retrieval_inputs(own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
-        digest = _digest(repr([batch["retrieval_input_ids"].tolist() for batch in batches]).encode())
+        ids, mask = collator.retrieval_inputs(own).values()
+        digest = _digest(ids.numpy().tobytes())
         if (known := _captions_of(paths[number], len(own))) is None:
-            replace_file(paths[number], save(_encode(model, batches), {"captions": digest}))
+            states = _encode(model, ids.split(batch_size), mask.split(batch_size))
+            replace_file(paths[number], save(states, {"captions": digest}))
         elif known != digest:
             raise ValueError(
                 f"{paths[number]} has states of other captions, or of others in this place. Give another "
@@ -116,12 +117,15 @@ def cache_ret_states(
             )
 
 
-def _encode(model: FromageForConditionalGeneration, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """States of one shard by the names that they have in its file, which sort by layer."""
+def _encode(
+    model: FromageForConditionalGeneration, ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """States of the batches of one shard by the names that they have in its file, which sort by layer."""
     lm, found = model.frozen_lm(), []
-    for batch in tqdm(batches, desc="Captions", leave=False):
-        ids, mask = (batch[f"retrieval_{name}"].to(model.device) for name in ("input_ids", "attention_mask"))
-        found.append([layer.cpu() for layer in ret_hidden_states(lm, ids, mask)])
+    for batch, mask in zip(tqdm(ids, desc="Captions", leave=False), masks, strict=True):
+        used = mask.any(0)
+        rows = (tensor[:, used].to(model.device) for tensor in (batch, mask))
+        found.append([layer.cpu() for layer in ret_hidden_states(lm, *rows)])
     layers = [torch.cat(layer) for layer in zip(*found, strict=True)]
     if not all(layer.isfinite().all() for layer in layers):
         raise ValueError(

@@ -15,22 +15,10 @@ from transformers import Trainer, TrainingArguments
 from modeling_fromage import FromageDataCollator, FromageTrainer, NormalizeRetEmbeddingCallback
 from tests.helpers.backbones import make_model, make_processor
 from tests.helpers.processes import run_ranks
+from tests.helpers.training_runs import arguments, examples
 
 PARTS = ("captioning_loss", "ret_token_loss", "contrastive_loss")
 WEIGHTS = {"captioning_loss_weight": 0.5, "ret_token_loss_weight": 2.0, "contrastive_loss_weight": 3.0}
-
-
-def examples(count: int) -> list[dict]:
-    features = torch.rand(count, 24, generator=torch.Generator().manual_seed(5))
-    captions = [f"number {i}" + " and so on" * (i % 4) for i in range(count)]
-    return [{"pooled_image_features": row.tolist(), "caption": c} for row, c in zip(features, captions, strict=True)]
-
-
-def arguments(folder, **options) -> TrainingArguments:
-    defaults = {"max_steps": 3, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "report_to": "none",
-                "learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True, "logging_steps": 1,
-                "disable_tqdm": True}  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
 
 
 def make_trainer(folder, trainer_class=FromageTrainer, data=None, options=None, collator=None, **kwargs):

@@ -1,0 +1,225 @@
+"""Retrieval first: the states of `[RET]` on disk, the loss on them, the Trainer's warm start, and rates per part."""
+
+import functools
+import json
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from modeling_fromage import FromageDataCollator, FromageTrainer
+from modeling_fromage.trainer import ret_states
+from modeling_fromage.trainer.ret_states import RetStates, cache_ret_states, shard_paths
+from modeling_fromage.trainer.warm_start import CachedRetrieval, PairStates, RetrievalWarmStart
+from modeling_fromage.training_losses_fromage import ret_hidden_states
+from tests.helpers.backbones import make_model, make_processor
+from tests.helpers.training_runs import arguments, examples
+
+LAYERS = {"text_embed_layers": [1, -1]}
+CAPTIONS = [row["caption"] for row in examples(20)]
+PROJECTIONS = ("visual_projection", "text_projection", "logit_scale")
+
+
+@pytest.fixture
+def collator():
+    return FromageDataCollator(make_processor(), caption_prefix="A picture of")
+
+
+def batch_of(model, collator, rows):
+    inputs = collator.image_inputs(rows) | collator.retrieval_inputs([row["caption"] for row in rows])
+    states = ret_hidden_states(model.frozen_lm(), inputs["retrieval_input_ids"], inputs["retrieval_attention_mask"])
+    return inputs, {"pooled_image_features": inputs["pooled_image_features"], "ret_states": states}
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_loss_and_gradients_are_the_models_own(collator, duplicates):
+    model = make_model("opt_clip", **LAYERS, mask_duplicate_images=duplicates).train()
+    rows = examples(12)
+    rows[3]["pooled_image_features"] = rows[7]["pooled_image_features"]
+    inputs, cached = batch_of(model, collator, rows)
+    module = CachedRetrieval(model, None, dropout=0.0)
+    loss = model(**inputs).contrastive_loss
+    found = module(**cached)["loss"]
+    torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+    trained = {name: p for name, p in module.adapter.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == set(PROJECTIONS)
+    expected = dict(model.adapter.named_parameters())
+    gradients = torch.autograd.grad(loss, [expected[name] for name in trained])
+    for ours, theirs in zip(torch.autograd.grad(found, list(trained.values())), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_standardisation_is_folded_into_the_projections(collator, tmp_path):
+    model = make_model("opt_clip", **LAYERS)
+    rows = examples(20)
+    inputs, cached = batch_of(model, collator, rows)
+    cache_ret_states(model, collator, CAPTIONS, tmp_path)
+    pairs = PairStates(inputs["pooled_image_features"], RetStates(tmp_path, 20))
+    statistics = pairs.statistics()
+    for (mean, scale), vectors in zip(
+        statistics, [cached["pooled_image_features"], *cached["ret_states"]], strict=True
+    ):
+        standardized = (vectors - mean) * scale
+        assert standardized.mean(0).abs().max() < 2e-2 and 0.3 < standardized.std(0).median() < 1
+    module = CachedRetrieval(model, statistics, dropout=0.0).eval()
+    module.adapter.logit_scale.data.fill_(1.5)
+    module.fold_into(model.eval())
+    expected = module(**cached)
+    with torch.no_grad():
+        found = model(**inputs)
+    for name, key in (("loss", "contrastive_loss"), ("image_embeds",) * 2, ("text_embeds",) * 2):
+        torch.testing.assert_close(found[key], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_keeps_whole_shards_and_gives_rows_in_any_order(collator, tmp_path, monkeypatch):
+    monkeypatch.setattr(ret_states, "SHARD_SIZE", 8)
+    model = make_model("opt_clip", **LAYERS)
+    cache_ret_states(model, collator, CAPTIONS, tmp_path, batch_size=3)
+    _, cached = batch_of(model, collator, examples(20))
+    order = torch.tensor([19, 0, 7, 8, 15, 16, 3])
+    for found, exact in zip(RetStates(tmp_path, 20).rows(order), cached["ret_states"], strict=True):
+        torch.testing.assert_close(found, exact[order], rtol=2e-3, atol=1e-3)  # fp16
+    paths = shard_paths(tmp_path, 20)
+    kept = {path: path.stat().st_mtime_ns for path in paths}
+    paths[1].write_bytes(paths[1].read_bytes()[:200])  # as an interruption without fsync leaves a file
+    cache_ret_states(model, collator, CAPTIONS, tmp_path, batch_size=5)
+    assert [path for path in paths if path.stat().st_mtime_ns != kept[path]] == [paths[1]]
+
+
+def test_states_of_something_else_are_refused(collator, tmp_path, monkeypatch):
+    monkeypatch.setattr(ret_states, "SHARD_SIZE", 8)
+    model = make_model("opt_clip")
+    cache_ret_states(model, collator, CAPTIONS, tmp_path)
+
+    def refused(match, model=model, collator=collator, captions=CAPTIONS):
+        with pytest.raises(ValueError, match=match):
+            cache_ret_states(model, collator, captions, tmp_path)
+
+    refused("ret-states-00001.safetensors has states of other captions", captions=[*CAPTIONS[:-9], *CAPTIONS[-8:], "x"])
+    refused("num_captions 20, not 19", captions=CAPTIONS[:-1])
+    refused("text_embed_layers", model=make_model("opt_clip", **LAYERS))
+    refused("max_length 24, not 4", collator=FromageDataCollator(make_processor(), max_length=4))
+    with torch.no_grad():
+        model.adapter.ret_embedding.weight[0, 0] += 1e-3
+    refused("ret_embedding '")
+    other = make_model("opt_clip")
+    with torch.no_grad():
+        next(other.language_model.parameters()).view(-1)[7] += 1e-3
+    refused("language_model '", model=other)
+    refused("dtype 'float32', not 'bfloat16'", model=make_model("opt_clip").to(torch.bfloat16))
+    cache_ret_states(make_model("opt_clip"), collator, CAPTIONS, tmp_path)
+
+
+def warm_trainer(folder, steps=150, joint=2, **options):
+    options = {"retrieval_warm_start_batch_size": 16, "retrieval_warm_start_dropout": 0.1, **options}
+    args = arguments(folder, max_steps=joint, save_strategy="steps", save_steps=50)
+    data = examples(40)
+    return FromageTrainer(
+        make_model("opt_clip", **LAYERS), args, FromageDataCollator(make_processor()), train_dataset=data,
+        eval_dataset=data[:16], retrieval_warm_start_steps=steps, **options,
+    )  # fmt: skip
+
+
+def test_a_warm_start_finds_what_few_joint_steps_do_not(tmp_path):
+    trainer = warm_trainer(tmp_path)
+    before = trainer.model.adapter.ret_embedding.weight.clone()
+    trainer.model.normalize_ret_embedding()
+    normalized = trainer.model.adapter.ret_embedding.weight.clone()
+    assert not torch.equal(before, normalized)
+    trainer._train_retrieval(resume=False)
+    assert torch.equal(trainer.model.adapter.ret_embedding.weight, normalized)
+    metrics = trainer.warm_start_metrics
+    assert metrics["eval_text_to_image_R@1"] >= 0.4 and metrics["eval_num_pairs"] == 16
+    joint = trainer.evaluate()  # of the whole model, both backbones running
+    assert joint["eval_contrastive_loss"] == pytest.approx(metrics["eval_loss"], rel=0.05)
+    assert joint["eval_text_to_image_R@1"] == pytest.approx(metrics["eval_text_to_image_R@1"], abs=0.1)
+    cold = warm_trainer(tmp_path / "cold", steps=0, joint=2)
+    cold.train()
+    assert cold.evaluate()["eval_text_to_image_R@1"] < metrics["eval_text_to_image_R@1"] - 0.2
+
+
+def test_a_killed_warm_start_resumes(tmp_path):
+    whole = warm_trainer(tmp_path / "whole")
+    whole.train(resume_from_checkpoint=True)
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CachedRetrieval, "fold_into", kill)  # after its last step; earlier steps are gone with it
+        with pytest.raises(KeyboardInterrupt):
+            warm_trainer(tmp_path / "cut").train(resume_from_checkpoint=True)
+    for folder in (tmp_path / "cut/retrieval_warm_start").glob("checkpoint-1[05]0"):
+        (folder / "trainer_state.json").unlink()  # as if killed behind step 50
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = CachedRetrieval.forward
+
+        @functools.wraps(forward)  # the Trainer reads its signature
+        def counted(self, *args, **kwargs):
+            steps.append(self.training)
+            return forward(self, *args, **kwargs)
+
+        patch.setattr(CachedRetrieval, "forward", counted)
+        resumed = warm_trainer(tmp_path / "cut")
+        resumed.train(resume_from_checkpoint=True)
+    assert sum(steps) == 100
+    for name, tensor in whole.model.adapter.state_dict().items():
+        assert torch.equal(tensor, resumed.model.adapter.state_dict()[name]), name
+    again = warm_trainer(tmp_path / "cut", joint=60)
+    again.train(resume_from_checkpoint=True)
+    resumed_joint = warm_trainer(tmp_path / "cut", joint=60)
+    resumed_joint.train(resume_from_checkpoint=True)  # from the joint checkpoint: no warm start
+    assert not hasattr(resumed_joint, "warm_start_metrics")
+
+
+def test_rates_per_part(tmp_path):
+    rates = {"visual_projection": 1e-5, "text_projection": 1e-5, "logit_scale": 0.0}
+    trainer = warm_trainer(tmp_path, steps=0, learning_rates=rates)
+    scale = trainer.model.adapter.logit_scale.clone()
+    trainer.create_optimizer_and_scheduler(10)
+    sizes = {}
+    for group in trainer.optimizer.param_groups:
+        sizes[group["initial_lr"]] = sizes.get(group["initial_lr"], 0) + sum(p.numel() for p in group["params"])
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.model.adapter.named_children()}
+    slow = parts["visual_projection"] + parts["text_projection"]
+    assert sizes == {1e-2: sum(parts.values()) - slow, 1e-5: slow, 0.0: 1}
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert torch.equal(trainer.model.adapter.logit_scale, scale)
+    with pytest.raises(ValueError, match="names 'projector'.*'multi_modal_projector'.*are"):
+        warm_trainer(tmp_path, steps=0, learning_rates={"projector": 1e-5}).train()
+
+
+def test_what_cannot_be_cached_is_refused(tmp_path):
+    from peft import LoraConfig
+
+    trainer = warm_trainer(tmp_path)
+    trainer.model.add_adapter(LoraConfig(target_modules=r"language_model\..*q_proj", modules_to_save=["adapter"]))
+    with pytest.raises(ValueError, match="PEFT .LoRA. changes them"):
+        trainer.train()
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from examples(8)
+
+    trainer = warm_trainer(tmp_path)
+    trainer.train_dataset = Stream()
+    with pytest.raises(ValueError, match="a Stream has no length"):
+        trainer.train()
+    trainer = warm_trainer(tmp_path)
+    next(trainer.model.language_model.parameters()).requires_grad_()
+    with pytest.raises(ValueError, match="needs a frozen language model"):
+        trainer.train()
+    assert not (tmp_path / "ret_states").exists()
+    for wrong in ({"retrieval_warm_start_steps": -1}, {"retrieval_warm_start_batch_size": 1}):
+        with pytest.raises(ValueError, match="must be at least"):
+            RetrievalWarmStart(**wrong)
+    with pytest.raises(ValueError, match="retrieval_warm_start_dropout"):
+        RetrievalWarmStart(retrieval_warm_start_dropout=1.0)
+
+
+def test_the_warm_start_leaves_a_log(tmp_path):
+    warm_trainer(tmp_path, steps=20).train()
+    state = json.loads((tmp_path / "retrieval_warm_start/trainer_state.json").read_text())
+    assert state["global_step"] == 20 and any("eval_text_to_image_R@1" in entry for entry in state["log_history"])

@@ -5,6 +5,7 @@ A checkpoint is a folder or a repository of the Hub with open_clip's `open_clip_
 
 import json
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,12 @@ def read_open_clip_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
     path = find_file(name, CONFIG_FILE, **hub_kwargs)
     if path is None:
         raise ValueError(f"{name} is no open_clip checkpoint: it has no {CONFIG_FILE}.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config.get("model_cfg", {}).get("vision_cfg"), dict):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The {CONFIG_FILE} of {name} is no JSON: {error}") from error
+    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("vision_cfg"), dict):
         raise ValueError(f"The {CONFIG_FILE} of {name} has no `model_cfg` with a `vision_cfg`.")
     return config
 
@@ -205,8 +210,18 @@ def load_open_clip(name: str, config: PreTrainedConfig | None = None, projected:
     if isinstance(config, OpenClipVisionConfig):
         if not config.projected:
             state = {key: value for key, value in state.items() if not re.match(_PROJECTION, key)}
-        return OpenClipVisionModel.from_pretrained(None, config=config, state_dict=state, **kwargs)
-    return CLIPVisionModel.from_pretrained(None, config=config, state_dict=clip_vision_state(state), **kwargs)
+        model_class: type[PreTrainedModel] = OpenClipVisionModel
+    else:
+        model_class, state = CLIPVisionModel, clip_vision_state(state)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **kwargs)
+    if info["unexpected_keys"]:  # open_clip loads them or raises: without them a tower computes something else
+        left = sorted(info["unexpected_keys"])
+        raise ValueError(
+            f"The vision tower of {name} has weights that its {CONFIG_FILE} does not speak of: {', '.join(left[:8])}. "
+            "Correct its `vision_cfg`, or save the model anew with open_clip (open_clip.push_to_hf_hub.save_for_hf)."
+        )
+    return (model, info) if wants_info else model
 
 
 def _read_tower(path: Path) -> dict[str, torch.Tensor]:
@@ -214,7 +229,7 @@ def _read_tower(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if name.startswith("visual.")}
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     state = state.get("state_dict", state)  # of a training run
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
@@ -279,7 +294,7 @@ def open_clip_image_processor(name: str, **hub_kwargs: Any) -> OpenClipImageProc
     config = read_open_clip_config(name, **hub_kwargs)
     given: dict[str, Any] = {
         "mean": _MEAN, "std": _STD, "interpolation": "bicubic", "resize_mode": "shortest",
-        **config.get("preprocess_cfg", {}),
+        **(config.get("preprocess_cfg") or {}),
     }  # fmt: skip
     # The tower's size goes before any that is given beside the transforms.
     height, width = _pair(config["model_cfg"]["vision_cfg"].get("image_size", _SIZES["image_size"]))

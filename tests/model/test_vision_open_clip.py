@@ -85,12 +85,14 @@ def test_a_stranger_may_read_the_configuration_first(tmp_path):
     assert found.stdout.strip() == "open_clip_vision", found.stderr[-2000:]
 
 
-def test_pickled_weights_and_those_of_a_training_run(vit, backbones):
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_pickled_weights_and_those_of_a_training_run(vit, backbones, as_zip):
     folder, encoder = vit
     state = load_file(folder / "open_clip_model.safetensors")
     (folder / "open_clip_model.safetensors").unlink()
     state = {f"module.{name}": tensor for name, tensor in state.items()}
-    torch.save({"epoch": 3, "state_dict": state}, folder / "open_clip_pytorch_model.bin")
+    torch.save({"epoch": 3, "state_dict": state}, folder / "open_clip_pytorch_model.bin",
+               _use_new_zipfile_serialization=as_zip)  # fmt: skip
     model, _ = assemble(folder, backbones)
     assert torch.equal(model.vision_model.post_layernorm.weight, encoder.post_layernorm.weight)
 
@@ -119,6 +121,22 @@ def test_a_missing_weight_is_refused(vit, backbones):
     save_file(state, folder / "open_clip_model.safetensors")
     with pytest.raises(ValueError, match="lacks weights.*post_layernorm.weight"):
         assemble(folder, backbones)
+
+
+def test_a_weight_that_the_configuration_does_not_speak_of_is_refused(vit, backbones):
+    folder, _ = vit
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["layers"] = 1  # of the two whose weights are there
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not speak of: encoder.layers.1.*Correct its `vision_cfg`"):
+        assemble(folder, backbones)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model_cfg": null}', '{"model_cfg": {"vision_cfg": 3}}'])
+def test_a_configuration_that_is_none(text, vit, backbones):
+    (vit[0] / "open_clip_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"The open_clip_config.json of .* (is no JSON|has no `model_cfg`)"):
+        assemble(vit[0], backbones)
 
 
 @pytest.mark.parametrize(

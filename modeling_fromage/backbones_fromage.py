@@ -166,6 +166,15 @@ def attention_window(text_config: PreTrainedConfig) -> float:
     return min((window for window in windows if window and slides), default=float("inf"))
 
 
+def rope_switch(text_config: PreTrainedConfig) -> float:
+    """Tokens up to which longrope (Phi-3's for long contexts) has one set of frequencies, and beyond which it has
+    another: for all that is in a pass, by the longest text in it. Infinite with any other kind of positions."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each kind of layer
+    limits = (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope")
+    return min(limits, default=float("inf"))
+
+
 def context_length(text_config: PreTrainedConfig) -> float:
     """Tokens that the LM has positions for; infinite where its configuration names no limit (or -1, as XLNet's)."""
     # Beyond the latter, Doge's attention looks at what follows as it chooses what to keep.

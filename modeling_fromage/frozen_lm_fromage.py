@@ -4,6 +4,7 @@ Axes: B rows of text, L tokens, T tokens without padding, D the LM's input width
 logits, N images, k visual tokens per image, R `[RET]` tokens.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from .adapter_fromage import FromageAdapter
 from .backbone_checks_fromage import LanguageModelTraits
-from .backbones_fromage import attention_window, decoder_and_head, run_decoder
+from .backbones_fromage import attention_window, decoder_and_head, rope_switch, run_decoder
 from .configuration_fromage import FromageConfig
 from .losses_fromage import (
     LOGITS_AT_A_TIME,
@@ -57,6 +58,7 @@ class FrozenLM:
     ):
         self.language_model, self.adapter, self.config, self.traits = language_model, adapter, config, traits
         self.decoder, self.head = decoder_and_head(language_model)
+        self.rope_switch = rope_switch(config.text_config)
 
     def takes(self, ability: str) -> bool:
         """Whether the LM has one of `ABILITIES` with its present attention implementation."""
@@ -153,6 +155,7 @@ class FrozenLM:
             return self._decode_with_padding_last(embeds, attention_mask, position_ids, **kwargs)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions(attention_mask)[:, -embeds.shape[1] :]
+        _check_one_rope(self.rope_switch, embeds, position_ids, past_key_values)
         kwargs.setdefault("use_cache", False)
         return run_decoder(self.decoder, embeds, attention_mask, position_ids, **kwargs)
 
@@ -190,7 +193,7 @@ class FrozenLM:
     def can_pack(self, mask: torch.Tensor) -> bool:
         """Whether the sequences of `mask` (B, L) can share rows: the LM takes packed rows, and no sequence is longer
         than its attention window, which only its own masks know of."""
-        within_window = int(mask.sum(-1).max()) < attention_window(self.config.text_config)
+        within_window = int(mask.sum(-1).max()) < min(attention_window(self.config.text_config), self.rope_switch)
         return within_window and self.takes("packed rows")
 
     def run_unpadded(
@@ -215,7 +218,7 @@ class FrozenLM:
         flat_position = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         found_positions, found = [], []
         lengths = mask.sum(-1)
-        for rows in length_groups(lengths) if self.takes("right padding") else groups_of_one_length(lengths):
+        for rows in _groups(lengths, self.takes("right padding"), self.rope_switch):
             columns = mask[rows].any(0)  # without padding that no row of the group needs
             own = mask[rows][:, columns].bool()
             output = self.decode(embeds[rows][:, columns], own.long(), **options)
@@ -284,6 +287,35 @@ class FrozenLM:
             normalizers.append(logits.logsumexp(-1))
             from_frozen.append(target_logits(logits, chunk_targets))
         return torch.cat(normalizers), torch.cat(from_frozen)
+
+
+def _check_one_rope(
+    switch: float, embeds: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None
+) -> None:
+    """Raise a `ValueError` where a pass has sequences, or what a cache holds of them, from both sides of the
+    [`rope_switch`]: all get the frequencies of the longest."""
+    if switch == math.inf:
+        return
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    if position_ids is None:
+        position_ids = torch.arange(cached, cached + embeds.shape[1])[None]
+    lengths = position_ids.amax(-1) + 1
+    longest, shortest = int(lengths.max()), min(int(lengths.min()), cached or math.inf)
+    if shortest <= switch < longest:
+        raise ValueError(
+            f"The language model has other rotary frequencies (longrope) in passes of more than {switch} tokens, which "
+            f"would change what texts of up to {shortest} tokens get beside {longest}. Give it texts on one side of "
+            "that length at a time, and from one to the other no cache."
+        )
+
+
+def _groups(lengths: torch.Tensor, takes_padding: bool, switch: float) -> list[torch.Tensor]:
+    """Indices of sequences (B,) to run together, on one side of the [`rope_switch`] each."""
+    groups = length_groups(lengths) if takes_padding else groups_of_one_length(lengths)
+    if switch == math.inf:
+        return groups
+    sides = [rows[is_within] for rows in groups for is_within in (lengths[rows] <= switch, lengths[rows] > switch)]
+    return [rows for rows in sides if len(rows)]
 
 
 __all__ = ["FrozenLM"]

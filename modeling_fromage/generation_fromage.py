@@ -8,7 +8,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .backbones_fromage import check_length, context_length, initial_cache
+from .backbones_fromage import check_length, context_length, initial_cache, rope_switch
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
 
@@ -267,4 +267,11 @@ class FromageGenerationMixin(GenerationMixin):
                 f"The prompt's {input_ids_length} tokens and {new} new ones exceed the language model's context of "
                 f"{limit}. Shorten the prompt (an image takes {self.config.num_image_tokens} of them), or lower "
                 "`max_new_tokens`."
+            )
+        switch = rope_switch(self.config.text_config)
+        if input_ids_length <= switch < generation_config.max_length and generation_config.use_cache:
+            raise ValueError(
+                f"The prompt's {input_ids_length} tokens and new ones go beyond {switch}, where the language model "
+                "takes other rotary frequencies (longrope), and a cache holds what the first gave. Lower "
+                "`max_new_tokens`, or set `use_cache=False`: generation then runs the whole text anew for each token."
             )

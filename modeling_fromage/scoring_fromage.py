@@ -67,7 +67,9 @@ def score_candidates(
     order = mask.bool().long().argsort(dim=-1, stable=True)  # padding goes to the left: candidates follow tokens
     mask, input_ids = mask.gather(-1, order), input_ids.gather(-1, order)
     embeds = lm.embed(input_ids, visual_tokens)
-    context = lm.decode(embeds, mask, use_cache=True) if lm.takes("left padding") else None
+    longest = int((mask.sum(-1)[:, None] + candidate_mask.sum(-1)).max())
+    takes_cache = lm.takes("left padding") and longest <= lm.rope_switch
+    context = lm.decode(embeds, mask, use_cache=True) if takes_cache else None
     if context is None or not isinstance(context.past_key_values, Cache):
         return _scores_of_whole_texts(lm, embeds, mask, ids, candidate_mask, shift)
     last = context.last_hidden_state[:, -1:]  # (B, 1, H)

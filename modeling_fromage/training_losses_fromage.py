@@ -156,6 +156,8 @@ def why_not_ret_only(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) 
         return "the language model is in training mode"
     if input_ids.shape[1] > attention_window(lm.config.text_config):
         return "texts are longer than the language model's attention window"
+    if input_ids.shape[1] > lm.rope_switch:
+        return "texts are longer than what the language model has one set of rotary frequencies for"
     is_ret = lm.is_ret(input_ids)
     after_ret = is_ret.int().cumsum(-1).bool() & mask.bool()
     if not ((is_ret.sum(-1) == 1).all() and (after_ret == is_ret).all() and (mask.sum(-1) > 1).all()):

@@ -210,7 +210,7 @@ def load_open_clip(name: str, config: PreTrainedConfig | None = None, projected:
     if isinstance(config, OpenClipVisionConfig):
         if not config.projected:
             state = {key: value for key, value in state.items() if not re.match(_PROJECTION, key)}
-        model_class: type[PreTrainedModel] = OpenClipVisionModel
+        model_class: Any = OpenClipVisionModel
     else:
         model_class, state = CLIPVisionModel, clip_vision_state(state)
     wants_info = kwargs.pop("output_loading_info", False)

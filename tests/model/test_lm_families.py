@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
+from tests.helpers import lm_stages
 from tests.helpers.backbones import VISION_CONFIGS
 from tests.helpers.lm_families import IMAGE, RET, make_lm, tiny_config
 from tests.helpers.lm_stages import (
@@ -126,3 +127,37 @@ def test_a_text_part_is_rebuilt_from_its_own_configuration():
     lm = AutoModelForCausalLM.from_config(tiny_config("mllama"))
     model = assemble(lm)
     assert type(FromageForConditionalGeneration(model.config).language_model) is type(lm)
+
+
+LONGROPE = {
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12,
+                        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "fields"), [("llama", {}), ("phi3", {"original_max_position_embeddings": 12})])
+def test_rotary_frequencies_of_long_texts(family, fields, monkeypatch):
+    """Those of longrope change for all that is in a pass, and for what a cache holds, with the longest text in it."""
+    captions = [[2, *range(5, 28)], [2, 8], [2, 9, 10, 11, 30], [2, *range(12, 21)]]  # the last one crosses with [RET]
+    monkeypatch.setattr(lm_stages, "CAPTIONS", captions)
+    model = assemble(make_lm(family, spread=3.0, **LONGROPE, **fields))
+    for side in ("left", "right"):
+        check_step(model, side)
+    model.eval()
+    for texts in ([captions[0]], captions[1:3]):
+        monkeypatch.setattr(lm_stages, "CAPTIONS", texts)
+        check_texts_and_scores(model)
+    ids, mask = torch.tensor([[2] * 24 + [RET], [2] * 25]), torch.ones(2, 25, dtype=torch.long)
+    ids[1, 3:], mask[1, 4:] = RET, 0
+    with pytest.raises(ValueError, match="longrope.* more than 12 tokens.*up to 4 tokens get beside 25"):
+        model.get_text_embeds(ids, mask)
+    with pytest.raises(ValueError, match="10 tokens and new ones go beyond 12.*use_cache=False"):
+        model.generate(torch.tensor([captions[3]]), max_new_tokens=6)
+    options = {"do_sample": False, "max_new_tokens": 6, "max_num_rets": 0}
+    found = model.generate(torch.tensor([captions[3]]), **options, use_cache=False)[0, -6:].tolist()
+    text = list(captions[3])
+    for _ in range(6):
+        log_probs, _ = lm_stages.by_itself(model, text)
+        log_probs[:, [IMAGE, RET]] = -torch.inf
+        text.append(log_probs[-1].argmax().item())
+    assert found == text[-6:]

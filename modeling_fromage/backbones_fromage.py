@@ -162,8 +162,9 @@ def attention_window(text_config: PreTrainedConfig) -> float:
     config = text_config.to_dict()
     layer_types = config.get("layer_types") or config.get("attention_layers") or []
     slides = not layer_types or any(word in kind for kind in layer_types for word in ("sliding", "chunked", "local"))
-    windows = [config.get(name) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    return min((window for window in windows if window and slides), default=float("inf"))
+    windows = [config.get(name) for name in ("sliding_window", "attention_chunk_size", "window_size") if slides]
+    windows.append(config.get("keep_window_size"))
+    return min((window for window in windows if window), default=float("inf"))
 
 
 def rope_switch(text_config: PreTrainedConfig) -> float:
@@ -173,6 +174,15 @@ def rope_switch(text_config: PreTrainedConfig) -> float:
     kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each kind of layer
     limits = (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope")
     return min(limits, default=float("inf"))
+
+
+def independent_length(text_config: PreTrainedConfig) -> float:
+    """Tokens beyond which what an LM computes for a text depends on what stands beside it or follows: Doge's attention
+    chooses what to keep, and dynamic rotary frequencies are those of the longest text in a pass."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    is_dynamic = any(each.get("rope_type") == "dynamic" for each in (rope, *rope.values()) if isinstance(each, dict))
+    limits = [getattr(text_config, "keep_window_size", None), is_dynamic and text_config.max_position_embeddings]
+    return min((limit for limit in limits if limit), default=float("inf"))
 
 
 def context_length(text_config: PreTrainedConfig) -> float:

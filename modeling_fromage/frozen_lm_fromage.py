@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from .adapter_fromage import FromageAdapter
 from .backbone_checks_fromage import LanguageModelTraits
-from .backbones_fromage import attention_window, decoder_and_head, rope_switch, run_decoder
+from .backbones_fromage import attention_window, decoder_and_head, independent_length, rope_switch, run_decoder
 from .configuration_fromage import FromageConfig
 from .losses_fromage import (
     LOGITS_AT_A_TIME,
@@ -59,6 +59,7 @@ class FrozenLM:
         self.language_model, self.adapter, self.config, self.traits = language_model, adapter, config, traits
         self.decoder, self.head = decoder_and_head(language_model)
         self.rope_switch = rope_switch(config.text_config)
+        self.longest = independent_length(config.text_config)
 
     def takes(self, ability: str) -> bool:
         """Whether the LM has one of `ABILITIES` with its present attention implementation."""
@@ -155,7 +156,7 @@ class FrozenLM:
             return self._decode_with_padding_last(embeds, attention_mask, position_ids, **kwargs)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions(attention_mask)[:, -embeds.shape[1] :]
-        _check_one_rope(self.rope_switch, embeds, position_ids, past_key_values)
+        _check_lengths(self.rope_switch, self.longest, embeds, position_ids, past_key_values)
         kwargs.setdefault("use_cache", False)
         return run_decoder(self.decoder, embeds, attention_mask, position_ids, **kwargs)
 
@@ -289,18 +290,24 @@ class FrozenLM:
         return torch.cat(normalizers), torch.cat(from_frozen)
 
 
-def _check_one_rope(
-    switch: float, embeds: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None
+def _check_lengths(
+    switch: float, most: float, embeds: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None
 ) -> None:
-    """Raise a `ValueError` where a pass has sequences, or what a cache holds of them, from both sides of the
-    [`rope_switch`]: all get the frequencies of the longest."""
-    if switch == math.inf:
+    """Raise a `ValueError` where a pass has sequences of more than `most` tokens, the [`independent_length`]; or
+    sequences, or what a cache holds of them, from both sides of the [`rope_switch`]: all get the frequencies of the
+    longest."""
+    if switch == most == math.inf:
         return
     cached = 0 if cache is None else int(cache.get_seq_length())
     if position_ids is None:
         position_ids = torch.arange(cached, cached + embeds.shape[1])[None]
     lengths = position_ids.amax(-1) + 1
     longest, shortest = int(lengths.max()), min(int(lengths.min()), cached or math.inf)
+    if longest > most:
+        raise ValueError(
+            f"The texts have up to {longest} tokens, images included. Beyond {most}, what the language model computes "
+            "for a text depends on what stands beside it or follows. Shorten them."
+        )
     if shortest <= switch < longest:
         raise ValueError(
             f"The language model has other rotary frequencies (longrope) in passes of more than {switch} tokens, which "

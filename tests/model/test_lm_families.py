@@ -122,6 +122,23 @@ def test_texts_beyond_the_window_that_an_lm_keeps_are_refused():
         model.generate(texts[:, :5], max_new_tokens=4)
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("doge", {"keep_window_size": 8}),
+        ("llama", {"max_position_embeddings": 8,
+                   "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)  # fmt: skip
+def test_long_texts_that_depend_on_what_stands_beside_them_are_refused(family, fields, monkeypatch):
+    model = assemble(make_lm(family, spread=3.0, **fields))
+    monkeypatch.setattr(lm_stages, "CAPTIONS", [[2, *range(5, 9)], [2, 8], [2, 9, 10]])
+    check_step(model, "right")  # within it
+    ids = torch.arange(3, 13)[None]
+    with pytest.raises(ValueError, match="up to 9 tokens.*Beyond 8"):
+        model(input_ids=ids, labels=ids)
+
+
 def test_a_text_part_is_rebuilt_from_its_own_configuration():
     """transformers has Mllama's causal LM under the name of the whole alone."""
     lm = AutoModelForCausalLM.from_config(tiny_config("mllama"))

@@ -4,6 +4,7 @@ A checkpoint is a folder or a repository of the Hub with open_clip's `open_clip_
 """
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Sequence
@@ -133,7 +134,7 @@ def read_open_clip_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
     """`open_clip_config.json`: "model_cfg" and "preprocess_cfg".
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it has other values than open_clip writes.
     """
     path = find_file(name, CONFIG_FILE, **hub_kwargs)
     if path is None:
@@ -145,7 +146,36 @@ def read_open_clip_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
     model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("vision_cfg"), dict):
         raise ValueError(f"The {CONFIG_FILE} of {name} has no `model_cfg` with a `vision_cfg`.")
+    if wrong := _wrong_fields(model_cfg, config.get("preprocess_cfg") or {}):
+        raise ValueError(f"The {CONFIG_FILE} of {name} has values that no model of open_clip has: {', '.join(wrong)}.")
     return config
+
+
+def _wrong_fields(model_cfg: dict[str, Any], preprocess: dict[str, Any]) -> list[str]:
+    """Fields whose values would be misread, or fail late."""
+    vision, timm_name = {**_SIZES, **model_cfg["vision_cfg"]}, model_cfg["vision_cfg"].get("timm_model_name")
+
+    def is_size(value: Any, most: int = 100_000) -> bool:
+        return type(value) is int and 0 < value <= most
+
+    sides = vision["image_size"] if isinstance(vision["image_size"], list) else [vision["image_size"]] * 2
+    layers = vision["layers"] if isinstance(vision["layers"], list) else [vision["layers"]]  # of a ResNet's stages
+    is_right = {
+        "embed_dim": is_size(model_cfg.get("embed_dim")),
+        "quick_gelu": isinstance(model_cfg.get("quick_gelu", False), bool),
+        "image_size": len(sides) == 2 and all(map(is_size, sides)),
+        "layers": all(is_size(count, 1000) for count in layers),
+        **{field: is_size(vision[field]) for field in ("width", "head_width")},
+        "patch_size": vision["patch_size"] is None or is_size(vision["patch_size"]),  # of a ResNet
+        "timm_model_name": timm_name is None or isinstance(timm_name, str) and not re.search("[:/]", timm_name),
+        "mode": preprocess.get("mode", "RGB") == "RGB",
+    }
+    for field, least in (("mean", -math.inf), ("std", 0)):
+        given = preprocess.get(field, [1.0])
+        values = given if isinstance(given, (list, tuple)) else [given]
+        is_right[field] = len(values) in (1, 3) and all(type(v) in (int, float) and v > least for v in values)
+    given = {**vision, **model_cfg, **preprocess}
+    return [f"{field} {given.get(field)!r}" for field, right in is_right.items() if not right]
 
 
 def open_clip_vision_config(model_cfg: dict[str, Any], projected: bool = False) -> PreTrainedConfig:

@@ -132,6 +132,27 @@ def test_a_weight_that_the_configuration_does_not_speak_of_is_refused(vit, backb
         assemble(folder, backbones)
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("vision_cfg", "image_size", "32"), ("vision_cfg", "image_size", [32]), ("vision_cfg", "image_size", 0),
+        ("vision_cfg", "layers", 10**6), ("vision_cfg", "patch_size", 0), ("vision_cfg", "head_width", -8),
+        ("vision_cfg", "timm_model_name", "hf-hub:other/model"), ("vision_cfg", "timm_model_name", 7),
+        ("model_cfg", "embed_dim", None), ("model_cfg", "quick_gelu", "yes"),
+        ("preprocess_cfg", "mode", "L"), ("preprocess_cfg", "mean", None), ("preprocess_cfg", "mean", [0.5, 0.5]),
+        ("preprocess_cfg", "std", [0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_values_that_open_clip_has_not(part, field, value, vit, backbones):
+    path = vit[0] / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    parts = {"vision_cfg": config["model_cfg"]["vision_cfg"], "model_cfg": config["model_cfg"]}
+    parts.get(part, config.setdefault("preprocess_cfg", {}))[field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"has values that no model of open_clip has: {field} "):
+        assemble(vit[0], backbones)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"model_cfg": null}', '{"model_cfg": {"vision_cfg": 3}}'])
 def test_a_configuration_that_is_none(text, vit, backbones):
     (vit[0] / "open_clip_config.json").write_text(text)

@@ -164,13 +164,25 @@ def _name_of_half(model: PreTrainedModel) -> str | None:
 def dummy_images(config: PreTrainedConfig, count: int) -> torch.Tensor:
     """Random pixel values (count, channels, height, width) of the size that an encoder takes."""
     fields = config.to_dict()
-    size = fields.get("image_size") or 224
+    size = _image_size(fields) or 224
     if isinstance(size, dict):
         size = (size["height"], size["width"])
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = next((fields[name] for name in ("num_channels", "in_channels", "in_chans") if fields.get(name)), 3)
     generator = torch.Generator().manual_seed(0)
     return torch.rand(count, channels, height, width, generator=generator, device="cpu")
+
+
+def _image_size(fields: dict[str, Any]) -> Any:
+    """The size that a configuration names for images; of SAM or a detector, its encoder's; `None` of any size."""
+    if fields.get("image_size"):
+        return fields["image_size"]
+    for name, key in (("model_args", "img_size"), ("pretrained_cfg", "input_size")):  # of timm
+        if (fields.get(name) or {}).get(key):
+            size = fields[name][key]
+            return size[-2:] if isinstance(size, (list, tuple)) else size
+    inner = (_image_size(each) for each in fields.values() if isinstance(each, dict) and "model_type" in each)
+    return next((size for size in inner if size), None)
 
 
 def vision_feature_size(config: FromageConfig, vision_model: PreTrainedModel | None = None) -> int:
@@ -286,8 +298,8 @@ def _refuse_further_inputs(vision_model: PreTrainedModel) -> None:
     if needed:
         raise ValueError(
             f"{type(vision_model).__name__} needs {' and '.join(needed)} beside pixel values, and FROMAGe gives an "
-            "encoder nothing else. Take one for images of a fixed size (of SigLIP 2, a checkpoint without `naflex` in "
-            "its name)."
+            "encoder nothing else. Take one that encodes images alone, for instance a SigLIP 2 checkpoint without "
+            "`naflex` in its name."
         )
 
 

@@ -133,6 +133,8 @@ def without_numbers(message):
 def multimodal_row_of(family, folder):
     try:
         whole = make_lm(family)
+    except ModuleNotFoundError as error:
+        return {"result": "refused", "why": f"needs {error.name}"}
     except Exception:  # a tiny one cannot be made by rule, or needs a library that is not here
         try:
             return {"result": "refused", "why": refusal_from_folder(family, folder)}

@@ -41,7 +41,7 @@ def test_vision_model(model_type, tmp_path):
         check_row("vision_models", model_type, row_without_weights(model_type))
         return
     except ImportError as error:
-        package = re.search(r"requires the (\w+) library", str(error))[1]
+        package = re.search(r"(?:requires the|No module named) '?(\w+)", str(error))[1]
         if package == "timm":
             pytest.skip("needs timm, which `make test-vision` has")
         check_row("vision_models", model_type, {"result": "refused", "why": f"needs {package}", "shown": "ImportError"})

@@ -88,8 +88,13 @@ ODD: dict[str, dict[str, Any]] = {
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
     "dots3_note_text": _DOTS3,
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32, "per_layer_config": {}},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "codebook_size": 64},
     "emu3": {"vocabulary_map": {"<image>": IMAGE}},
     "falcon_h1": {"mamba_d_ssm": 64, "lm_head_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_t8", "hidden_size": 384, "num_classes": 2}},
+    "florence_vision": {"patch_size": [7, 3, 3, 3], "num_heads": [1, 2, 3, 4], "num_groups": [1, 2, 3, 4],
+                        "embed_dim": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "projection_dim": 32},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA_LAYERS,
@@ -103,8 +108,10 @@ ODD: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
     "inkling2_text": {**_INKLING, "layer_types": ["sliding_attention", "full_attention"]},
     "inkling_text": _INKLING,
+    "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "num_embeddings": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
               "use_mamba_kernels": False},
     "kimi_linear": {**_HYBRID, "num_key_value_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4},
@@ -118,6 +125,14 @@ ODD: dict[str, dict[str, Any]] = {
     "mpt": {"expansion_ratio": 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3, "mamba_num_heads": 4,
                    "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": VOCAB - 1},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2},
+                        "audio_config": {"projection_hidden_size": 32, "projection_bias": False}},
+    "perception_lm": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384", "num_classes": 2,
+                                        "model_args": {"embed_dim": 32, "num_heads": 4, "depth": 2}}},
+    "phi4_multimodal_audio": {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32,
+                              "nemo_conv_channels": 32, "num_blocks": 2},
     "phi": {"partial_rotary_factor": 0.5},
     "qwen3_moe": {"decoder_sparse_step": 1},
     "qwen3_5_moe_text": _HYBRID,
@@ -128,11 +143,13 @@ ODD: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 16), "attn_layers": ["local", "lsh"],
                  "num_buckets": 4, "feed_forward_size": 48, "attention_head_size": 8},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 48},
+    "qwen3_asr": {"eos_token_id": 2},
     "qwen4_exp_text": {**_HYBRID, "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8,
                        "indexer_budget": 64, "indexer_compress_ratio": 4},
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16, "pronunciation_vocab_size": VOCAB,
                  "shape_vocab_size": VOCAB},
     "rwkv": {"attention_hidden_size": 32},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7},
     "xlm": {"causal": True, "pad_index": IMAGE},  # it counts pad tokens in its texts
     "xlstm": {"embedding_dim": 32, "num_blocks": 2, "mode": "inference"},
     "xmod": {"default_language": "en_XX"},
@@ -171,7 +188,9 @@ def make_lm(family: str, spread: float = 1.0, **overrides: Any) -> PreTrainedMod
     """
     torch.manual_seed(3)
     config = tiny_config(family, **overrides)
-    multimodal = "text_config" in config.sub_configs and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and (
+        "text_config" in config.sub_configs or family in MULTIMODAL_TYPES
+    )
     auto_class: Any = AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
     model = auto_class.from_config(config).eval()
     model.generation_config.forced_eos_token_id = None  # of Bart

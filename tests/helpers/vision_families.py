@@ -207,6 +207,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "perception_lm": {"vision_config": _PE_TIMM},
     "pp_doclayout_v3": {**_DETECTOR, "x4_feat_dim": 16},
     "pp_doclayout_v4": _DETECTOR,
+    "pp_formulanet_vision": {"post_conv_in_channels": 32, "post_conv_mid_channels": 48, "post_conv_out_channels": 64},
     "pp_ocrv6_medium_det": {
         **{"backbone_config": _LCNET, "neck_out_channels": 16, "intraclass_block_config": _CONVOLUTIONS},
         **{"scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]},

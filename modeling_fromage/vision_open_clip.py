@@ -161,7 +161,7 @@ def _wrong_fields(model_cfg: dict[str, Any], preprocess: dict[str, Any]) -> list
     sides = vision["image_size"] if isinstance(vision["image_size"], list) else [vision["image_size"]] * 2
     layers = vision["layers"] if isinstance(vision["layers"], list) else [vision["layers"]]  # of a ResNet's stages
     is_right = {
-        "embed_dim": is_size(model_cfg.get("embed_dim")),
+        "embed_dim": is_size(model_cfg.get("embed_dim", 512)),
         "quick_gelu": isinstance(model_cfg.get("quick_gelu", False), bool),
         "image_size": len(sides) == 2 and all(map(is_size, sides)),
         "layers": all(is_size(count, 1000) for count in layers),

@@ -188,9 +188,7 @@ def make_lm(family: str, spread: float = 1.0, **overrides: Any) -> PreTrainedMod
     """
     torch.manual_seed(3)
     config = tiny_config(family, **overrides)
-    multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and (
-        "text_config" in config.sub_configs or family in MULTIMODAL_TYPES
-    )
+    multimodal = "text_config" in config.sub_configs and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     auto_class: Any = AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
     model = auto_class.from_config(config).eval()
     model.generation_config.forced_eos_token_id = None  # of Bart

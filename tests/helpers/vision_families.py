@@ -225,6 +225,5 @@ GIVEN: dict[str, dict[str, Any]] = {
     "uvdoc_backbone": {"out_features": [f"stage{number}" for number in range(1, 7)], "out_indices": None},
     "unlimited_ocr_sam_vision_model": {"image_size": 64, "patch_size": 4, "downsample_channels": [16, 32]},
     "swin": {"image_size": 64},
-    "timm_backbone": {"backbone": "test_resnet"},
     "timm_wrapper": {"architecture": "test_resnet"},
 }

@@ -58,8 +58,7 @@ class FrozenLM:
     ):
         self.language_model, self.adapter, self.config, self.traits = language_model, adapter, config, traits
         self.decoder, self.head = decoder_and_head(language_model)
-        self.rope_switch = rope_switch(config.text_config)
-        self.longest = independent_length(config.text_config)
+        self.rope_switch, self.longest = rope_switch(config.text_config), independent_length(config.text_config)
 
     def takes(self, ability: str) -> bool:
         """Whether the LM has one of `ABILITIES` with its present attention implementation."""

@@ -13,17 +13,21 @@ from transformers import (
     CLIPConfig,
     CLIPVisionConfig,
     EfficientNetConfig,
+    MaskFormerConfig,
     MobileNetV2Config,
     OwlViTConfig,
     PreTrainedModel,
+    ResNetConfig,
     Siglip2VisionConfig,
+    SwinConfig,
+    TimmWrapperConfig,
     ViTConfig,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, vision_fromage
 from modeling_fromage.backbone_loading_fromage import load_backbone
-from modeling_fromage.vision_fromage import check_vision_model, pool_vision_output, vision_feature_size
+from modeling_fromage.vision_fromage import check_vision_model, dummy_images, pool_vision_output, vision_feature_size
 from tests.helpers.backbones import TEXT_CONFIGS, VISION_CONFIGS, make_model
 
 EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320, "image_size": 32}
@@ -91,8 +95,16 @@ def test_an_encoder_that_does_not_run_without_weights(monkeypatch):
     config = FromageConfig(vision_config=ViTConfig(**VIT), text_config=TEXT_CONFIGS["opt"]())
     assert vision_feature_size(config) == 24
     config = FromageConfig(vision_config=EfficientNetConfig(**EFFICIENTNET), text_config=TEXT_CONFIGS["opt"]())
-    with pytest.raises(ValueError, match="width of the features of a 'efficientnet'.*Set `vision_feature_size`"):
+    with pytest.raises(ValueError, match="'efficientnet' encodes no dummy image.*set `vision_feature_size`"):
         vision_feature_size(config)
+
+
+def test_dummy_images_have_the_size_of_an_encoder_within_and_of_timm():
+    backbone = SwinConfig(image_size=48)
+    assert dummy_images(MaskFormerConfig(backbone_config=backbone), 1).shape[-2:] == (48, 48)
+    for fields in ({"model_args": {"img_size": [40, 56]}}, {"pretrained_cfg": {"input_size": [3, 40, 56]}}):
+        assert dummy_images(TimmWrapperConfig(num_classes=2, **fields), 1).shape[-2:] == (40, 56)
+    assert dummy_images(ResNetConfig(), 1).shape[-2:] == (224, 224)
 
 
 class Encoder(PreTrainedModel):

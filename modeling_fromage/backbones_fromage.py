@@ -170,17 +170,20 @@ def attention_window(text_config: PreTrainedConfig) -> float:
 def rope_switch(text_config: PreTrainedConfig) -> float:
     """Tokens up to which longrope (Phi-3's for long contexts) has one set of frequencies, and beyond which it has
     another: for all that is in a pass, by the longest text in it. Infinite with any other kind of positions."""
+    kinds = [kind for kind in _rope_kinds(text_config) if kind.get("rope_type") == "longrope"]
+    return min((kind["original_max_position_embeddings"] for kind in kinds), default=float("inf"))
+
+
+def _rope_kinds(text_config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The parameters of rotary positions: one set, or one for each kind of layer."""
     rope = getattr(text_config, "rope_parameters", None) or {}
-    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each kind of layer
-    limits = (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope")
-    return min(limits, default=float("inf"))
+    return [rope, *(each for each in rope.values() if isinstance(each, dict))]
 
 
 def independent_length(text_config: PreTrainedConfig) -> float:
     """Tokens beyond which what an LM computes for a text depends on what stands beside it or follows: Doge's attention
     chooses what to keep, and dynamic rotary frequencies are those of the longest text in a pass."""
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    is_dynamic = any(each.get("rope_type") == "dynamic" for each in (rope, *rope.values()) if isinstance(each, dict))
+    is_dynamic = any(kind.get("rope_type") == "dynamic" for kind in _rope_kinds(text_config))
     limits = [getattr(text_config, "keep_window_size", None), is_dynamic and text_config.max_position_embeddings]
     return min((limit for limit in limits if limit), default=float("inf"))
 

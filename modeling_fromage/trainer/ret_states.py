@@ -81,8 +81,6 @@ def cache_ret_states(
     captions: Sequence[str],
     directory: Path,
     batch_size: int = 64,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> None:
     """Run the frozen language model once over captions, and keep its hidden states at `[RET]`.
 
@@ -95,7 +93,6 @@ def cache_ret_states(
         captions (`Sequence[str]`): N captions.
         directory (`Path`): Folder of the cache; made if needed.
         batch_size (`int`, defaults to 64): Captions a pass.
-        rank, world_size (`int`): This process writes every `world_size`-th shard, starting with shard `rank`.
 
     Raises:
         ValueError: `directory` has states of another language model, `[RET]`, tokenizer, layout or other captions.
@@ -103,16 +100,16 @@ def cache_ret_states(
     directory.mkdir(parents=True, exist_ok=True)
     _check_manifest(directory / MANIFEST, describe(model, collator, len(captions)))
     paths = shard_paths(directory, len(captions))
-    for number in tqdm(range(rank, len(paths), world_size), desc="Caching [RET] states", disable=rank > 0):
+    for number, path in enumerate(tqdm(paths, desc="Caching [RET] states")):
         own = list(captions[number * SHARD_SIZE : (number + 1) * SHARD_SIZE])
         ids, mask = collator.retrieval_inputs(own).values()
         digest = _digest(ids.numpy().tobytes())
-        if (known := _captions_of(paths[number], len(own))) is None:
+        if (known := _captions_of(path, len(own))) is None:
             states = _encode(model, ids.split(batch_size), mask.split(batch_size))
-            replace_file(paths[number], save(states, {"captions": digest}))
+            replace_file(path, save(states, {"captions": digest}))
         elif known != digest:
             raise ValueError(
-                f"{paths[number]} has states of other captions, or of others in this place. Give another "
+                f"{path} has states of other captions, or of others in this place. Give another "
                 "`ret_state_cache`, or remove that folder."
             )
 

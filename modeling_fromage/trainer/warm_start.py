@@ -205,8 +205,7 @@ class CachedRetrieval(nn.Module):
         """The model's contrastive loss of N pairs: features (N, W), and states (N, width) a layer."""
         layers = [self._standardized(layer, number) for number, layer in enumerate(ret_states, start=1)]
         features = self._standardized(pooled_image_features, 0)
-        across_processes = torch.distributed.is_available() and torch.distributed.is_initialized() and self.training
-        found = matching_loss(self.adapter, self.config, features, self.adapter.text_embeds(layers), across_processes)
+        found = matching_loss(self.adapter, self.config, features, self.adapter.text_embeds(layers))
         embeds = {name: found[name] for name in ("image_embeds", "text_embeds")}
         return {"loss": found["contrastive_loss"], **embeds}
 

@@ -99,6 +99,8 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     """
     config = text_half(model.config)
     if config is model.config:
+        if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:  # Idefics, UDOP: one configuration for all of it
+            check_causal_lm(config)
         return model
     check_causal_lm(model.config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()

@@ -135,18 +135,11 @@ def multimodal_row_of(family, folder):
         whole = make_lm(family)
     except ModuleNotFoundError as error:
         return {"result": "refused", "why": f"needs {error.name}"}
-    except Exception:  # a tiny one cannot be made by rule, or needs a library that is not here
-        try:
-            return {"result": "refused", "why": refusal_from_folder(family, folder)}
-        except (ImportError, OSError):  # not refused by its configuration, and there are no weights
-            return {"result": "not tried", "why": "no tiny model of it is made by rule, or it needs another library"}
+    except Exception:  # a tiny one cannot be made by rule
+        return {"result": "refused", "why": refusal_from_folder(family, folder)}
     try:
         model = assemble(whole)
         check_folders(model, folder, whole)
     except ValueError as error:
         return {"result": "refused", "why": without_numbers(str(error).replace(str(folder), "..."))}
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        return {"result": "not tried", "why": "the tiny model that is made of it does not load again as it was saved"}
     return {"result": "exact", "text_part": type(model.language_model).__name__}

@@ -66,12 +66,10 @@ def page() -> str:
     parts.append(MULTIMODAL)
     parts.append(table("multimodal_models", "exact", text_part, ["model type", "text part"]))
     parts.append(table("multimodal_models", "refused", refused, REFUSED_COLUMNS[:2]))
-    parts.append(table("multimodal_models", "not tried", refused, ["model type", "why"]))
     if stored("vision_models"):
         parts.append(VISION)
         parts.append(table("vision_models", "exact", exact_vision_model, VISION_COLUMNS))
         parts.append(table("vision_models", "refused", refused, REFUSED_COLUMNS))
-        parts.append(table("vision_models", "not tried", refused, ["model type", "why"]))
     return "\n".join(parts)
 
 

@@ -125,7 +125,9 @@ ODD: dict[str, dict[str, Any]] = {
     "mpt": {"expansion_ratio": 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3, "mamba_num_heads": 4,
                    "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
-    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": VOCAB - 1},
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4, "blank_token_id": VOCAB - 1},
+    "nemotron3_diarization_audio": {"num_key_value_heads": 4},
     "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2},
                         "audio_config": {"projection_hidden_size": 32, "projection_bias": False}},
@@ -188,7 +190,9 @@ def make_lm(family: str, spread: float = 1.0, **overrides: Any) -> PreTrainedMod
     """
     torch.manual_seed(3)
     config = tiny_config(family, **overrides)
-    multimodal = "text_config" in config.sub_configs and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and (
+        "text_config" in config.sub_configs or family in MULTIMODAL_TYPES
+    )
     auto_class: Any = AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
     model = auto_class.from_config(config).eval()
     model.generation_config.forced_eos_token_id = None  # of Bart

@@ -197,6 +197,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "gemma3n_vision": {
         **{"model_args": {"channel_multiplier": 0.125}, "pretrained_cfg": {"input_size": [3, 64, 64]}, "num_classes": 2}
     },
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision", "num_hidden_layers": 2}},
+    "gemma4_text": {"vocab_size_per_layer_input": _VOCAB},
     "hgnet_v2": _HGNET,
     "inkling_vision": {"n_layers": 2, "text_hidden_size": 32},
     "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 64, "projector_output_dim": 64},

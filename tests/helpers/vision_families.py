@@ -147,6 +147,8 @@ _HGNET = {
     **{"stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [2, 2, 2, 2]},
 }
 _DETECTOR = {"encoder_in_channels": [16, 24, 32]}
+_TIMM_RESNET = {"model_type": "timm_backbone", "backbone": "test_resnet", "use_pretrained_backbone": False}
+_DETR = {"backbone_config": {**_TIMM_RESNET, "out_indices": [1, 2, 3, 4]}}
 _HIERA = {"embed_dim_per_stage": [8, 16, 24, 32], "num_attention_heads_per_stage": [1, 2, 3, 4], "hidden_size": 8}
 _HIERA |= {"blocks_per_stage": [1, 1, 2, 1], "global_attention_blocks": [3]}
 _FASTVIT_SIZES = {"embed_dims": [16, 32, 64, 128], "layers": [1, 1, 1, 1], "inference_mode": True}
@@ -186,9 +188,13 @@ _CONVOLUTIONS = {
 GIVEN: dict[str, dict[str, Any]] = {
     "align_vision_model": _EFFICIENTNET,
     "bit": {"embedding_size": 8, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "num_groups": 4},
+    "conditional_detr": _DETR,
     "cvt": {"embed_dim": [16, 16, 32], "num_heads": [1, 1, 2], "depth": [1, 2, 3]},
     "d_fine": _DETECTOR,
+    "dab-detr": _DETR,
     "deimv2": _DETECTOR,
+    "deformable_detr": {"backbone_config": {**_TIMM_RESNET, "out_indices": [2, 3, 4]}},
+    "detr": _DETR,
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [16, 32]},
     "donut-swin": {"image_size": 64},
     "edgetam_vision_model": {"backbone_config": _REPVIT, "backbone_channel_list": [32, 24, 16, 8]},
@@ -227,5 +233,6 @@ GIVEN: dict[str, dict[str, Any]] = {
     "uvdoc_backbone": {"out_features": [f"stage{number}" for number in range(1, 7)], "out_indices": None},
     "unlimited_ocr_sam_vision_model": {"image_size": 64, "patch_size": 4, "downsample_channels": [16, 32]},
     "swin": {"image_size": 64},
+    "table-transformer": _DETR,
     "timm_wrapper": {"architecture": "test_resnet"},
 }

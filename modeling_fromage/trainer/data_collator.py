@@ -17,6 +17,11 @@ from ..prompts_fromage import CaptionFormat, CaptionIds
 class FromageDataCollator:
     """Turn a list of `{"image" or "pooled_image_features", "caption"}` into a batch for the model's `forward`.
 
+    An example may have several captions, a list of texts, and cached features of several views of its image, of shape
+    `(num_views, vision_width)`. One of each is drawn in every batch, one that stands there twice twice as often; with
+    `training=False` it is the first. A `"retrieval_caption"`, one or several, is what the image is found by in the place
+    of its caption.
+
     [`CaptionIds`] describes the two sequences of a caption. Those for retrieval are never concatenated.
 
     Args:
@@ -24,11 +29,11 @@ class FromageDataCollator:
         max_length (`int`, *optional*): Tokens of a caption, including BOS, the suffix and `[RET]`; longer captions lose
             their last words.
         concat_captions_prob (`float`, defaults to 0.5): Probability, per batch, that captioning sequences 2i and 2i + 1
-            are concatenated. The draw is a function of `seed` and the batch's tokens, so that a resumed run repeats it.
+            are concatenated. Draws are functions of `seed` and a batch's captions, so that a resumed run repeats them.
         caption_prefix (`str`, *optional*): Text between the visual tokens and BOS, not a target.
         caption_suffix (`str`, *optional*): Text that ends a caption, a target of captioning.
-        seed (`int`, defaults to 0): Seed of that draw.
-        training (`bool`, defaults to `True`): With `False` nothing is concatenated.
+        seed (`int`, defaults to 0): Seed of all draws.
+        training (`bool`, defaults to `True`): With `False` nothing is drawn or concatenated.
 
     `max_length`, `caption_prefix` and `caption_suffix` default to the processor's. Values given here are set on the
     processor too, so that what is saved is what was trained.
@@ -80,7 +85,9 @@ class FromageDataCollator:
         if not examples:
             raise ValueError("The batch is empty.")
         self.check_format(self.processor)
+        examples = self._draw(examples)
         captions = [self._encode(row, example["caption"]) for row, example in enumerate(examples)]
+        retrieval = [retrieval_caption(example) for example in examples]
         rows = [(caption.input_ids, caption.labels) for caption in captions]
         if self._concatenates(captions):
             rows = [
@@ -93,19 +100,32 @@ class FromageDataCollator:
         return {
             # First come tensors with a row for each example, then those with fewer rows, of concatenated captions:
             # accelerate cuts a streamed batch by the length of its first tensor, and the Trainer counts it.
-            **self._retrieval_inputs(captions),
+            **self.retrieval_inputs(retrieval),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
             **self.image_inputs(examples),
         }
 
+    def _draw(self, examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Examples with one of their captions and one of their views each."""
+        generator = torch.Generator()
+        if self.training:
+            texts = [(example["caption"], retrieval_caption(example)) for example in examples]
+            digest = hashlib.sha256(repr((self.seed, texts)).encode()).digest()
+            generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        chosen = []
+        for example in examples:
+            drawn = dict(example)
+            for name, (values, count) in _choices(example).items():
+                number = int(torch.randint(count, (), generator=generator)) if self.training else 0
+                drawn[name] = values[number]
+            chosen.append(drawn)
+        return chosen
+
     def retrieval_inputs(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """`retrieval_input_ids` and `retrieval_attention_mask` of captions alone, as in a batch."""
-        return self._retrieval_inputs([self._encode(row, caption) for row, caption in enumerate(captions)])
-
-    def _retrieval_inputs(self, captions: Sequence[CaptionIds]) -> dict[str, torch.Tensor]:
-        rows = [caption.retrieval_input_ids for caption in captions]
+        rows = [self._encode(row, caption).retrieval_input_ids for row, caption in enumerate(captions)]
         input_ids, mask = _pad(rows, self.processor.tokenizer.pad_token_id)
         return {"retrieval_input_ids": input_ids, "retrieval_attention_mask": mask}
 
@@ -132,6 +152,23 @@ class FromageDataCollator:
             return {"pooled_image_features": torch.stack(features)}
         images = [load_rgb_image(example["image"]) for example in examples]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+
+
+def retrieval_caption(example: dict[str, Any]) -> Any:
+    """The text, or the texts, that an example's image is found by."""
+    return example.get("retrieval_caption", example["caption"])
+
+
+def _choices(example: dict[str, Any]) -> dict[str, tuple[Any, int]]:
+    """What an example has several of: captions, cached features; and how many."""
+    several = {}
+    for name in ("caption", "retrieval_caption"):
+        if isinstance(texts := example.get(name), (list, tuple)) and texts:
+            several[name] = (texts, len(texts))
+    features = example.get("pooled_image_features")
+    if features is not None and (features := torch.as_tensor(features)).dim() == 2:
+        several["pooled_image_features"] = (features, len(features))
+    return several
 
 
 def _pad(rows: Sequence[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,28 +7,22 @@ milliseconds; neither backbone runs. Axes: N pairs, W the encoder's width.
 
 import copy
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, SchedulerType, Trainer, TrainingArguments
-from transformers.utils.logging import tqdm
 
 from ..modeling_fromage import FromageForConditionalGeneration
 from ..training_losses_fromage import matching_loss
 from .data_collator import FromageDataCollator
+from .pair_states import Statistics, read_pairs
 from .ranking import recall_in_both_directions
-from .ret_states import RetStates, as_stored, cache_ret_states
 
 logger = logging.getLogger(__name__)
-
-Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and scale, (width,) each
-_SAMPLE = 65_536  # pairs that means and scales are taken of
-_SMALLEST_SCALE = 0.1  # of the mean deviation: entries that hardly vary are not blown up
 
 
 @dataclass(kw_only=True)
@@ -85,7 +79,7 @@ class RetrievalWarmStart:
         _check(model, args, train_dataset)
         model.normalize_ret_embedding()  # as after each step of joint training
         directory = Path(self.ret_state_cache or Path(args.output_dir or "", "ret_states"))
-        pairs = read_pairs(model, collator, train_dataset, directory / "train")
+        pairs = read_pairs(model, collator, train_dataset, directory / "train", args.seed)
         held_out = None
         if eval_dataset is not None:
             held_out = read_pairs(model, collator, eval_dataset, directory / "eval")
@@ -132,31 +126,6 @@ class RetrievalWarmStart:
         for name, value in changed.items():
             setattr(own, name, value)
         return own
-
-
-class PairStates(Dataset):
-    """N pairs of an image's pooled features (N, W) and the states of `[RET]` behind its caption."""
-
-    def __init__(self, features: torch.Tensor, states: RetStates):
-        self.features, self.states = features, states
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """A whole batch at once."""
-        rows = torch.as_tensor(indices)
-        features = self.features[rows].float()
-        return {"pooled_image_features": features, "ret_states": self.states.rows(rows), "labels": rows}
-
-    def statistics(self) -> list[Statistics]:
-        """Mean and scale of the image features' entries, and of those of each layer's states."""
-        generator = torch.Generator().manual_seed(0)
-        sample = self.__getitems__(torch.randperm(len(self), generator=generator)[:_SAMPLE].tolist())
-        return [_statistics(rows) for rows in (sample["pooled_image_features"], *sample["ret_states"])]
 
 
 class CachedRetrieval(nn.Module):
@@ -221,39 +190,6 @@ class CachedRetrieval(nn.Module):
             if self.is_standardized:
                 theirs.weight.mul_(self.get_buffer(f"scale_{number}"))
                 theirs.bias.sub_(theirs.weight @ self.get_buffer(f"mean_{number}"))
-
-
-def read_pairs(
-    model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any, directory: Path
-) -> PairStates:
-    """The features of a dataset's images, encoded here where they are not cached, and the states of its captions."""
-    captions = dataset["caption"] if hasattr(dataset, "column_names") else [row["caption"] for row in _rows(dataset)]
-    cache_ret_states(model, collator, captions, directory)
-    return PairStates(_read_features(model, collator, dataset), RetStates(directory, len(captions)))
-
-
-def _read_features(model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any) -> torch.Tensor:
-    if "pooled_image_features" not in dataset[0]:
-        logger.info(
-            "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
-        )
-    found = []
-    for start in tqdm(range(0, len(dataset), 64), desc="Reading image features"):
-        rows = [dataset[i] for i in range(start, min(len(dataset), start + 64))]
-        inputs = {name: tensor.to(model.device) for name, tensor in collator.image_inputs(rows).items()}
-        features = inputs.get("pooled_image_features")
-        found.append((model.get_pooled_image_features(**inputs) if features is None else features).cpu())
-    return as_stored(torch.cat(found))
-
-
-def _rows(dataset: Any) -> Any:
-    return (dataset[i] for i in range(len(dataset)))
-
-
-def _statistics(rows: torch.Tensor) -> Statistics:
-    deviation = rows.double().std(0)
-    scale = 1 / (deviation + _SMALLEST_SCALE * deviation.mean()).clamp_min(1e-12)
-    return rows.double().mean(0).float(), scale.float()
 
 
 def _check(model: Any, args: TrainingArguments, dataset: Any) -> None:

@@ -9,8 +9,9 @@ from torch.utils.data import IterableDataset
 
 from modeling_fromage import FromageDataCollator, FromageTrainer
 from modeling_fromage.trainer import ret_states
+from modeling_fromage.trainer.pair_states import Choices, PairStates, read_pairs
 from modeling_fromage.trainer.ret_states import RetStates, cache_ret_states, shard_paths
-from modeling_fromage.trainer.warm_start import CachedRetrieval, PairStates, RetrievalWarmStart
+from modeling_fromage.trainer.warm_start import CachedRetrieval, RetrievalWarmStart
 from modeling_fromage.training_losses_fromage import ret_hidden_states
 from tests.helpers.backbones import make_model, make_processor
 from tests.helpers.training_runs import arguments, examples
@@ -29,6 +30,35 @@ def batch_of(model, collator, rows):
     inputs = collator.image_inputs(rows) | collator.retrieval_inputs([row["caption"] for row in rows])
     states = ret_hidden_states(model.frozen_lm(), inputs["retrieval_input_ids"], inputs["retrieval_attention_mask"])
     return inputs, {"pooled_image_features": inputs["pooled_image_features"], "ret_states": states}
+
+
+def test_pairs_with_several_captions_and_views(collator, tmp_path):
+    """Each visit draws one of each, by the seed and the batch; one that stands twice, twice as often."""
+    model = make_model("opt_clip", **LAYERS)
+    rows = examples(4)
+    rows[1] |= {"caption": ["a dog", "a dog", "an animal"], "pooled_image_features": torch.rand(3, 24).tolist()}
+    rows[2]["caption"] = "a dog"
+    pairs = read_pairs(model, collator, rows, tmp_path, seed=0)
+    assert len(pairs) == 4 and len(pairs.states) == 4  # "a dog" once
+    drawn, again = (pairs.__getitems__([1] * 300) for _ in range(2))
+    assert torch.equal(drawn["pooled_image_features"], again["pooled_image_features"])
+    views = (
+        drawn["pooled_image_features"].half()[:, None] == torch.tensor(rows[1]["pooled_image_features"]).half()
+    ).all(-1)
+    assert (views.sum(0) > 70).all() and views.sum() == 300
+    dog = pairs[2]["ret_states"][0]
+    assert 0.55 < (drawn["ret_states"][0] == dog).all(-1).float().mean() < 0.78
+    first = read_pairs(model, collator, rows, tmp_path)[1]
+    assert first["pooled_image_features"][0].tolist() == pytest.approx(rows[1]["pooled_image_features"][0], rel=1e-3)
+    assert torch.equal(first["ret_states"][0], dog)
+
+
+def test_choices():
+    choices = Choices([[5], [1, 2, 3], [7]])
+    rows = torch.tensor([2, 1, 0])
+    assert len(choices) == 3 and choices.pick(rows, None).tolist() == [7, 1, 5]
+    drawn = {choices.pick(rows, torch.Generator().manual_seed(seed))[1].item() for seed in range(30)}
+    assert drawn == {1, 2, 3}
 
 
 @pytest.mark.parametrize("duplicates", [False, True])

@@ -1,0 +1,164 @@
+"""Pairs of images and captions as cached vectors: an encoder's features, a language model's states at `[RET]`.
+
+A pair may have several captions and several views of its image. Axes: N pairs, W the encoder's width.
+"""
+
+import hashlib
+import itertools
+import logging
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers.utils.logging import tqdm
+
+from ..modeling_fromage import FromageForConditionalGeneration
+from .data_collator import FromageDataCollator, retrieval_caption
+from .ret_states import RetStates, as_stored, cache_ret_states
+
+logger = logging.getLogger(__name__)
+
+Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and scale, (width,) each
+_SAMPLE = 65_536  # pairs that means and scales are taken of
+_SMALLEST_SCALE = 0.1  # of the mean deviation: entries that hardly vary are not blown up
+
+
+class Choices:
+    """What each of N pairs has one or several of, by number.
+
+    Args:
+        rows (`Iterable[Sequence[int]]`): The numbers of each pair.
+    """
+
+    def __init__(self, rows: Iterable[Sequence[int]]):
+        counts, numbers = array("q", [0]), array("q")
+        for row in rows:
+            counts.append(len(row))
+            numbers.extend(row)
+        self.numbers, self.starts = torch.tensor(numbers), torch.tensor(counts).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def pick(self, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """A number for each of `rows` (n,): drawn, or without a generator the first."""
+        starts = self.starts[rows]
+        if generator is not None:
+            drawn = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+            starts = starts + (drawn * (self.starts[rows + 1] - starts)).long()
+        return self.numbers[starts]
+
+
+class PairStates(Dataset):
+    """N pairs of an image and its caption, or one of its captions, as vectors.
+
+    Args:
+        features (`torch.Tensor`): Pooled features of images, or of views of them, (number of views, W).
+        states ([`RetStates`]): The states of `[RET]` behind captions.
+        views ([`Choices`], *optional*): The rows of `features` of each pair; by default one each.
+        captions ([`Choices`], *optional*): The rows of `states` of each pair; by default one each.
+        seed (`int`, *optional*): With it, one of each pair's views and captions is drawn whenever it is read, by the
+            seed and the batch's numbers; without, the first is taken.
+    """
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        states: RetStates,
+        views: Choices | None = None,
+        captions: Choices | None = None,
+        seed: int | None = None,
+    ):
+        self.features, self.states, self.seed = features, states, seed
+        self._views, self._captions = (
+            Choices([number] for number in range(len(features))) if given is None else given
+            for given in (views, captions)
+        )
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """A whole batch at once."""
+        rows, generator = torch.as_tensor(indices), None
+        if self.seed is not None:
+            digest = hashlib.sha256(rows.numpy().tobytes()).digest()
+            generator = torch.Generator().manual_seed(self.seed ^ int.from_bytes(digest[:7], "big"))
+        features = self.features[self._views.pick(rows, generator)].float()
+        states = self.states.rows(self._captions.pick(rows, generator))
+        return {"pooled_image_features": features, "ret_states": states, "labels": rows}
+
+    def statistics(self) -> list[Statistics]:
+        """Mean and scale of the image features' entries, and of those of each layer's states."""
+        generator = torch.Generator().manual_seed(0)
+        sample = self.__getitems__(torch.randperm(len(self), generator=generator)[:_SAMPLE].tolist())
+        return [_statistics(rows) for rows in (sample["pooled_image_features"], *sample["ret_states"])]
+
+
+def read_pairs(
+    model: FromageForConditionalGeneration,
+    collator: FromageDataCollator,
+    dataset: Any,
+    directory: Path,
+    seed: int | None = None,
+) -> PairStates:
+    """The features of a dataset's images, encoded here where they are not cached, and the states of its captions.
+
+    Args:
+        seed (`int`, *optional*): Draws one of each pair's captions and views; without it, the first is taken.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        captions = [retrieval_caption(row) for row in _rows(dataset)]
+    else:
+        captions = dataset["retrieval_caption" if "retrieval_caption" in columns else "caption"]
+    numbers: dict[Any, int] = {}  # of each text, which several pairs may share
+    choices = Choices(
+        [numbers.setdefault(text, len(numbers)) for text in ([caption] if isinstance(caption, str) else caption)]
+        for caption in captions
+    )
+    cache_ret_states(model, collator, list(numbers), directory)
+    features, views = _read_features(model, collator, dataset)
+    return PairStates(features, RetStates(directory, len(numbers)), views, choices, seed)
+
+
+def _read_features(
+    model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any
+) -> tuple[torch.Tensor, Choices]:
+    if "pooled_image_features" not in dataset[0]:
+        logger.info(
+            "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
+        )
+    found, counts = [], array("q")
+    for start in tqdm(range(0, len(dataset), 64), desc="Reading image features"):
+        rows = [dataset[i] for i in range(start, min(len(dataset), start + 64))]
+        if "pooled_image_features" in rows[0]:
+            views = [torch.as_tensor(row["pooled_image_features"]) for row in rows]
+            views = [view if view.dim() == 2 else view[None] for view in views]
+            counts.extend(len(view) for view in views)
+            found += views
+        else:
+            inputs = {name: tensor.to(model.device) for name, tensor in collator.image_inputs(rows).items()}
+            counts.extend([1] * len(rows))
+            found.append(model.get_pooled_image_features(**inputs).cpu())
+    starts = itertools.accumulate(counts, initial=0)
+    return as_stored(torch.cat(found)), Choices(range(start, end) for start, end in itertools.pairwise(starts))
+
+
+def _rows(dataset: Any) -> Any:
+    return (dataset[i] for i in range(len(dataset)))
+
+
+def _statistics(rows: torch.Tensor) -> Statistics:
+    deviation = rows.double().std(0)
+    scale = 1 / (deviation + _SMALLEST_SCALE * deviation.mean()).clamp_min(1e-12)
+    return rows.double().mean(0).float(), scale.float()
+
+
+__all__ = ["Choices", "PairStates", "read_pairs"]

@@ -146,7 +146,10 @@ def read_open_clip_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
     model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("vision_cfg"), dict):
         raise ValueError(f"The {CONFIG_FILE} of {name} has no `model_cfg` with a `vision_cfg`.")
-    if wrong := _wrong_fields(model_cfg, config.get("preprocess_cfg") or {}):
+    preprocess = config.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, dict):
+        raise ValueError(f"The `preprocess_cfg` in the {CONFIG_FILE} of {name} is {preprocess!r}, not a dictionary.")
+    if wrong := _wrong_fields(model_cfg, preprocess):
         raise ValueError(f"The {CONFIG_FILE} of {name} has values that no model of open_clip has: {', '.join(wrong)}.")
     return config
 
@@ -228,7 +231,8 @@ def load_open_clip(name: str, config: PreTrainedConfig | None = None, projected:
 
     Raises:
         ImportError: The tower runs in open_clip, which is not installed.
-        ValueError: `name` is no checkpoint of open_clip, or its weights are not those of its configuration.
+        ValueError: `name` is no checkpoint of open_clip, its weights cannot be read, or they are not those of its
+            configuration.
     """
     hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
     if config is None:
@@ -236,7 +240,12 @@ def load_open_clip(name: str, config: PreTrainedConfig | None = None, projected:
     path = next(filter(None, (find_file(name, file, **hub_kwargs) for file in WEIGHT_FILES)), None)
     if path is None:
         raise ValueError(f"{name} has none of open_clip's weight files ({', '.join(WEIGHT_FILES)}).")
-    state = _read_tower(path)
+    try:
+        state = _read_tower(path)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises whatever the bytes of a broken file lead it to
+        raise ValueError(f"{path}, the weights of {name}, cannot be read: {_what_is_wrong(path)}.") from error
     if isinstance(config, OpenClipVisionConfig):
         if not config.projected:
             state = {key: value for key, value in state.items() if not re.match(_PROJECTION, key)}
@@ -262,7 +271,22 @@ def _read_tower(path: Path) -> dict[str, torch.Tensor]:
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     state = state.get("state_dict", state)  # of a training run
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise TypeError("not a dictionary of tensors")
+    return state
+
+
+def _what_is_wrong(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the file itself. Fetch that with `git lfs pull`"
+    kind = "safetensors file" if path.suffix == ".safetensors" else "dictionary of tensors that torch.load takes"
+    return (
+        f"it is cut off, damaged or no {kind} ({path.stat().st_size} bytes). Get it again, or save the model anew with "
+        "open_clip (open_clip.push_to_hf_hub.save_for_hf)"
+    )
 
 
 _RENAMED = (

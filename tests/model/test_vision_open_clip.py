@@ -1,5 +1,6 @@
 """open_clip's plain ViTs, which need no open_clip, and what is said where it is needed; see tests/backbones too."""
 
+import io
 import json
 
 import pytest
@@ -153,10 +154,52 @@ def test_values_that_open_clip_has_not(part, field, value, vit, backbones):
         assemble(vit[0], backbones)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"model_cfg": null}', '{"model_cfg": {"vision_cfg": 3}}'])
+def _pickled(value) -> bytes:
+    torch.save(value, file := io.BytesIO())
+    return file.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 605222932\n"
+BROKEN = [
+    b"", b"<html>" * 90, b"\x80\x02hello", _pickled({"visual.proj": torch.ones(999)})[:900], _pickled([1]),
+    _pickled({1: torch.ones(1)}), _pickled({"visual.proj": 3}), _pickled({"state_dict": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("filename", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+@pytest.mark.parametrize("content", [POINTER, *BROKEN], ids=range(len(BROKEN) + 1))
+def test_weights_that_cannot_be_read(content, filename, vit, backbones):
+    (vit[0] / "open_clip_model.safetensors").unlink()
+    (vit[0] / filename).write_bytes(content)
+    problem = (
+        "a pointer of Git LFS.* `git lfs pull`" if content == POINTER else "cut off, damaged or no .* Get it again"
+    )
+    with pytest.raises(ValueError, match=f"{filename}, the weights of .*, cannot be read: it is {problem}"):
+        assemble(vit[0], backbones)
+
+
+def test_weights_that_are_cut_off(vit, backbones):
+    path = vit[0] / "open_clip_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="open_clip_model.safetensors, the weights of .* it is cut off"):
+        assemble(vit[0], backbones)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"model_cfg": null}',
+        '{"model_cfg": {"vision_cfg": {}}, "preprocess_cfg": [1]}',
+        '{"model_cfg": {"vision_cfg": 3}}',
+    ],
+)
 def test_a_configuration_that_is_none(text, vit, backbones):
     (vit[0] / "open_clip_config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"The open_clip_config.json of .* (is no JSON|has no `model_cfg`)"):
+    with pytest.raises(
+        ValueError, match=r"open_clip_config.json of .* (is no JSON|has no `model_cfg`|is \[1\], not a dict)"
+    ):
         assemble(vit[0], backbones)
 
 

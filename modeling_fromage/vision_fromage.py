@@ -58,6 +58,8 @@ def _hidden_states(output: ModelOutput, model_name: str, pixel_values: torch.Ten
     hidden = output.get("last_hidden_state")
     if hidden is None and output.get("feature_maps"):  # of a backbone
         hidden = output["feature_maps"][-1]
+    if isinstance(hidden, (list, tuple)):  # of timm's wrapper with `features_only`, likewise
+        hidden = hidden[-1]
     if hidden is None or hidden.dim() not in (3, 4):
         found = "none" if hidden is None else f"of shape {tuple(hidden.shape)}"
         raise ValueError(

@@ -118,8 +118,21 @@ def _timm_image_processor(name: str, config: dict[str, Any]) -> BaseImageProcess
         "input_size": (3, 224, 224), "mean": _IMAGENET_MEAN, "std": _IMAGENET_STD, "interpolation": "bicubic",
         "crop_pct": 0.875, "crop_mode": "center",
     }  # fmt: skip
-    given |= {key: value for key, value in config["pretrained_cfg"].items() if value is not None}
-    _, height, width = given["input_size"]
+    known = config.get("pretrained_cfg")
+    if not isinstance(known, dict):
+        raise ValueError(
+            f"The config.json of {name} has no `pretrained_cfg`, in which timm says how images are prepared. Save the "
+            "model anew with timm (timm.models.save_for_hf), or give a processor of your own: "
+            "FromageProcessor(image_processor, tokenizer)."
+        )
+    given |= {key: value for key, value in known.items() if value}  # as timm, which skips 0 and [] too
+    size, crop = given["input_size"], given["crop_pct"]
+    if not (isinstance(size, (list, tuple)) and len(size) == 3 and isinstance(crop, (int, float)) and crop > 0):
+        raise ValueError(
+            f"The `pretrained_cfg` of {name} has `input_size` {size!r} and `crop_pct` {crop!r}: expected three sizes "
+            "(channels, height, width) and a share above 0. Correct its config.json."
+        )
+    _, height, width = size
     if given["crop_mode"] != "center" or height != width:
         raise ValueError(
             f"{name} crops images to {height} x {width} by {given['crop_mode']!r}, which is not known here. Give a "

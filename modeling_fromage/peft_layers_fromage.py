@@ -46,9 +46,10 @@ def has_merged_layers(module: nn.Module) -> bool:
 
 
 def names_without_peft(module: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of `module` by the names that its tensors have without PEFT, and without PEFT's tensors."""
+    """A state dict of `module` by the names that its tensors have without PEFT and torch.compile, and without PEFT's
+    tensors."""
     if all(_inner_name(child) is None for child in module.modules()):
-        return dict(state_dict)
+        return {_without_compile(key): value for key, value in state_dict.items()}
     own = {name: (plain_name, child) for name, plain_name, child in own_modules(module)}
     plain = {}
     for key, value in state_dict.items():
@@ -59,8 +60,21 @@ def names_without_peft(module: nn.Module, state_dict: dict[str, torch.Tensor]) -
         plain_name, child = own[prefix]
         tensor = key.removeprefix(prefix)
         if tensor.partition(".")[0] not in child._modules:  # else a module of PEFT's
-            plain[plain_name + tensor] = value
+            plain[_without_compile(plain_name + tensor)] = value
     return plain
+
+
+def _without_compile(name: str) -> str:
+    """A tensor's name without torch.compile, which wraps the parts that it is given."""
+    return name.replace("_orig_mod.", "")
+
+
+def with_names_of_compile(module: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict by the names that `module` has now, where torch.compile wraps parts of it."""
+    own = {_without_compile(key): key for key in module.state_dict()}
+    if all(name == key for name, key in own.items()):
+        return state_dict
+    return {own.get(_without_compile(key), key): value for key, value in state_dict.items()}
 
 
 def set_peft_training_mode(module: nn.Module) -> None:

@@ -29,6 +29,7 @@ from .peft_layers_fromage import (
     refuse_prompt_learning,
     refuse_trainable_encoder,
     set_peft_training_mode,
+    with_names_of_compile,
 )
 
 
@@ -280,7 +281,7 @@ class FromagePreTrainedModel(PreTrainedModel):
                     "The state dict has no tensor of the PEFT adapter that is in this model. Resume training with "
                     "FromageTrainer, or call model.restore_adapter(checkpoint)."
                 )
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        return super().load_state_dict(with_names_of_compile(self, state_dict), *args, **kwargs)
 
 
 __all__ = ["FromagePreTrainedModel"]

@@ -22,7 +22,7 @@ from transformers import (
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromagePipeline, FromageProcessor
 from tests.helpers.backbones import PARITY, TEXT_CONFIGS
-from tests.helpers.checkpoints import TRAINED_KEYS, assemble, assert_equal, edit, keys_of, outputs
+from tests.helpers.checkpoints import TRAINED_KEYS, assemble, assert_equal, edit, keys_of, outputs, saved_both_ways
 from tests.helpers.quantization import ToFp8Config
 from tests.helpers.strangers import ask_stranger
 
@@ -297,3 +297,16 @@ def test_loads_where_the_package_is_not_installed(backbones, tmp_path, save_back
     again = ask_stranger(tmp_path / "model-again", tmp_path)  # saved by the stranger
     assert torch.equal(again[0][0], expected[0])
     assert AutoConfig.from_pretrained(tmp_path / "model-again").model_type == "fromage"
+
+
+@pytest.mark.parametrize("part", ["adapter", "language_model", "vision_model"])
+def test_a_part_that_is_compiled(backbones, tmp_path, part):
+    model, processor = assemble(backbones)
+    expected, state = outputs(model), copy.deepcopy(model.state_dict())
+    setattr(model, part, torch.compile(getattr(model, part), backend="eager"))
+    for _, again in saved_both_ways(model, processor, tmp_path):
+        assert_equal(outputs(again), expected)
+    torch.nn.init.zeros_(model.adapter.ret_embedding.weight)
+    model.load_state_dict({name: value for name, value in state.items() if name in TRAINED_KEYS}, strict=False)
+    assert_equal({"found": model.adapter.ret_embedding.weight}, {"found": again.adapter.ret_embedding.weight})
+    model.load_state_dict(model.state_dict())

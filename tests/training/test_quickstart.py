@@ -12,6 +12,8 @@ from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex,
 from tests.helpers.backbones import PARITY
 from training import quickstart
 
+SMALL = ["per_device_train_batch_size=4", "use_cpu=true"]
+
 
 def test_quickstart_with_own_backbones_and_data(tmp_path, capsys):
     case, output = PARITY / "case_a_opt_tied", tmp_path / "out"
@@ -23,14 +25,25 @@ def test_quickstart_with_own_backbones_and_data(tmp_path, capsys):
     table.write_text("caption\timage\n" + "".join(lines), encoding="utf-8")
     options = ["--language-model", str(case / "language_model"), "--vision-model", str(case / "vision_model")]
     options += ["--data", str(table), "--output-dir", str(output), "--train-minutes", "0.1", "--prompts", "a cat"]
-    quickstart.main(["max_steps=3", "per_device_train_batch_size=4", "logging_steps=1", "use_cpu=true", *options])
+    quickstart.main(
+        [
+            "max_steps=3",
+            "retrieval_warm_start_steps=5",
+            "per_device_train_batch_size=4",
+            "logging_steps=1",
+            "use_cpu=true",
+            *options,
+        ]
+    )
 
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     held_out = round(0.1 * len(lines) + 0.5)
-    assert results["num_pairs"] == len(results["captions"]) == len(results["rankings"]) == held_out
+    (test,) = results["tests"].values()
+    assert test["num_pairs"] == len(test["captions"]) == len(test["rankings"]) == held_out
     assert results["steps"] == 3
-    assert results["text_to_image"]["R@10"] == 1.0  # no more than ten pairs
-    assert results["caption_loss"] > 0 and results["caption_loss_shuffled_images"] > 0
+    assert test["text_to_image"]["R@10"] == 1.0  # no more than ten pairs
+    assert test["caption_loss"] > 0 and test["caption_loss_shuffled_images"] > 0
+    assert [answer["prompt"] for answer in results["prompts"]] == ["a cat"]
     assert [turn["role"] for turn in results["conversation"]] == ["user", "model"] * 3
     printed = capsys.readouterr().out
     assert "This takes about" in printed and str(output) in printed and "Try next" in printed
@@ -79,7 +92,9 @@ def test_data_of_every_kind(kind, tmp_path, monkeypatch):
     case, data = PARITY / "case_a_opt_tied", rows_of(kind, tmp_path)
     options = ["--language-model", str(case / "language_model"), "--vision-model", str(case / "vision_model")]
     options += ["--data", os.path.relpath(data), "--output-dir", "out", "--train-minutes", "0.1", "--prompts", "a cat"]
-    quickstart.main(["max_steps=1", "per_device_train_batch_size=4", "use_cpu=true", *options])
+    quickstart.main(
+        ["max_steps=1", "retrieval_warm_start_steps=2", "per_device_train_batch_size=4", "use_cpu=true", *options]
+    )
 
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert [turn["role"] for turn in results["conversation"]] == ["user", "model"] * 3
@@ -90,7 +105,8 @@ def test_data_of_every_kind(kind, tmp_path, monkeypatch):
     answers = [turn for turn in results["conversation"] if "image_caption" in turn]
     assert answers and all(index.get(turn["image"])["caption"] == turn["image_caption"] for turn in answers)
     kept = json.loads((tmp_path / "out" / "model" / "all_results.json").read_text())
-    assert kept["text_to_image"] == results["text_to_image"] and kept["num_pairs"] == results["num_pairs"]
+    for kind in ("text_to_image", "num_pairs"):
+        assert kept["held out"][kind] == results["tests"]["held out"][kind]
     processor = FromageProcessor.from_pretrained("out/model")
     assert (processor.caption_prefix, processor.caption_suffix) == ("A picture of", "\n")  # of quickstart.yaml
 

@@ -4,11 +4,10 @@ import time
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageTrainer
 
-from .data import Split
+from ..arguments import RunArguments
 
 
 def fast_dtype() -> torch.dtype:
@@ -38,17 +37,19 @@ def steps_that_fit(
 def fit(
     model: FromageForConditionalGeneration,
     collator: FromageDataCollator,
-    args: TrainingArguments,
-    train: Split,
-    held_out: Split,
+    args: RunArguments,
+    dataset: Dataset,
     seconds: float,
 ) -> FromageTrainer:
-    """Train for about `seconds`, `args.max_steps` at most; returns the trainer, the model in eval mode."""
-    dataset = train.dataset()
+    """Retrieval first, then joint training for about `seconds`, `args.max_steps` at most.
+
+    Returns:
+        The trainer, its model in eval mode.
+    """
     steps = steps_that_fit(model, collator, dataset, args.per_device_train_batch_size, seconds)
     args.max_steps = min(args.max_steps, steps)
     trainer = FromageTrainer(
-        model=model, args=args, train_dataset=dataset, eval_dataset=held_out.dataset(), data_collator=collator
+        model=model, args=args, train_dataset=dataset, data_collator=collator, **args.trainer_options()
     )
     trainer.train()
     model.eval()

@@ -6,32 +6,49 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
+from jinja2 import Environment, StrictUndefined
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the backend is chosen)
-from jinja2 import Environment, StrictUndefined  # noqa: E402
 from matplotlib.figure import SubFigure  # noqa: E402
 
 from modeling_fromage.images_fromage import load_rgb_image  # noqa: E402
 
-DEFAULT_PROMPTS = ["slice of pizza", "moon", "red heart", "cat"]
+from .data import Split  # noqa: E402
+from .emoji import CREDITS  # noqa: E402
+from .held_out import KS  # noqa: E402
+
+TITLES = {
+    "redrawn": "known things, in drawings by a hand that training never saw draw them",
+    "new": "things that training never saw at all",
+    "held out": "pictures that training never saw",
+}
 _SHOWN = 12
-_KS = ("R@1", "R@5", "R@10")
+_RATES = tuple(f"R@{k}" for k in KS)
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
 
 def summary(results: dict[str, Any]) -> str:
     """A few lines for the terminal."""
-    t2i, i2t, chance = results["text_to_image"], results["image_to_text"], results["chance"]
-    low, high = t2i["R@1_95%"]
-    minutes = results["seconds"] / 60
-    lines = [
-        f"{results['num_pairs']} held-out pairs, {results['steps']} steps, {minutes:.1f} minutes in all",
-        *(f"  {k}: text to image {t2i[k]:.1%}, image to text {i2t[k]:.1%} (chance {chance[k]:.1%})" for k in _KS),
-        f"  text-to-image R@1, 95 % interval: {low:.1%} to {high:.1%}",
-        f"  caption loss a token: {results['caption_loss']:.2f}, "
-        f"with shuffled images {results['caption_loss_shuffled_images']:.2f}",
-    ]
+    lines = [f"{results['steps']} joint steps, {results['seconds'] / 60:.1f} minutes in all"]
+    for name, test in results["tests"].items():
+        lines.append(f"{name} ({TITLES[name]}): N = {test['num_pairs']}")
+        for title, key in _rows(test):
+            lines.append(f"  {title}: " + ", ".join(f"{k} {rate(test[key], k)}" for k in _RATES))
+        lines.append(
+            f"  caption loss a token: {test['caption_loss']:.2f}, "
+            f"with shuffled images {test['caption_loss_shuffled_images']:.2f}"
+        )
+        if "caption_words" in test:
+            lines.append(
+                f"  captions with a word of the name or a keyword: {test['caption_words']:.0%}, "
+                f"dealt to other pictures {test['caption_words_dealt_to_others']:.0%}"
+            )
+    if told := verdict(results):
+        lines.append(told)
+    for answer in results["prompts"]:
+        lines.append(f"  {answer['prompt']} -> {', '.join(answer['names'])}")
     for turn in results["conversation"]:
         shown = f" [shows: {turn['image_caption']}, ret_bias {turn['ret_bias']}]" if "image_caption" in turn else ""
         given = "<image> " if turn["role"] == "user" and "image" in turn else ""
@@ -44,74 +61,112 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(output: Path, results: dict[str, Any], images: list[str], captions: list[str]) -> None:
-    """Write report.png, report.html and results.json into `output`."""
+def verdict(results: dict[str, Any]) -> str:
+    """How many of the twelve prompts, and of the hundred, did what they should; empty where they were not asked."""
+    told = []
+    judged = [answer for answer in results["prompts"] if "right" in answer]
+    if judged:
+        right = sum(any(answer["right"]) for answer in judged)
+        told.append(f"{right} of {len(judged)} prompts of a person have a right picture among the first three.")
+    if said := results.get("ret"):
+        told.append(f"[RET] comes by itself for {said['num_with_ret']} of {said['num_prompts']} prompts.")
+    return " ".join(told)
+
+
+def rate(found: dict[str, Any], k: str) -> str:
+    """A rate, with its 95 % interval where it has one."""
+    told = f"{100 * found[k]:.1f} %"
+    if "95%" in found:
+        low, high = found["95%"][k]
+        told += f" ({100 * low:.0f} to {100 * high:.0f})"
+    return told
+
+
+def _rows(test: dict[str, Any]) -> list[tuple[str, str]]:
+    titles = {
+        "text_to_image": "text to image",
+        "image_to_text": "image to text",
+        "sentences": "sentences of kinds never trained on, to image",
+        "ceiling": "ceiling: the other hand's drawing as the query",
+        "chance": "chance",
+    }
+    return [(title, key) for key, title in titles.items() if key in test]
+
+
+def write(output: Path, results: dict[str, Any], splits: dict[str, Split], points: dict[str, torch.Tensor]) -> None:
+    """Write report.png, report.html and results.json into `output`.
+
+    Args:
+        splits: What each test is of.
+        points: Embeddings `(N, q)` of the images of each test.
+    """
     results["output_dir"] = str(output)
-    _draw(output / "report.png", results, images, captions)
-    (output / "report.html").write_text(_page(output, results, images, captions), encoding="utf-8")
+    _draw(output / "report.png", results)
+    (output / "report.html").write_text(_page(output, results, splits, points), encoding="utf-8")
     (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _draw(path: Path, results: dict[str, Any], images: list[str], captions: list[str]) -> None:
-    figure = plt.figure(figsize=(14, 11), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2])
-    curves, bars = top.subplots(1, 2)
+def _draw(path: Path, results: dict[str, Any]) -> None:
+    figure = plt.figure(figsize=(14, 13), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.4, 1])
+    _draw_prompts(top, results["prompts"][:12])
+    curves, *bars = bottom.subplots(1, 1 + len(results["tests"]))
     history = [entry for entry in results["log_history"] if "contrastive_loss" in entry]
     for name in ("captioning_loss", "ret_token_loss", "contrastive_loss"):
         curves.plot([e["step"] for e in history], [e[name] for e in history], label=name.replace("_", " "))
-    curves.set(title="Training losses", xlabel="step", ylim=(0, None))
+    curves.set(title="Losses of joint training", xlabel="step", ylim=(0, None))
     curves.legend()
-    for i, (name, values) in enumerate(
-        [
-            ("text to image", results["text_to_image"]),
-            ("image to text", results["image_to_text"]),
-            ("chance", results["chance"]),
-        ]
-    ):
-        bars.bar([x + 0.27 * i for x in range(3)], [100 * values[k] for k in _KS], width=0.25, label=name)
-    bars.set_xticks([x + 0.27 for x in range(3)], _KS)
-    bars.set(title=f"Recall among {results['num_pairs']} emoji never seen in training (%)")
-    bars.legend()
-    _draw_grid(bottom, results, images, captions)
+    for axis, (name, test) in zip(bars, results["tests"].items(), strict=True):
+        kinds = [(title, key) for title, key in _rows(test) if key != "sentences"]
+        for i, (title, key) in enumerate(kinds):
+            heights = [100 * test[key][k] for k in _RATES]
+            axis.bar([x + 0.2 * i for x in range(3)], heights, width=0.18, label=title.split(":")[0])
+        axis.set_xticks([x + 0.3 for x in range(3)], _RATES)
+        axis.set(title=f"{name}: recall among {test['num_pairs']} (%)", ylim=(0, 100))
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
-def _draw_grid(figure: SubFigure, results: dict[str, Any], images: list[str], captions: list[str]) -> None:
-    shown = _examples(results, images)[:6]
-    axes = figure.subplots(6, 6, width_ratios=[2.6, 1, 1, 1, 1, 1])
-    for row, i in zip(axes, shown, strict=False):
-        row[0].text(1, 0.5, f"“{captions[i]}” →", ha="right", va="center", fontsize=11)
-        for axis, path in zip(row[1:], results["rankings"][i], strict=False):
-            image = load_rgb_image(path)
+def _draw_prompts(figure: SubFigure, answers: list[dict[str, Any]]) -> None:
+    rows = (len(answers) + 1) // 2
+    axes = figure.subplots(rows, 8, width_ratios=[2.4, 1, 1, 1] * 2, squeeze=False)
+    for number, answer in enumerate(answers):
+        text, *pictures = axes[number % rows][4 * (number // rows) :][:4]
+        text.text(1, 0.5, f"“{answer['prompt']}”", ha="right", va="center", fontsize=12)
+        for axis, file, right in zip(pictures, answer["images"], answer.get("right", [False] * 3), strict=False):
+            image = load_rgb_image(file)
             axis.imshow(image)
-            if path == images[i]:
+            if right:
                 frame = plt.Rectangle((0, 0), image.width - 1, image.height - 1, fill=False)
-                axis.add_patch(frame)
                 frame.set(edgecolor="green", linewidth=4)
+                axis.add_patch(frame)
     for axis in axes.flat:
         axis.axis("off")
-    figure.suptitle("Held-out emoji found by their names; the right one has a green frame")
+    figure.suptitle("What it shows for prompts; what counts as right, written down beforehand, has a green frame")
 
 
-def _examples(results: dict[str, Any], images: list[str]) -> list[int]:
-    """Rows of evenly spaced examples, not selected by result."""
-    step = max(1, len(images) // _SHOWN)
-    return list(range(0, len(images), step))[:_SHOWN]
+def examples(count: int) -> list[int]:
+    """Rows of evenly spaced examples: by this rule, not by result."""
+    return list(range(0, count, max(1, count // _SHOWN)))[:_SHOWN]
 
 
-def _page(output: Path, results: dict[str, Any], images: list[str], captions: list[str]) -> str:
+def places(points: torch.Tensor) -> list[tuple[float, float]]:
+    """Where the map shows embeddings `(N, q)`: their two principal components, by rank, in per cent."""
+    _, _, axes = torch.pca_lowrank(points.float(), q=2, niter=10)
+    ranks = (points.float() @ axes).argsort(dim=0).argsort(dim=0)
+    return [(x, y) for x, y in (96 * ranks / max(1, len(points) - 1)).tolist()]
+
+
+def _page(output: Path, results: dict[str, Any], splits: dict[str, Split], points: dict[str, torch.Tensor]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = _data_uri
+    environment.globals.update(
+        rate=rate, rows_of=_rows, examples=examples, titles=TITLES, rates=_RATES, verdict=verdict(results),
+        credits=CREDITS, places={name: places(rows) for name, rows in points.items()},
+    )  # fmt: skip
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        results=results,
-        ks=_KS,
-        shown=_examples(results, images),
-        images=images,
-        captions=captions,
-        figure=output / "report.png",
-    )
+    return template.render(results=results, splits=splits, figure=output / "report.png")
 
 
 def _data_uri(path: str | Path) -> str:

@@ -27,7 +27,7 @@ from training.cli import COMMANDS
 from training.evaluation import EVALUATORS
 
 CASE = PARITY / "case_a_opt_tied"
-EMOJI = ("265F", "1F590", "1F648")
+EMOJI = ("1f427.twemoji", "1f989.twemoji", "1f451.twemoji")
 
 
 @pytest.fixture

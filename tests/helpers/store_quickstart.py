@@ -42,11 +42,13 @@ def render(text: str, results: dict[str, Any]) -> str:
         output = outputs.get(match[2])
         return f"{match[1]}\n```text\n{output}```\n" if output else match[1]
 
-    found, chance = results["text_to_image"], results["chance"]
+    redrawn, new = results["tests"]["redrawn"], results["tests"]["new"]
     sentence = (
-        f"Drawn by `make quickstart` in {results['seconds'] / 60:.0f} minutes ({results['hardware']}). Of "
-        f"{results['num_pairs']} emoji that it never saw, it finds {100 * found['R@10']:.0f} % by name among its first "
-        f"ten; chance is {100 * chance['R@10']:.0f} %."
+        f"Drawn by `make quickstart` in {results['seconds'] / 60:.0f} minutes ({results['hardware']}). Among "
+        f"{redrawn['num_pairs']} drawings by a hand that it never saw draw them, it finds "
+        f"{100 * redrawn['text_to_image']['R@5']:.0f} % by name within the first five (chance: "
+        f"{100 * redrawn['chance']['R@5']:.0f} %), and of {new['num_pairs']} things that it never saw at all "
+        f"{100 * new['text_to_image']['R@5']:.0f} % (chance: {100 * new['chance']['R@5']:.0f} %)."
     )
     text = replace_between(text, "quickstart", [sentence], by="tests.helpers.store_quickstart")
     return _SNIPPET.sub(with_output, text)

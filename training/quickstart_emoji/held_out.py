@@ -41,6 +41,7 @@ class HeldOutTest:
     ):
         self.model, self.processor, self.collator = model, processor, collator
         self.emoji = {each.name: each for each in emoji}
+        self._names: torch.Tensor | None = None  # their embeddings, (number of emoji, q)
 
     def evaluate(self, split: Split, ceiling: Split | None) -> dict[str, Any]:
         """Recall with its 95 % intervals, chance and ceiling, the loss of captions, and captions.
@@ -78,10 +79,12 @@ class HeldOutTest:
         """The share of captions with a word of the name or a keyword, and the same where they are dealt to others; and
         what a picture is called if the nearest of all names is taken."""
         n, everyone = len(captions), list(self.emoji)
+        if self._names is None:
+            self._names = self.text_embeds(everyone)
         true = [self._told(name) for name in split.captions]
         written = [telling_words(caption) for caption in captions]
         dealt = written[n // 2 :] + written[: n // 2]
-        scores = self.model.get_image_embeds(pooled_image_features=split.features) @ self.text_embeds(everyone).t()
+        scores = self.model.get_image_embeds(pooled_image_features=split.features) @ self._names.t()
         nearest = scores.topk(min(5, len(everyone)), dim=1).indices.tolist()
         return {
             "caption_words": sum(bool(a & b) for a, b in zip(written, true, strict=True)) / n,
@@ -152,7 +155,7 @@ def drawings_of_the_other_hand(split: Split) -> Dataset:
 
 def rates(ranks: torch.Tensor, n: int | None = None) -> dict[str, Any]:
     """Recall of ranks, with the 95 % interval of each among `n`."""
-    found = {f"R@{k}": rate for k, rate in recall_at_k(ranks.flatten(), KS).items()}
+    found = recall_at_k(ranks.flatten(), KS)
     return {**found, "95%": {name: wilson_interval(rate, n or ranks.numel()) for name, rate in found.items()}}
 
 

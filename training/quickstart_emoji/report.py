@@ -101,9 +101,9 @@ def write(output: Path, results: dict[str, Any], splits: dict[str, Split], point
         points: Embeddings `(N, q)` of the images of each test.
     """
     results["output_dir"] = str(output)
+    (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     _draw(output / "report.png", results)
     (output / "report.html").write_text(_page(output, results, splits, points), encoding="utf-8")
-    (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _draw(path: Path, results: dict[str, Any]) -> None:

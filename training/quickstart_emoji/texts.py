@@ -18,14 +18,15 @@ OF_NAMES = (
 )  # fmt: skip
 OF_KEYWORDS = (
     "something about {}", "it has to do with {}", "anything that goes with {}", "I am thinking of {}", "{}, I mean",
-    "it makes me think of {}", "a thing for {}", "the word is {}",
+    "it makes me think of {}", "a thing for {}", "the word is {}", "I feel {}", "how {} it is", "it was {} yesterday",
+    "we all want {}",
 )  # fmt: skip
 # Sentences that are not, for the test.
 HELD_OUT = (
     "please find me an image of {}", "yesterday we talked about {}", "is there a drawing of {}?", "how about {}?",
     "I have never seen {} before", "we need {} for the poster",
 )  # fmt: skip
-_SENTENCES, _OF_KEYWORDS, _NAMES = 4, 1, 10  # of an emoji; its name so many times
+_SENTENCES, _OF_KEYWORDS, _NAMES = 3, 1, 8  # of an emoji; its name so many times
 
 
 def texts_of(emoji: Emoji) -> list[str]:

@@ -103,8 +103,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--train-minutes",
         type=at_least(0, float),
-        default=2.0,
-        help="about how long to train jointly, 480 steps at most",
+        default=2.5,
+        help="about how long to train jointly, 240 steps at most",
     )
     parser.add_argument("--prompts", nargs="*", help="texts to be answered with an image")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"replaces a key of {CONFIG.name}")

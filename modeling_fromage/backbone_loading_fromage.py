@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
@@ -125,16 +126,23 @@ def load_backbone(
     a vision encoder.
 
     Raises:
-        ValueError: The checkpoint lacks weights that are in use, or the device map offloads what FROMAGe reads.
+        ValueError: The checkpoint lacks weights that are in use, or one of its files cannot be read; or the device map
+            offloads what FROMAGe reads.
     """
     if kwargs.get("quantization_config", ...) is None:  # which would hide that the files are quantised
         kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
     hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "trust_remote_code") if key in kwargs}
-    if prefix == "text":
-        model, missing = load_language_model(name, hub_kwargs, kwargs)
-        refuse_offloaded_ends(model)
-    else:
-        model, missing = _load_vision_model(name, hub_kwargs, kwargs, library)
+    try:
+        if prefix == "text":
+            model, missing = load_language_model(name, hub_kwargs, kwargs)
+            refuse_offloaded_ends(model)
+        else:
+            model, missing = _load_vision_model(name, hub_kwargs, kwargs, library)
+    except SafetensorError as error:
+        raise ValueError(
+            f"A weight file of the {ROLES[prefix]} {name!r} cannot be read ({error}). It is cut off, damaged, or a "
+            "pointer of Git LFS: get it again, or fetch what it points to with `git lfs pull`."
+        ) from error
     if prefix == "vision" and pooling != "pooler":
         missing = [key for key in missing if "pooler" not in key]  # random, and not in use
     if missing:

@@ -211,3 +211,14 @@ def test_a_vision_half_that_lacks_weights_is_refused(tmp_path):
     whole.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match="lacks weights that are in use: .*post_layernorm"):
         load_backbone("vision", str(tmp_path), {}, "pooler")
+
+
+@pytest.mark.parametrize(("prefix", "told"), [("text", "language model"), ("vision", "vision model")])
+def test_a_weight_file_that_cannot_be_read_is_named(prefix, told, tmp_path):
+    """A pointer of Git LFS, say."""
+    made = TEXT_CONFIGS["opt"]() if prefix == "text" else VISION_CONFIGS["clip"]()
+    made.save_pretrained(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match=f"weight file of the {told} .*git lfs pull"):
+        load_backbone(prefix, str(tmp_path), {}, "mean")

@@ -82,7 +82,7 @@ def expected_files() -> set[str]:
     """Every module, configuration and template, at its place in the wheel."""
     names = {"modeling_fromage/py.typed"}
     for package, folder in packages().items():
-        kinds = ["*.py", "*.jinja", "*.md", "configs/*.yaml"]
+        kinds = ["*.py", "*.jinja", "*.md", "configs/*.yaml", "split.json"]
         for path in (path for kind in kinds for path in (ROOT / folder).glob(kind)):
             names.add(f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}")
     return names

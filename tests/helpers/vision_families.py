@@ -221,6 +221,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         **{"scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]},
     },
     "pp_ocrv6_small_det": {"backbone_config": _LCNET, "layer_list_out_channels": [16, 16, 16, 16]},
+    **dict.fromkeys(["pp_ocrv6_small_rec", "pp_ocrv6_tiny_rec"], {"backbone_config": _LCNET | {"out_indices": [4]}}),
     "regnet": {**_STAGED, "groups_width": 8},
     "resnet": _STAGED,
     "rt_detr": _DETECTOR,

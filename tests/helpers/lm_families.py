@@ -99,6 +99,7 @@ ODD: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA_LAYERS,
     "gemma3n_text": _GEMMA3N,
+    "gemma3n_vision": {"model_args": {"channel_multiplier": 0.125}, "num_classes": 2},
     "gemma4_assistant": _ASSISTANT,
     "gemma4_text": {**_PER_LAYER_INPUTS, "global_head_dim": 8},
     "gemma4_unified_assistant": _ASSISTANT,

@@ -1,5 +1,5 @@
 """Twelve prompts that a person might type, each with the words that count as right: an emoji counts whose name or
-keywords have one of them. They were written down before the first training run."""
+keywords have one of them. They were written down before the first run of the quickstart that trained a whole model."""
 
 PROMPTS = {
     "a slice of pizza": ("pizza",),

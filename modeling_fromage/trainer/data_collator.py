@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -87,7 +88,10 @@ class FromageDataCollator:
         self.check_format(self.processor)
         examples = self._draw(examples)
         captions = [self._encode(row, example["caption"]) for row, example in enumerate(examples)]
-        retrieval = [retrieval_caption(example) for example in examples]
+        retrieval = [
+            self._encode(row, example["retrieval_caption"]) if "retrieval_caption" in example else caption
+            for row, (example, caption) in enumerate(zip(examples, captions, strict=True))
+        ]
         rows = [(caption.input_ids, caption.labels) for caption in captions]
         if self._concatenates(captions):
             rows = [
@@ -100,7 +104,7 @@ class FromageDataCollator:
         return {
             # First come tensors with a row for each example, then those with fewer rows, of concatenated captions:
             # accelerate cuts a streamed batch by the length of its first tensor, and the Trainer counts it.
-            **self.retrieval_inputs(retrieval),
+            **self._retrieval_inputs(retrieval),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
@@ -109,23 +113,28 @@ class FromageDataCollator:
 
     def _draw(self, examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Examples with one of their captions and one of their views each."""
+        several = [_choices(example) for example in examples]
+        if not any(several):
+            return list(examples)
         generator = torch.Generator()
         if self.training:
             texts = [(example["caption"], retrieval_caption(example)) for example in examples]
-            digest = hashlib.sha256(repr((self.seed, texts)).encode()).digest()
-            generator.manual_seed(int.from_bytes(digest[:7], "big"))
-        chosen = []
-        for example in examples:
-            drawn = dict(example)
-            for name, (values, count) in _choices(example).items():
-                number = int(torch.randint(count, (), generator=generator)) if self.training else 0
-                drawn[name] = values[number]
-            chosen.append(drawn)
-        return chosen
+            generator.manual_seed(number_of(repr((self.seed, texts)).encode()))
+        return [
+            example
+            | {
+                name: values[int(torch.randint(len(values), (), generator=generator)) if self.training else 0]
+                for name, values in choices.items()
+            }
+            for example, choices in zip(examples, several, strict=True)
+        ]
 
     def retrieval_inputs(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """`retrieval_input_ids` and `retrieval_attention_mask` of captions alone, as in a batch."""
-        rows = [self._encode(row, caption).retrieval_input_ids for row, caption in enumerate(captions)]
+        return self._retrieval_inputs([self._encode(row, caption) for row, caption in enumerate(captions)])
+
+    def _retrieval_inputs(self, captions: Sequence[CaptionIds]) -> dict[str, torch.Tensor]:
+        rows = [caption.retrieval_input_ids for caption in captions]
         input_ids, mask = _pad(rows, self.processor.tokenizer.pad_token_id)
         return {"retrieval_input_ids": input_ids, "retrieval_attention_mask": mask}
 
@@ -142,8 +151,7 @@ class FromageDataCollator:
         if not self.training:
             return False
         tokens = [caption.caption_ids for caption in captions]
-        digest = hashlib.sha256(repr((self.seed, tokens)).encode()).digest()
-        return int.from_bytes(digest[:7], "big") / 2**56 < self.concat_captions_prob
+        return number_of(repr((self.seed, tokens)).encode()) / 2**56 < self.concat_captions_prob
 
     def image_inputs(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` or `pooled_image_features` of examples, as in a batch."""
@@ -159,15 +167,20 @@ def retrieval_caption(example: dict[str, Any]) -> Any:
     return example.get("retrieval_caption", example["caption"])
 
 
-def _choices(example: dict[str, Any]) -> dict[str, tuple[Any, int]]:
-    """What an example has several of: captions, cached features; and how many."""
-    several = {}
+def number_of(data: bytes) -> int:
+    """A number below 2 ** 56 that is a function of `data`, for draws that a resumed run repeats."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
+
+
+def _choices(example: dict[str, Any]) -> dict[str, Any]:
+    """What an example has several of: captions, cached features."""
+    several: dict[str, Any] = {}
     for name in ("caption", "retrieval_caption"):
         if isinstance(texts := example.get(name), (list, tuple)) and texts:
-            several[name] = (texts, len(texts))
+            several[name] = texts
     features = example.get("pooled_image_features")
-    if features is not None and (features := torch.as_tensor(features)).dim() == 2:
-        several["pooled_image_features"] = (features, len(features))
+    if features is not None and np.ndim(features[0]) == 1:
+        several["pooled_image_features"] = features
     return several
 
 

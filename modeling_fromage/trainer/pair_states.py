@@ -3,7 +3,6 @@
 A pair may have several captions and several views of its image. Axes: N pairs, W the encoder's width.
 """
 
-import hashlib
 import itertools
 import logging
 from array import array
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
 
 from ..modeling_fromage import FromageForConditionalGeneration
-from .data_collator import FromageDataCollator, retrieval_caption
+from .data_collator import FromageDataCollator, number_of, retrieval_caption
 from .ret_states import RetStates, as_stored, cache_ret_states
 
 logger = logging.getLogger(__name__)
@@ -31,11 +30,18 @@ class Choices:
 
     Args:
         rows (`Iterable[Sequence[int]]`): The numbers of each pair.
+
+    Raises:
+        ValueError: A pair has none.
     """
 
     def __init__(self, rows: Iterable[Sequence[int]]):
         counts, numbers = array("q", [0]), array("q")
-        for row in rows:
+        for number, row in enumerate(rows):
+            if not row:
+                raise ValueError(
+                    f"Example {number} of the data set has an empty list of captions or of views. Remove it."
+                )
             counts.append(len(row))
             numbers.extend(row)
         self.numbers, self.starts = torch.tensor(numbers), torch.tensor(counts).cumsum(0)
@@ -88,8 +94,7 @@ class PairStates(Dataset):
         """A whole batch at once."""
         rows, generator = torch.as_tensor(indices), None
         if self.seed is not None:
-            digest = hashlib.sha256(rows.numpy().tobytes()).digest()
-            generator = torch.Generator().manual_seed(self.seed ^ int.from_bytes(digest[:7], "big"))
+            generator = torch.Generator().manual_seed(self.seed ^ number_of(rows.numpy().tobytes()))
         features = self.features[self._views.pick(rows, generator)].float()
         states = self.states.rows(self._captions.pick(rows, generator))
         return {"pooled_image_features": features, "ret_states": states, "labels": rows}
@@ -120,7 +125,10 @@ def read_pairs(
         captions = dataset["retrieval_caption" if "retrieval_caption" in columns else "caption"]
     numbers: dict[Any, int] = {}  # of each text, which several pairs may share
     choices = Choices(
-        [numbers.setdefault(text, len(numbers)) for text in ([caption] if isinstance(caption, str) else caption)]
+        [
+            numbers.setdefault(text, len(numbers))
+            for text in (caption if isinstance(caption, (list, tuple)) else [caption])
+        ]
         for caption in captions
     )
     cache_ret_states(model, collator, list(numbers), directory)

@@ -253,3 +253,12 @@ def test_the_warm_start_leaves_a_log(tmp_path):
     warm_trainer(tmp_path, steps=20).train()
     state = json.loads((tmp_path / "retrieval_warm_start/trainer_state.json").read_text())
     assert state["global_step"] == 20 and any("eval_text_to_image_R@1" in entry for entry in state["log_history"])
+
+
+def test_an_example_without_a_caption_is_refused(collator, tmp_path):
+    """Else it would be trained with the caption of the next."""
+    for captions, told in (([], "Example 2 of the data set has an empty list"), (None, "empty caption: None")):
+        rows = examples(4)
+        rows[2]["caption"] = captions
+        with pytest.raises(ValueError, match=told):
+            read_pairs(make_model("opt_clip", **LAYERS), collator, rows, tmp_path)

@@ -5,7 +5,7 @@ import io
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ class Split:
 
     captions: list[str]
     images: list[str]
-    features: torch.Tensor = field(repr=False)
+    features: torch.Tensor
 
     def dataset(self) -> Dataset:
         """Rows for the collator."""

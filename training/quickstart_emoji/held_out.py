@@ -13,6 +13,7 @@ from modeling_fromage import FromageDataCollator, FromageForConditionalGeneratio
 from modeling_fromage.trainer.ranking import gallery_ranks, recall_at_k
 
 from ..evaluation.captioning import generate_captions, score_captions
+from ..evaluation.prompts import embed_prompts, image_embeds
 from .data import Split
 from .emoji import HANDS, Emoji
 from .prompts import PROMPTS
@@ -51,7 +52,7 @@ class HeldOutTest:
                 the encoder's features alone is as good as a text could be expected to be.
         """
         n = len(split.captions)
-        images = self.model.get_image_embeds(pooled_image_features=split.features)
+        images = image_embeds(self.model, split.features)
         texts = self.text_embeds(split.captions)
         result: dict[str, Any] = {
             "num_pairs": n,
@@ -67,7 +68,7 @@ class HeldOutTest:
             asked = [[template.format(with_article(name)) for name in split.captions] for template in HELD_OUT]
             found = [gallery_ranks(self.text_embeds(texts), images) for texts in asked]
             result["sentences"] = rates(torch.stack(found), n)
-            result |= self._words(split, result["captions"])
+            result |= self._words(split, images, result["captions"])
         self.collator.training = False
         rows = list(range(n))
         orders = {"caption_loss": rows, "caption_loss_shuffled_images": rows[n // 2 :] + rows[: n // 2]}
@@ -75,7 +76,7 @@ class HeldOutTest:
             result[name], _, _ = score_captions(self.model, self.collator, split.features, order, split.captions)
         return result
 
-    def _words(self, split: Split, captions: list[str]) -> dict[str, Any]:
+    def _words(self, split: Split, images: torch.Tensor, captions: list[str]) -> dict[str, Any]:
         """The share of captions with a word of the name or a keyword, and the same where they are dealt to others; and
         what a picture is called if the nearest of all names is taken."""
         n, everyone = len(captions), list(self.emoji)
@@ -84,8 +85,7 @@ class HeldOutTest:
         true = [self._told(name) for name in split.captions]
         written = [telling_words(caption) for caption in captions]
         dealt = written[n // 2 :] + written[: n // 2]
-        scores = self.model.get_image_embeds(pooled_image_features=split.features) @ self._names.t()
-        nearest = scores.topk(min(5, len(everyone)), dim=1).indices.tolist()
+        nearest = (images @ self._names.t()).topk(min(5, len(everyone)), dim=1).indices.tolist()
         return {
             "caption_words": sum(bool(a & b) for a, b in zip(written, true, strict=True)) / n,
             "caption_words_dealt_to_others": sum(bool(a & b) for a, b in zip(dealt, true, strict=True)) / n,
@@ -95,15 +95,10 @@ class HeldOutTest:
     def _told(self, name: str) -> set[str]:
         return telling_words(" ".join((name, *self.emoji[name].keywords)))
 
-    @torch.no_grad()
     def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
         """Embeddings `(N, q)` of texts in the shared space."""
-        found = []
-        for start in range(0, len(texts), 64):
-            prompts = [self.processor.retrieval_text(text) for text in texts[start : start + 64]]
-            inputs = self.processor(text=prompts, return_tensors="pt", padding=True)
-            found.append(self.model.get_text_embeds(inputs["input_ids"], inputs["attention_mask"]))
-        return torch.cat(found)
+        prompts = [self.processor.retrieval_text(text) for text in texts]
+        return embed_prompts(self.model, self.processor, prompts, batch_size=64)
 
     def search(self, texts: Sequence[str], index: FromageImageIndex, top_k: int) -> list[list[str]]:
         """Ids of the `top_k` images that are most similar to each text."""

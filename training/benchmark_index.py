@@ -6,6 +6,8 @@ overlapping clusters; and a build from JPEG files against the encoder alone.
 
 import argparse
 
+import faiss  # noqa: F401 (missed now, not after minutes)
+
 from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .benchmarks import index

@@ -16,7 +16,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .backbones_fromage import decoder_and_head, in_eval_mode, initial_cache, run_decoder, undisturbed, weight_of
 from .miniature_fromage import FAILURES, miniature
-from .packing_fromage import PackedRows, positions
+from .packing_fromage import PackedRows, PrefixTree, positions
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,24 @@ class Trial:
         cache = prefix_of(self.embeds).past_key_values
         return self.same_gradient(lambda tokens: queries(cache, tokens))
 
+    def takes_shared_prefixes(self) -> bool:
+        """Texts that begin alike in one row, with what they share there once."""
+        own = torch.full((3, 6), -1, device=self.embeds.device)  # numbers of tokens
+        for row, text in zip(own, ((0, 1, 2, 3, 4, 5), (0, 1, 6, 7), (0, 1, 2, 8, 9)), strict=True):
+            row[: len(text)] = torch.tensor(text)
+        tree = PrefixTree(own, own >= 0)
+        for loud in (None, 0, 1, 2) if self.strict else (None,):
+            vectors = self.embeds.flatten(0, 1).clone()
+            if loud is not None:
+                vectors[own[loud, 3:]] *= -10
+            mask = tree.attention_mask(vectors.dtype)
+            found = tree.at_tokens(self.run(vectors[tree.input_ids], mask, tree.position_ids, use_cache=False)[0])
+            for i, hidden in enumerate(found.split((own >= 0).sum(-1).tolist())):
+                whole = self.run(vectors[own[i, : len(hidden)]][None], use_cache=False)[0][0]
+                if i != loud and not self.agree(hidden, whole):
+                    return False
+        return True
+
     def takes_cached_prefixes(self) -> bool:
         """A batch padded on the right in a cache, and one more token of each at a position of its own."""
         mask = self.columns < self.lengths[:, None]
@@ -205,13 +223,14 @@ class Trial:
 # What the LM is said to take in the log: how it is tried, and whether it must be shown on a miniature.
 ABILITIES = {
     "packed rows": Trial.takes_packed_rows,
+    "shared prefixes": Trial.takes_shared_prefixes,
     "cached prefixes": Trial.takes_cached_prefixes,
     "left padding": Trial.takes_left_padding,
     "several tokens behind a cache": Trial.takes_several_tokens_at_once,
     "right padding": Trial.takes_right_padding,
     "a cache": Trial.continues_from_a_cache,
 }
-TRAINING = ("packed rows", "cached prefixes")  # shortcuts of training: in doubt, the ordinary pass
+TRAINING = ("packed rows", "shared prefixes", "cached prefixes")  # shortcuts of training: in doubt, the ordinary pass
 GENERATION = ("left padding", "several tokens behind a cache", "a cache")
 
 
@@ -230,8 +249,9 @@ def has_ability(language_model: PreTrainedModel, ability: str) -> bool:
     embedding = language_model.get_input_embeddings()
     if weight_of(embedding).device.type == "meta":  # offloaded: not to be trained
         return ability not in TRAINING
-    if ability == "packed rows" and language_model.config._attn_implementation not in ("sdpa", "eager"):
-        return False  # other kernels take no masks
+    needs_mask = ability in ("packed rows", "shared prefixes")
+    if needs_mask and language_model.config._attn_implementation not in ("sdpa", "eager"):
+        return False  # other kernels take none
     if ability in TRAINING and not holds_attention_alone(_cache_of(language_model.config)):
         return False
     found = _shown_by_a_miniature(language_model, ability)

@@ -1,4 +1,4 @@
-"""Sequence packing with block-diagonal attention: several sequences share a row of the language model.
+"""Sequence packing: several sequences share a row of the language model, and texts the tokens that they begin with.
 
 Axes: B sequences of up to L tokens, T tokens without padding, R rows of C positions, S sequences a row at most.
 """
@@ -83,6 +83,71 @@ class PackedRows:
         own = (query[:, :, None] == self.sequence[:, None, :]) & (query[:, :, None] >= 0)
         itself = torch.eye(self.slots, dtype=torch.bool, device=own.device).expand(self.rows, -1, -1)
         return additive_mask(torch.cat([own, itself], dim=-1), dtype)
+
+
+class PrefixTree:
+    """Packs B texts (B, L), padded on the right, into R rows of C positions; what texts begin with alike is there once.
+
+    A token's hidden states depend on what stands before it alone. So texts are sorted, and each takes only the tokens
+    that it does not share with the one before it in its row.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, L)`): Token ids.
+        mask (`torch.Tensor` of shape `(B, L)`): 1 for tokens.
+        window (`float`): Tokens that the LM's attention reaches back. No row is longer.
+
+    Attributes:
+        input_ids (`torch.Tensor` of shape `(R, C)`): Token ids, 0 where a position is empty.
+        position_ids (`torch.Tensor` of shape `(R, C)`): Position within the text.
+        row (`torch.Tensor` of shape `(B,)`): The row of each text.
+        path (`torch.Tensor` of shape `(B, L)`): The columns of its tokens, -1 at padding.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, mask: torch.Tensor, window: float = math.inf):
+        texts = [ids[:n] for ids, n in zip(input_ids.tolist(), mask.sum(-1).tolist(), strict=True)]
+        longest = int(min(window, max(2 * ROW_LENGTH, input_ids.shape[1])))
+        rows: list[list[int]] = []
+        places: list[tuple[int, list[int]]] = [(0, [])] * len(texts)
+        text: list[int] = []
+        path: list[int] = []
+        for number in sorted(range(len(texts)), key=texts.__getitem__):
+            before, text = text, texts[number]
+            shared = 0
+            while shared < min(len(before), len(text)) and before[shared] == text[shared]:
+                shared += 1
+            if not rows or len(rows[-1]) + len(text) - shared > longest:
+                rows.append([])
+                shared = 0
+            start = len(rows[-1])
+            rows[-1] += text[shared:]
+            path = path[:shared] + list(range(start, len(rows[-1])))
+            places[number] = len(rows) - 1, path
+        device, width = input_ids.device, max(map(len, rows))
+        self.input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        self.row = torch.tensor([row for row, _ in places], device=device)
+        paths = [path + [-1] * (input_ids.shape[1] - len(path)) for _, path in places]
+        self.path = torch.tensor(paths, device=device)
+        columns = torch.arange(input_ids.shape[1], device=device).expand_as(self.path)
+        at = self._flat_positions()
+        positions = torch.zeros(self.input_ids.numel(), dtype=torch.long, device=device)
+        self.position_ids = positions.index_copy(0, at, columns[self.path >= 0]).view_as(self.input_ids)
+
+    def _flat_positions(self) -> torch.Tensor:
+        """Where each text's tokens are in the flattened rows, (T,); shared tokens once for each text."""
+        return (self.row[:, None] * self.input_ids.shape[1] + self.path)[self.path >= 0]
+
+    def at_tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """(R, C, ...) -> (T, ...), text by text."""
+        return rows.flatten(0, 1)[self._flat_positions()]
+
+    def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask (R, 1, C, C): a token sees the tokens of its text up to itself."""
+        (rows, width), length = self.input_ids.shape, self.path.shape[1]
+        row, query, key = torch.broadcast_tensors(self.row[:, None, None], self.path[:, :, None], self.path[:, None])
+        seen = (query >= 0) & torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        allowed = torch.zeros(rows, width, width, dtype=torch.bool, device=query.device)
+        allowed[row[seen], query[seen], key[seen]] = True
+        return additive_mask(allowed, dtype)
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

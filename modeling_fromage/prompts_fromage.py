@@ -188,12 +188,23 @@ class CaptionLayout:
             ids = self._caption_ids(" " + caption)
         head = self.prompt_ids[: len(self.prompt_ids) - len(self._bos_ids)]
         body = self._bos_ids + ids + self._suffix_ids
-        retrieval = self._bos_ids + caption_ids + self._ret_ids
-        return CaptionIds(caption_ids, head + body, [-100] * len(head) + body, retrieval)
+        return CaptionIds(caption_ids, head + body, [-100] * len(head) + body, self._for_retrieval(caption_ids))
+
+    def retrieval_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """`retrieval_input_ids` of captions, which are tokenised together."""
+        found = self.tokenizer(list(captions), add_special_tokens=False).input_ids
+        return [self._for_retrieval(ids[: self._room]) for ids in found]
+
+    def _for_retrieval(self, caption_ids: list[int]) -> list[int]:
+        return self._bos_ids + caption_ids + self._ret_ids
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a caption may have."""
+        return self.caption_format.max_length - len(self._bos_ids) - len(self._suffix_ids) - len(self._ret_ids)
 
     def _caption_ids(self, caption: str) -> list[int]:
-        room = self.caption_format.max_length - len(self._bos_ids) - len(self._suffix_ids) - len(self._ret_ids)
-        return self._tokenize(caption)[:room]
+        return self._tokenize(caption)[: self._room]
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -15,7 +15,7 @@ from .backbones_fromage import attention_window, no_activation_checkpointing
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
 from .losses_fromage import contrastive_loss, duplicate_mask, gather_with_gradient, mean_over_targets
-from .packing_fromage import PackedRows, tokens_first
+from .packing_fromage import PackedRows, PrefixTree, tokens_first
 
 # The losses by the names that they have in the model's output, and the fields of the configuration that weight them.
 LOSS_WEIGHTS = {
@@ -141,9 +141,20 @@ def matching_loss(
 @torch.no_grad()
 def ret_hidden_states(lm: FrozenLM, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
     """Hidden states of the last `[RET]` of each text (N, L), without gradient: (N, width) for each of
-    `text_embed_layers`. Of a frozen language model, and while `[RET]` stays as it is, they are constants."""
-    _, layers = _hidden_states_and_rets(lm, input_ids, attention_mask)
-    return layers
+    `text_embed_layers`. Of a frozen language model, and while `[RET]` stays as it is, they are constants.
+
+    What several texts begin with runs once, where the LM takes that."""
+    numbers = _number_of_rets(lm, input_ids, attention_mask)
+    is_right_padded = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+    if not (is_right_padded and lm.can_pack(attention_mask) and lm.takes("shared prefixes")):
+        _, layers = lm.run_unpadded(lm.embed(input_ids), attention_mask, all_layers=True)
+        return [layer[numbers] for layer in layers]
+    tree = PrefixTree(input_ids, attention_mask, attention_window(lm.config.text_config))
+    embeds = lm.embed(tree.input_ids)
+    output = lm.decode(
+        embeds, tree.attention_mask(embeds.dtype), tree.position_ids, output_hidden_states=lm.needs_all_layers
+    )
+    return [tree.at_tokens(hidden)[numbers] for hidden in lm.text_layers(output)]
 
 
 def why_not_ret_only(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> str | None:
@@ -178,10 +189,15 @@ def _hidden_states_and_rets(
     lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Hidden states of all tokens (T, H) of texts (N, L), and of each text's last `[RET]`, (N, width) a layer."""
-    rows, columns = lm.last_rets(input_ids)
+    numbers = _number_of_rets(lm, input_ids, mask)
     hidden, layers = lm.run_unpadded(lm.embed(input_ids), mask, all_layers=True)
-    number = (mask.bool().flatten().cumsum(0) - 1).view_as(mask)[rows, columns]  # of each `[RET]` among the tokens
-    return hidden, [layer[number] for layer in layers]
+    return hidden, [layer[numbers] for layer in layers]
+
+
+def _number_of_rets(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(N,), the number of each text's last `[RET]` among all tokens."""
+    rows, columns = lm.last_rets(input_ids)
+    return (mask.bool().flatten().cumsum(0) - 1).view_as(mask)[rows, columns]
 
 
 def ret_only_pass(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

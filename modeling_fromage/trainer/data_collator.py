@@ -104,7 +104,7 @@ class FromageDataCollator:
         return {
             # First come tensors with a row for each example, then those with fewer rows, of concatenated captions:
             # accelerate cuts a streamed batch by the length of its first tensor, and the Trainer counts it.
-            **self._retrieval_inputs(retrieval),
+            **self._retrieval_inputs([caption.retrieval_input_ids for caption in retrieval]),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
@@ -131,20 +131,24 @@ class FromageDataCollator:
 
     def retrieval_inputs(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """`retrieval_input_ids` and `retrieval_attention_mask` of captions alone, as in a batch."""
-        return self._retrieval_inputs([self._encode(row, caption) for row, caption in enumerate(captions)])
+        for row, caption in enumerate(captions):
+            self._check(row, caption)
+        return self._retrieval_inputs(self._layout.retrieval_ids(captions))
 
-    def _retrieval_inputs(self, captions: Sequence[CaptionIds]) -> dict[str, torch.Tensor]:
-        rows = [caption.retrieval_input_ids for caption in captions]
+    def _retrieval_inputs(self, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         input_ids, mask = _pad(rows, self.processor.tokenizer.pad_token_id)
         return {"retrieval_input_ids": input_ids, "retrieval_attention_mask": mask}
 
     def _encode(self, row: int, caption: Any) -> CaptionIds:
+        self._check(row, caption)
+        return self._layout.encode(caption)
+
+    def _check(self, row: int, caption: Any) -> None:
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"Example {row} of the batch has an empty caption: {caption!r}.")
         for token in (self.processor.image_token, self.processor.ret_token):
             if token in caption:
                 raise ValueError(f"The caption of example {row} of the batch contains {token} literally: {caption!r}.")
-        return self._layout.encode(caption)
 
     def _concatenates(self, captions: Sequence[CaptionIds]) -> bool:
         """Draw whether this batch's captions are concatenated."""

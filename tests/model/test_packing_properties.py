@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from modeling_fromage.packing_fromage import (
     PackedRows,
+    PrefixTree,
     groups_of_one_length,
     length_groups,
     next_tokens,
@@ -126,3 +127,24 @@ def test_targets_are_the_next_labels(mask):
     assert torch.equal(targets[:, :-1], labels[:, 1:]) and (targets[:, -1] == -100).all()
     assert next_tokens(labels, targets, embeds) is targets
     assert next_tokens(None, None, embeds) is None
+
+
+TEXTS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=60)
+
+
+@given(TEXTS, st.integers(10, 40), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_prefix_tree_holds_what_texts_share_once(texts, window, dtype):
+    mask = torch.arange(9) < torch.tensor([[len(text)] for text in texts])
+    ids = torch.tensor([text + [0] * (9 - len(text)) for text in texts])
+    tree = PrefixTree(ids, mask.long(), window)
+    assert torch.equal(tree.at_tokens(tree.input_ids), ids[mask])
+    assert torch.equal(tree.at_tokens(tree.position_ids), positions(mask)[mask])
+    assert tree.input_ids.shape[1] <= window
+    prefixes = {tuple(text[:n]) for text in texts for n in range(1, len(text) + 1)}
+    count = int((tree.input_ids > 0).sum())
+    assert len(prefixes) <= count <= len(prefixes) + 9 * (len(tree.input_ids) - 1)  # a row begins anew
+    additive = tree.attention_mask(dtype)
+    assert additive.dtype == dtype and set(additive.unique().tolist()) <= {0.0, torch.finfo(dtype).min}
+    for text, row, path in zip(texts, tree.row, tree.path, strict=True):
+        for n in range(1, len(text) + 1):
+            assert (additive[row, 0, path[n - 1]] == 0).nonzero()[:, 0].tolist() == sorted(path[:n].tolist())

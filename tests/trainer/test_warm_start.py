@@ -116,6 +116,29 @@ def test_the_cache_keeps_whole_shards_and_gives_rows_in_any_order(collator, tmp_
     assert [path for path in paths if path.stat().st_mtime_ns != kept[path]] == [paths[1]]
 
 
+@pytest.mark.parametrize("family", ["opt_clip", "llama_clip"])
+def test_texts_that_begin_alike_share_a_pass(family, collator, tmp_path):
+    """To rounding, the states are those of each text by itself, and fewer places are computed."""
+    model = make_model(family, **LAYERS).double()
+    texts = [f"{start} of {thing}{end}" for start in ("a picture", "a photo") for thing in ("two cats", "a dog", "two")
+             for end in ("", " and so on", ", please")]  # fmt: skip
+    inputs = dict(zip(("input_ids", "attention_mask"), collator.retrieval_inputs(texts).values(), strict=True))
+    lm, places = model.frozen_lm(), []
+    hook = lm.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: places.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    together = ret_hidden_states(lm, **inputs)
+    hook.remove()
+    assert places[-1] < 0.6 * inputs["attention_mask"].sum()
+    for row, text in enumerate(texts):
+        alone = ret_hidden_states(lm, *collator.retrieval_inputs([text]).values())
+        for layer, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(layer[row : row + 1], expected, rtol=1e-10, atol=1e-12)
+    model.traits.abilities["sdpa", "shared prefixes"] = False
+    for layer, expected in zip(ret_hidden_states(lm, **inputs), together, strict=True):
+        torch.testing.assert_close(layer, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_states_of_something_else_are_refused(collator, tmp_path, monkeypatch):
     monkeypatch.setattr(ret_states, "SHARD_SIZE", 8)
     model = make_model("opt_clip")

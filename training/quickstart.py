@@ -32,8 +32,8 @@ SAID_IN_CONVERSATION = ["a slice of pizza", "I love you", "a cat", "the moon at 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Prepare, train, evaluate, save, and write a report; returns what `results.json` holds."""
     start = time.monotonic()
-    set_seed(0)
-    parse_config(str(CONFIG), options.overrides)  # refuses a wrong key now, before minutes of preparation
+    _, _, args = parse_config(str(CONFIG), options.overrides)  # refuses a wrong key now, not after minutes
+    set_seed(args.seed)
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     print(f"This takes about {options.train_minutes + 5:.0f} minutes on two CPU cores; a report follows in {output}.")
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ceilings = {name: encoded(name, drawings_of_the_other_hand(split)) for name, split in held_out.items()
                 if sources.emoji}  # fmt: skip
     collator = make_collator(processor, data_args, args.seed)
-    rows = training_rows(sources.emoji, train) if sources.emoji else train.dataset()
+    rows = training_rows(sources.emoji, train, args.seed) if sources.emoji else train.dataset()
     trainer = fit(model, collator, args, rows, 60 * options.train_minutes)
     test = HeldOutTest(model, processor, collator, sources.emoji)
     tests = {name: test.evaluate(split, ceilings.get(name)) for name, split in held_out.items()}
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, split in held_out.items():
         gallery, _ = make_index(pipe.model, [split])
         results["tests"][name]["rankings"] = test.search(split.captions, gallery, top_k=5)
-        points[name] = gallery.embeds
+        points[name] = gallery.embeds, test.text_embeds(split.captions)
     prompts = options.prompts or (list(PROMPTS) if sources.emoji else next(iter(held_out.values())).captions[:12])
     results["prompts"] = test.answer_prompts(prompts, pipe.index)
     if sources.emoji:

@@ -123,14 +123,11 @@ def read_pairs(
         captions = [retrieval_caption(row) for row in _rows(dataset)]
     else:
         captions = dataset["retrieval_caption" if "retrieval_caption" in columns else "caption"]
+    rows = [caption if isinstance(caption, (list, tuple)) else [caption] for caption in captions]
+    if seed is None:
+        rows = [row[:1] for row in rows]
     numbers: dict[Any, int] = {}  # of each text, which several pairs may share
-    choices = Choices(
-        [
-            numbers.setdefault(text, len(numbers))
-            for text in (caption if isinstance(caption, (list, tuple)) else [caption])
-        ]
-        for caption in captions
-    )
+    choices = Choices([numbers.setdefault(text, len(numbers)) for text in row] for row in rows)
     cache_ret_states(model, collator, list(numbers), directory)
     features, views = _read_features(model, collator, dataset)
     return PairStates(features, RetStates(directory, len(numbers)), views, choices, seed)

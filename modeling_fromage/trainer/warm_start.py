@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, SchedulerType, Trainer, TrainingArguments
 
 from ..modeling_fromage import FromageForConditionalGeneration
@@ -85,7 +85,7 @@ class RetrievalWarmStart:
             held_out = read_pairs(model, collator, eval_dataset, directory / "eval")
         statistics = pairs.statistics() if self.retrieval_warm_start_standardize else None
         module = CachedRetrieval(model, statistics, self.retrieval_warm_start_dropout)
-        trainer = Trainer(
+        trainer = _CachedTrainer(
             module,
             self._arguments(args, len(pairs), held_out is not None),
             data_collator=_as_it_is,
@@ -126,6 +126,17 @@ class RetrievalWarmStart:
         for name, value in changed.items():
             setattr(own, name, value)
         return own
+
+
+class _CachedTrainer(Trainer):
+    """The Trainer, whose evaluation leaves no pair out: dropping a short last batch is for training."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
 
 class CachedRetrieval(nn.Module):

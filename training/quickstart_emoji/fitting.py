@@ -34,6 +34,33 @@ def steps_that_fit(
     return max(1, int(seconds / elapsed))
 
 
+@torch.no_grad()
+def start_projector(
+    model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Dataset, ridge: float = 0.1
+) -> None:
+    """Start the projector at the visual tokens that are nearest to the words of each image's caption: ridge regression
+    of the captions' input embeddings on the image features. Sixty steps of training then lead further than from
+    random weights.
+
+    Args:
+        ridge (`float`, defaults to 0.1): The penalty, times the number of images (views of one count as images).
+    """
+    k, projector = model.config.num_image_tokens, model.adapter.multi_modal_projector
+    views = [row["pooled_image_features"].reshape(-1, projector.in_features) for row in dataset]
+    texts = collator.processor.tokenizer([f" {caption}" for caption in dataset["caption"]], add_special_tokens=False)
+    ids = torch.tensor([(own * k)[:k] if len(own) < k else own[-k:] for own in texts["input_ids"]])
+    words = model.frozen_lm().embed(ids.to(model.device)).float().flatten(1).cpu()
+    x = torch.cat(views)
+    y = words.repeat_interleave(torch.tensor([len(view) for view in views]), dim=0)
+    (x_mean, y_mean), deviation = (x.mean(0), y.mean(0)), x.std(0)
+    scale = 1 / (deviation + 0.1 * deviation.mean())
+    z = (x - x_mean) * scale
+    gram = z.t() @ z + ridge * len(z) * torch.eye(z.shape[1])
+    weight = torch.linalg.solve(gram, z.t() @ (y - y_mean)).t() * scale
+    projector.weight.copy_(weight)
+    projector.bias.copy_(y_mean - weight @ x_mean)
+
+
 def fit(
     model: FromageForConditionalGeneration,
     collator: FromageDataCollator,
@@ -46,6 +73,7 @@ def fit(
     Returns:
         The trainer, its model in eval mode.
     """
+    start_projector(model, collator, dataset)
     steps = steps_that_fit(model, collator, dataset, args.per_device_train_batch_size, seconds)
     args.max_steps = min(args.max_steps, steps)
     trainer = FromageTrainer(

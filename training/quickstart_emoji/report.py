@@ -24,6 +24,7 @@ TITLES = {
     "new": "things that training never saw at all",
     "held out": "pictures that training never saw",
 }
+Points = tuple[torch.Tensor, torch.Tensor]  # embeddings of images and of their texts, (N, q) each
 _SHOWN = 12
 _RATES = tuple(f"R@{k}" for k in KS)
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -93,12 +94,12 @@ def _rows(test: dict[str, Any]) -> list[tuple[str, str]]:
     return [(title, key) for key, title in titles.items() if key in test]
 
 
-def write(output: Path, results: dict[str, Any], splits: dict[str, Split], points: dict[str, torch.Tensor]) -> None:
+def write(output: Path, results: dict[str, Any], splits: dict[str, Split], points: dict[str, Points]) -> None:
     """Write report.png, report.html and results.json into `output`.
 
     Args:
         splits: What each test is of.
-        points: Embeddings `(N, q)` of the images of each test.
+        points: Embeddings of the images of each test, and of their captions.
     """
     results["output_dir"] = str(output)
     (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -151,19 +152,22 @@ def examples(count: int) -> list[int]:
     return list(range(0, count, max(1, count // _SHOWN)))[:_SHOWN]
 
 
-def places(points: torch.Tensor) -> list[tuple[float, float]]:
-    """Where the map shows embeddings `(N, q)`: their two principal components, by rank, in per cent."""
-    _, _, axes = torch.pca_lowrank(points.float(), q=2, niter=10)
-    ranks = (points.float() @ axes).argsort(dim=0).argsort(dim=0)
-    return [(x, y) for x, y in (96 * ranks / max(1, len(points) - 1)).tolist()]
+def places(images: torch.Tensor, texts: torch.Tensor) -> list[list[tuple[float, float]]]:
+    """Where the map shows the embeddings (N, q) of images, and those of their texts: two principal components of both
+    about their own means, by rank, in per cent."""
+    rows = torch.cat([each.float() - each.float().mean(0) for each in (images, texts)])
+    _, _, axes = torch.pca_lowrank(rows, q=2, niter=10)
+    ranks = (rows @ axes).argsort(dim=0).argsort(dim=0)
+    found = [(x, y) for x, y in (96 * ranks / max(1, len(rows) - 1)).tolist()]
+    return [found[: len(images)], found[len(images) :]]
 
 
-def _page(output: Path, results: dict[str, Any], splits: dict[str, Split], points: dict[str, torch.Tensor]) -> str:
+def _page(output: Path, results: dict[str, Any], splits: dict[str, Split], points: dict[str, Points]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = _data_uri
     environment.globals.update(
         rate=rate, rows_of=_rows, examples=examples, titles=TITLES, rates=_RATES, verdict=verdict(results),
-        credits=CREDITS, places={name: places(rows) for name, rows in points.items()},
+        credits=CREDITS, places={name: places(*both) for name, both in points.items()},
     )  # fmt: skip
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(results=results, splits=splits, figure=output / "report.png")

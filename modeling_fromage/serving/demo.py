@@ -20,8 +20,11 @@ EXAMPLES = ["a slice of pizza", "a cat", "the moon at night"]
 _MAX_NEW_TOKENS = 32
 _LOOKING = "…"  # in the place of pictures that are being looked for
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # those of the machine
-# A gallery in a chat is as high as its pictures.
-_CSS = "[data-testid=bot] .grid-wrap {height: auto !important; min-height: 0 !important; max-height: none !important}"
+# A gallery in a chat is as high as its pictures, and wide enough for their names.
+_CSS = """
+[data-testid=bot] .grid-wrap {height: auto !important; min-height: 0 !important; max-height: none !important}
+[data-testid=bot] .gallery-container {min-width: min(28rem, 70vw)}
+"""
 # The page loads nothing from elsewhere, whatever Gradio's own files name.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
@@ -134,7 +137,7 @@ class Demo:
             multimodal=True,
             chatbot=chatbot,
             textbox=gr.MultimodalTextbox(
-                file_count="multiple", file_types=["image"], placeholder="a cat", show_label=False
+                file_count="multiple", file_types=["image"], placeholder="a cat", show_label=False, stop_btn=True
             ),
             additional_inputs=[conversation, *settings],
             additional_outputs=[conversation],

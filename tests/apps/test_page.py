@@ -51,6 +51,7 @@ class Visitor:
         self.textbox.wait_for()
         self.bots = self.page.locator("[data-testid=bot]")
         self.pictures = self.bots.locator("img")
+        self.stop = self.page.get_by_role("button", name="Stop", exact=True)
 
     def set_bias(self, bias: float) -> None:
         number = self.page.locator("#ret-bias input[type=number]")
@@ -58,16 +59,16 @@ class Visitor:
         number.press("Enter")
 
     def send(self, text: str = "", picture: Path | None = None) -> None:
+        self.shown = self.bots.count()
         if picture is not None:
             self.page.locator("input[type=file]").last.set_input_files(picture)
-            self.page.locator(".thumbnail-item img, .thumbnails img").first.wait_for()
+            self.page.locator(".thumbnails .thumbnail-item").first.wait_for()
         self.textbox.fill(text)
         self.textbox.press("Enter")
 
     def wait_until_answered(self) -> None:
-        """The button that stops an answer is gone."""
-        self.page.wait_for_timeout(300)
-        self.page.get_by_test_id("stop-button").wait_for(state="hidden")
+        sync_api.expect(self.bots.nth(self.shown)).to_be_visible(timeout=PATIENCE)
+        sync_api.expect(self.stop).to_be_hidden(timeout=PATIENCE)
 
     def ask(self, text: str = "", bias: float = 0.0, picture: Path | None = None) -> None:
         self.set_bias(bias)
@@ -79,6 +80,10 @@ class Visitor:
         labels = self.bots.locator(".caption-label").all_inner_texts()
         assert all(re.fullmatch(r"\S.* -?\d\.\d\d", label) for label in labels), labels
         return [label.rpartition(" ")[0].strip() for label in labels]
+
+    def count_pictures(self) -> int:
+        self.page.wait_for_timeout(300)  # the last of an answer is being drawn
+        return self.pictures.count()
 
     def close(self) -> None:
         self.page.context.close()
@@ -103,6 +108,101 @@ def test_an_answer_with_pictures(visitor, server):
 
 def test_the_slider_decides(visitor):
     visitor.ask("a red square", NEVER)
-    assert visitor.pictures.count() == 0 and visitor.bots.count() and visitor.bots.first.inner_text().strip()
+    assert visitor.count_pictures() == 0 and visitor.bots.count() and visitor.bots.first.inner_text().strip()
     visitor.ask("a red square", ALWAYS)
-    assert visitor.pictures.count() == 3
+    assert visitor.count_pictures() == 3
+
+
+def test_a_picture_of_ones_own_is_read(visitor, tmp_path):
+    """It is shown, described, and compared with the index, which has one of its colour."""
+    picture("green").save(tmp_path / "mine.png")
+    visitor.ask("", NEVER, tmp_path / "mine.png")
+    sync_api.expect(visitor.bots.get_by_text("Not said by the model")).to_be_visible()
+    assert visitor.names()[0] == "green"
+    assert visitor.bots.locator(".caption-label").first.inner_text().endswith(" 1.00")
+    mine = visitor.page.locator("[data-testid=user] img").first
+    assert mine.evaluate("image => image.naturalWidth") == 40
+
+
+def test_an_example_is_a_click(visitor):
+    visitor.shown = 0
+    visitor.page.get_by_role("button", name="a red square").click()
+    visitor.wait_until_answered()
+    assert visitor.page.locator("[data-testid=user]").inner_text() == "a red square"
+
+
+def test_pictures_of_ones_own_enter_the_index(visitor, browser, server, tmp_path):
+    """For the one who brought them; what cannot be read is named, and nothing of it is added."""
+    Image.new("RGB", (40, 30), (120, 0, 200)).save(tmp_path / "violet.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    upload = visitor.page.locator("input[type=file]").first
+    upload.set_input_files([tmp_path / "violet.png", tmp_path / "broken.png"])
+    visitor.page.get_by_text("violet").first.wait_for()
+    visitor.page.locator("#add").click()
+    told = visitor.page.locator("#told")
+    sync_api.expect(told).to_contain_text("Added 1 (in memory, for you alone): violet.png.", timeout=PATIENCE)
+    sync_api.expect(told).to_contain_text("broken.png cannot be read as a picture (no image).")
+    other = Visitor(browser, server[0])
+    for each, name in ((visitor, "violet"), (other, None)):
+        each.ask("", NEVER, tmp_path / "violet.png")
+        assert (each.names()[0] == "violet") == (name is not None), each.names()
+    other.close()
+
+
+@pytest.mark.parametrize("kind", ["too long", "unreadable"])
+def test_an_error_is_a_sentence(visitor, tmp_path, kind):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    if kind == "too long":
+        visitor.ask("far " * 500)
+        expected = "exceed the language model's context of 128"
+    else:
+        visitor.ask("", 0.0, tmp_path / "broken.png")
+        expected = "broken.png cannot be read as a picture (no image)."
+    sync_api.expect(visitor.bots.last).to_contain_text(expected)
+    assert "Traceback" not in visitor.page.content()
+    visitor.ask("a red square", ALWAYS)  # and the conversation goes on
+    assert visitor.count_pictures() == 3
+
+
+def test_stop(visitor, server):
+    pace = server[1]
+    pace.seconds = 0.5
+    visitor.set_bias(NEVER)
+    visitor.send("hello")  # answered in words, which come one by one
+    sync_api.expect(visitor.bots.last).not_to_have_text("…", timeout=PATIENCE)
+    visitor.stop.click()
+    visitor.wait_until_answered()
+    time.sleep(1.5)
+    steps = pace.steps
+    time.sleep(1.5)
+    assert pace.steps == steps  # the model rests
+    pace.seconds = 0.0
+    visitor.ask("a red square", ALWAYS)
+    assert visitor.count_pictures() == 3
+
+
+def test_two_people_at_once(visitor, browser, server):
+    """Both are answered, and what one was shown says nothing about the other."""
+    server[1].seconds = 0.1
+    other = Visitor(browser, server[0])
+    for each in (visitor, other):
+        each.set_bias(ALWAYS)
+    for _ in range(2):  # six pictures, all of the index
+        for each in (visitor, other):
+            each.send("a red square")
+        for each in (visitor, other):
+            each.wait_until_answered()
+    for each in (visitor, other):
+        assert sorted(each.names()) == sorted(COLOURS)
+    other.close()
+
+
+def test_starting_over(visitor):
+    for _ in range(2):
+        visitor.ask("a red square", ALWAYS)
+    visitor.ask("a red square", ALWAYS)
+    assert visitor.count_pictures() == 6  # each is shown once
+    visitor.page.get_by_role("button", name="Clear").click()
+    sync_api.expect(visitor.bots).to_have_count(0)
+    visitor.ask("a red square", ALWAYS)
+    assert visitor.count_pictures() == 3

@@ -28,5 +28,5 @@ def make_talker(names: list[str] = COLOURS) -> tuple[FromagePipeline, Pace]:
         model, processor, [picture(name) for name in names], ids=list(names), metadata=metadata, show_progress=False
     )
     pace = Pace()
-    model.language_model.register_forward_pre_hook(pace)
+    model.language_model.model.decoder.layers[0].register_forward_pre_hook(pace)
     return FromagePipeline(model=model, processor=processor, index=index), pace

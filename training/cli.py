@@ -30,7 +30,9 @@ COMMANDS = {
     "evaluate": Command("training.evaluate", "evaluate a model on the paper's tasks or your own pairs", "evaluate"),
     "index": Command("hub_scripts.build_image_index", "build or merge image indexes", "index"),
     "convert": Command("hub_scripts.convert_original_checkpoint", "convert the authors' checkpoints, or back"),
+    "demo": Command("hub_scripts.demo", "talk with a model in the browser", "demo"),
     "push": Command("hub_scripts.push_to_hub", "publish a checkpoint on the Hugging Face Hub"),
+    "space": Command("hub_scripts.push_space", "publish the page as a Space of the Hub"),
     "quickstart": Command(
         "training.quickstart",
         "train a small model on emoji and write a report",

@@ -17,6 +17,8 @@ from ..image_search_fromage import ImageIndex, ImageSearch, Segment
 from ..messages_fromage import as_part, shown_ids
 from ..pipeline_fromage import FromageChat, FromagePipeline
 
+_PATIENCE = 0.5  # seconds
+
 
 class SharedPipeline:
     """A [`FromagePipeline`] that several threads ask at once: it answers one of them after the other.
@@ -29,7 +31,7 @@ class SharedPipeline:
         self.pipe, self.lock = pipe, threading.Lock()
 
     def stream(self, answer: Callable[..., list[Segment]]) -> Iterator[list[Segment]]:
-        """The answer so far, each time that there is more of it.
+        """The answer so far, each time that there is more of it, and every half second so that who waits can give up.
 
         The last one is the whole answer, with the images that were found for its `[RET]`s. Those before it hold text,
         a part `{"type": "ret"}` for each `[RET]`, and perhaps the string that ends the answer and is no part of it.
@@ -59,12 +61,19 @@ class SharedPipeline:
         threading.Thread(target=run, daemon=True).start()
         written: list[Segment] = []
         try:
-            while not isinstance(event := events.get(), list):
+            while True:
+                try:
+                    event = events.get(timeout=_PATIENCE)
+                except queue.Empty:
+                    yield written
+                    continue
                 if isinstance(event, BaseException):
                     raise event
+                if isinstance(event, list):
+                    yield event
+                    return
                 written = _extended(written, event)
                 yield written
-            yield event
         finally:
             stopped.set()
 

@@ -13,6 +13,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "io": set(),
     "trainer": set(),
     "original": {"index"},
+    "serving": {"index"},
 }
 MODEL = {
     "adapter",

@@ -1,7 +1,9 @@
 """What the repository says about itself is true: its workflow, its lowest versions, its exceptions from type checks."""
 
 import io
+import os
 import re
+import subprocess
 import tokenize
 import tomllib
 from pathlib import Path
@@ -29,7 +31,7 @@ def test_the_workflow_calls_make_targets_alone():
     called = {command.removeprefix("make ") for command in commands}
     assert called <= targets()
     local = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(local) == {"quality", "test", "test-vision"} and called == {*local, "test-lowest", "build"}
+    assert set(local) == {"quality", "test", "test-vision", "test-apps"} and called == {*local, "test-lowest", "build"}
 
 
 def test_hooks_call_make_targets():
@@ -48,6 +50,35 @@ def test_the_lowest_versions_are_those_that_are_tested():
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     tested = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert {name: tested.get(name) for name in lowest} == lowest
+
+
+def constraints(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_page_is_tested_with_the_same_versions_but_for_pillow():
+    """Gradio holds Pillow below 13."""
+    ours, theirs = constraints("constraints.txt"), constraints("constraints-apps.txt")
+    assert {name for name, version in ours.items() if theirs.get(name) != version} == {"pillow"}
+    assert theirs.keys() - ours.keys() == {"gradio", "gradio_client", "playwright"}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (gradio,) = map(Requirement, extras["demo"])
+    assert gradio.specifier.contains(theirs["gradio"])
+
+
+def test_a_machine_without_a_browser_says_so_last(tmp_path):
+    """And ends as the tests did."""
+    for status in (0, 3):
+        (tmp_path / "make").write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / "make").chmod(0o755)
+        (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")  # it finds no browser
+        (tmp_path / "python3").chmod(0o755)
+        (tmp_path / "apt-get").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "apt-get").chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        run = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True)
+        assert run.returncode == status and run.stdout.splitlines()[-1] == "BROWSER TESTS NOT RUN"
 
 
 def test_exceptions_from_type_checks_are_few_and_have_reasons():

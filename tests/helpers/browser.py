@@ -1,14 +1,23 @@
 """The browser that the tests of the page drive: `python -m tests.helpers.browser` prints where it is, or fails."""
 
 import shutil
+import subprocess
 import sys
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def find_browser() -> str | None:
-    """Chromium or Chrome of this machine."""
-    return next(filter(None, map(shutil.which, NAMES)), None)
+    """A Chromium or Chrome of this machine that starts."""
+    return next((path for path in map(shutil.which, NAMES) if path and _starts(path)), None)
+
+
+def _starts(path: str) -> bool:
+    """Some systems have a script of that name that only says how to install one."""
+    try:
+        return subprocess.run([path, "--version"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class _Streamer(TextStreamer):
     """Hands on what is generated: texts, word by word, and `None` for each `[RET]`."""
 
     def __init__(self, pipe: FromagePipeline, put: Callable[[str | None], None]):
-        super().__init__(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]  # any tokenizer will do
+        super().__init__(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         config = pipe.model.config
         self._rets = range(config.ret_token_id, config.ret_token_id + config.num_ret_tokens)
         self._put = put

@@ -1,5 +1,6 @@
 """A page in the browser to talk with a model, of Gradio."""
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ..image_search_fromage import Segment
 from ..images_fromage import UnreadableImageError, load_rgb_image
@@ -25,7 +27,6 @@ _CSS = """
 [data-testid=bot] .grid-wrap {height: auto !important; min-height: 0 !important; max-height: none !important}
 [data-testid=bot] .gallery-container {min-width: min(28rem, 70vw)}
 """
-# The page loads nothing from elsewhere, whatever Gradio's own files name.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
@@ -89,7 +90,7 @@ class Demo:
         if not isinstance(index, FromageImageIndex):
             return "There is no image index to add them to.", None, conversation
         if self.save_directory is None and index is self.shared.pipe.index:
-            index = index.__copy__()
+            index = copy.copy(index)
         try:
             added, refused = add_pictures(self.shared, index, [Path(file) for file in files])
             if added and self.save_directory is not None:
@@ -148,14 +149,21 @@ class Demo:
         )
 
 
-def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> tuple[Any, str, str]:
-    """Serve a page; returns what `Blocks.launch` does. `options` are Gradio's."""
-    from starlette.middleware import Middleware
+def launch(
+    page: gr.Blocks, host: str | None = "127.0.0.1", port: int | None = None, **options: Any
+) -> tuple[Any, str, str]:
+    """Serve a page; returns what `Blocks.launch` does.
 
-    theme = gr.themes.Default(**_FONTS)
-    return demo.launch(
-        server_name=host, server_port=port, quiet=True, theme=theme, css=_CSS, ssr_mode=False, footer_links=[],
-        app_kwargs={"middleware": [Middleware(_LoadsNothingFromElsewhere)]}, **options,
+    Args:
+        host (`str`, *optional*): `None` leaves it to Gradio's environment variables, as a Space needs. Else the page
+            loads nothing from elsewhere, whatever Gradio's own files name.
+        port (`int`, *optional*): By default the first free one from 7860 on.
+        options: Gradio's.
+    """
+    policy = [] if host is None else [Middleware(_LoadsNothingFromElsewhere)]
+    return page.launch(
+        server_name=host, server_port=port, quiet=True, theme=gr.themes.Default(**_FONTS), css=_CSS, ssr_mode=False,
+        footer_links=[], app_kwargs={"middleware": policy}, **options,
     )  # fmt: skip
 
 

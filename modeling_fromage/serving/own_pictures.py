@@ -12,7 +12,9 @@ _LONGEST_SIDE = 1024  # as many pixels as a page shows; they stay in memory
 MOST_AT_ONCE = 200
 
 
-def add_pictures(shared: SharedPipeline, index: FromageImageIndex, files: Sequence[Path]) -> tuple[list[str], list[str]]:
+def add_pictures(
+    shared: SharedPipeline, index: FromageImageIndex, files: Sequence[Path]
+) -> tuple[list[str], list[str]]:
     """Embed pictures and add them to `index`, which keeps them, under their files' names.
 
     Returns:

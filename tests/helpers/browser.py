@@ -1,4 +1,4 @@
-"""The browser that the tests of the page drive: `python -m tests.helpers.browser` prints where it is, or fails."""
+"""The browser that the tests of the page drive: `python -m tests.helpers.browser` fails where there is none."""
 
 import shutil
 import subprocess
@@ -21,6 +21,4 @@ def _starts(path: str) -> bool:
 
 
 if __name__ == "__main__":
-    found = find_browser()
-    print(found or f"There is none of {', '.join(NAMES)}.")
-    sys.exit(found is None)
+    sys.exit(None if find_browser() else f"There is none of {', '.join(NAMES)}.")

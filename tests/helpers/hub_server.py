@@ -1,4 +1,5 @@
-"""A server on loopback that speaks as much of the Hub's HTTP API as pushing and pulling a model or a dataset take."""
+"""A server on loopback that speaks as much of the Hub's HTTP API as pushing and pulling a model or a dataset take, and
+pushing a Space."""
 
 import base64
 import hashlib
@@ -14,7 +15,7 @@ from typing import Any
 class HubServer(ThreadingHTTPServer):
     """Repositories in memory: every commit is a whole set of files. `faults` makes the next transfers break off.
 
-    Models are kept by their id, datasets by "datasets/" and their id.
+    Models are kept by their id, datasets by "datasets/" and their id, Spaces by "spaces/" and theirs.
     """
 
     daemon_threads = True
@@ -55,12 +56,13 @@ class HubServer(ThreadingHTTPServer):
 
 
 _REPO = "((?:datasets/)?[^/]+/[^/]+)"  # as in the addresses of files
-_API = "/api/(models|datasets)/([^/]+/[^/]+)"
+_API = "/api/(models|datasets|spaces)/([^/]+/[^/]+)"
 _LARGE = (".safetensors", ".sqlite", ".faiss")
 
 
-def _key(kind: str, repo: str) -> str:
-    return f"datasets/{repo}" if kind in ("dataset", "datasets") else repo
+def _key(kind: str | None, repo: str) -> str:
+    folder = {"dataset": "datasets/", "space": "spaces/"}.get((kind or "").removesuffix("s"), "")
+    return folder + repo
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -101,7 +101,10 @@ def test_what_is_remembered_is_read(talker, monkeypatch):
     conversation = Conversation(shared)
     for remember in (False, True):
         list(conversation.stream(picture("red"), "hello", remember=remember, **scripted([CAT, NEWLINE])))
-    assert [prompt["text"] for prompt in prompts] == ["<|image|>hello", "Q: <|image|>hello\nA: cat\nQ: <|image|>hello\nA:"]
+    assert [prompt["text"] for prompt in prompts] == [
+        "<|image|>hello",
+        "Q: <|image|>hello\nA: cat\nQ: <|image|>hello\nA:",
+    ]
     assert [len(prompt["images"]) for prompt in prompts] == [1, 2]
 
 
@@ -123,7 +126,7 @@ def test_similar(talker):
 def test_own_pictures(talker, tmp_path):
     shared, _ = talker
     index = shared.pipe.index.__copy__()
-    for folder, name in (("a", "mine.png"), ("b", "mine.png"), ("c", "red")):
+    for folder in "abc":
         (tmp_path / folder).mkdir()
     (tmp_path / "no.png").write_bytes(b"none")
     files = [tmp_path / "a" / "mine.png", tmp_path / "b" / "mine.png", tmp_path / "c" / "red", tmp_path / "no.png"]

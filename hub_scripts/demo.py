@@ -25,7 +25,6 @@ def make_page(options: argparse.Namespace) -> Any:
 
     Raises:
         ImportError: Gradio is not installed.
-        ValueError: The folder to save in exists and holds no index.
     """
     try:
         from modeling_fromage.serving.demo import EXAMPLES, Demo

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,15 @@ EXAMPLES = ["a slice of pizza", "a cat", "the moon at night"]
 _MAX_NEW_TOKENS = 32
 _LOOKING = "…"  # in the place of pictures that are being looked for
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # those of the machine
-# A gallery in a chat is as high as its pictures, and wide enough for their names.
+# A gallery in a chat is as high as its pictures, shows the whole of them, and has room for their names. Gradio's button
+# that shares a picture would upload it.
 _CSS = """
 [data-testid=bot] .grid-wrap {height: auto !important; min-height: 0 !important; max-height: none !important}
 [data-testid=bot] .gallery-container {min-width: min(28rem, 70vw)}
+[data-testid=bot] .thumbnail-item img {object-fit: contain !important; padding-bottom: 1.6rem}
+[data-testid=bot] .caption-label {max-width: 100% !important; white-space: normal !important}
+[data-testid=user] img {max-height: 10rem}
+button[aria-label=Share] {display: none !important}
 """
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
@@ -41,6 +47,7 @@ class Demo:
 
     def __init__(self, pipe: FromagePipeline, save_directory: str | os.PathLike[str] | None = None):
         self.shared, self.save_directory = SharedPipeline(pipe), save_directory
+        self._saving = threading.Lock()
 
     def answer(
         self,
@@ -74,8 +81,8 @@ class Demo:
                 parts = _shown(answer)
                 yield parts or [_LOOKING], conversation
             parts = parts or ["(The model wrote nothing.)"]
-            if images and conversation.index is not None:
-                found = self.shared.similar(images[-1], int(images_per_ret), conversation.index)
+            found = self.shared.similar(images[-1], int(images_per_ret), conversation.index) if images else []
+            if found:
                 parts += ["Not said by the model: the pictures that look most like yours.", _gallery(found)]
             yield parts, conversation
         except ValueError as error:  # of the message, whose author can mend it
@@ -94,7 +101,8 @@ class Demo:
         try:
             added, refused = add_pictures(self.shared, index, [Path(file) for file in files])
             if added and self.save_directory is not None:
-                index.save_pretrained(self.save_directory)
+                with self._saving:
+                    index.save_pretrained(self.save_directory)
         except (ValueError, OSError) as error:
             return f"⚠ {error}", None, conversation
         conversation.index = index
@@ -130,7 +138,7 @@ class Demo:
 
     def _chat(self, conversation: gr.State, settings: list[Any], examples: Sequence[str | dict[str, Any]]) -> None:
         chatbot = gr.Chatbot(
-            render_markdown=False, height=560, show_label=False, buttons=[],
+            render_markdown=False, height="65vh", min_height=420, show_label=False, buttons=[],
             placeholder="Pictures are shown once; the bin starts over.",
         )  # fmt: skip
         gr.ChatInterface(
@@ -226,12 +234,10 @@ def _shown(answer: Sequence[Segment]) -> list[Any]:
 
 
 def _gallery(images: Sequence[Segment]) -> Any:
-    readable = [image for image in images if image["image"] is not None]
-    if len(readable) < len(images) or not images:
-        missing = ", ".join(name_and_score(image) for image in images if image["image"] is None)
-        if not readable:
-            return f"(Pictures that cannot be read: {missing})" if images else "(No picture is left to show.)"
-    items: list[Any] = [(image["image"], name_and_score(image)) for image in readable]
+    """Images with their names and scores, or a sentence where none can be read."""
+    items: list[Any] = [(image["image"], name_and_score(image)) for image in images if image["image"] is not None]
+    if not items:
+        return f"(Pictures that cannot be read: {', '.join(map(name_and_score, images))})"
     return gr.Gallery(items, columns=3, height="auto", object_fit="contain", interactive=False)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from playwright import sync_api
 
 from modeling_fromage.serving.demo import Demo, launch
 from tests.helpers.browser import find_browser
 from tests.helpers.pipelines import COLOURS, picture
 from tests.helpers.talking import ALWAYS, NEVER, Pace, make_talker
 
-sync_api = pytest.importorskip("playwright.sync_api")
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome")
 PATIENCE = 60_000  # ms, for a busy machine

@@ -50,7 +50,7 @@ def test_nothing_of_the_machine_or_the_hour_is_stored(notebook, code_cells):
     }
     told = texts(code_cells)
     assert not re.findall(r"""(?:^|[\s"'(=])(?:/\w|[A-Z]:\\|~/).*""", told)  # absolute paths
-    assert not re.findall(r"localhost|\b\d+\.\d+\.\d+\.\d+\b|\w+@\w+", told)  # hosts and users
+    assert not re.findall(r"localhost|\b\d+\.\d+\.\d+\.\d+\b|\w+@\w+\.\w+", told)  # hosts and users
 
 
 def test_every_cell_was_run_once_in_order_without_an_error(code_cells):

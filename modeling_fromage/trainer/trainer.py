@@ -156,13 +156,7 @@ class FromageTrainer(Trainer):
             model, collator, self.args, self.train_dataset, self.eval_dataset, checkpoint
         )
         logger.info("Retrieval warm start: %s", self.warm_start_metrics)
-        moved = {"visual_projection", "text_projection", "ret_embedding"} - self.learning_rates.keys()
-        if moved:
-            logger.warning(
-                "Joint training now moves %s, which the warm start has trained or kept, at a rate of %g, and may undo "
-                "it. Give them small rates: `learning_rates={%r: 1e-5, ...}`.",
-                ", ".join(sorted(moved)), self.args.learning_rate, min(moved),
-            )  # fmt: skip
+        self.warm_start.warn_where_undone(self.args.learning_rate, self.learning_rates)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in the Trainer, with the rates of `learning_rates` in parameter groups of their own."""

@@ -7,6 +7,7 @@ milliseconds; neither backbone runs. Axes: N pairs, W the encoder's width.
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,18 @@ class RetrievalWarmStart:
         trainer.save_state()
         module.fold_into(model)
         return metrics
+
+    @staticmethod
+    def warn_where_undone(rate: float, rates: Mapping[str, float]) -> None:
+        """Warn of joint training that moves what the warm start has trained, or trained for, as fast as the rest."""
+        if moved := sorted({"visual_projection", "text_projection", "ret_embedding"} - rates.keys()):
+            logger.warning(
+                "Joint training now moves %s at a rate of %g, which may undo the warm start. Give them small rates: "
+                "`learning_rates={'%s': 1e-5, ...}`.",
+                " and ".join(moved),
+                rate,
+                moved[0],
+            )
 
     def folder(self, args: TrainingArguments) -> Path:
         """Where checkpoints and logs go."""

@@ -193,6 +193,14 @@ def test_a_warm_start_finds_what_few_joint_steps_do_not(tmp_path):
     assert cold.evaluate()["eval_text_to_image_R@1"] < metrics["eval_text_to_image_R@1"] - 0.2
 
 
+def test_joint_training_that_may_undo_it_is_warned_of(caplog):
+    parts = ("visual_projection", "text_projection", "ret_embedding")
+    RetrievalWarmStart.warn_where_undone(1e-3, dict.fromkeys(parts, 1e-5))
+    assert not caplog.records
+    RetrievalWarmStart.warn_where_undone(1e-3, dict.fromkeys(parts[1:], 1e-5))
+    assert "moves visual_projection at a rate of 0.001" in caplog.text and "'visual_projection': 1e-5" in caplog.text
+
+
 def test_a_killed_warm_start_resumes(tmp_path):
     whole = warm_trainer(tmp_path / "whole")
     whole.train(resume_from_checkpoint=True)

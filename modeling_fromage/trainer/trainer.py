@@ -155,7 +155,6 @@ class FromageTrainer(Trainer):
         self.warm_start_metrics = self.warm_start.run(
             model, collator, self.args, self.train_dataset, self.eval_dataset, checkpoint
         )
-        logger.info("Retrieval warm start: %s", self.warm_start_metrics)
         self.warm_start.warn_where_undone(self.args.learning_rate, self.learning_rates)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

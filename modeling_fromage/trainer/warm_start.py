@@ -99,6 +99,7 @@ class RetrievalWarmStart:
             metrics |= trainer.evaluate()
         trainer.save_state()
         module.fold_into(model)
+        logger.info("Retrieval warm start: %s", metrics)
         return metrics
 
     @staticmethod

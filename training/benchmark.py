@@ -4,14 +4,14 @@ Both train the same shapes in the same dtype on the same captions, which are as 
 taking turns; the table shows medians. Weights are random: they do not change the cost of a step. `--preset paper` takes
 the paper's shapes and needs a GPU. Results go to a JSON file with the hardware, the versions and the state of the
 repository; `--render` writes the repository's tables from all such files. `benchmark_answers` measures generation and
-scoring, `benchmark_index` the image index.
+scoring, `benchmark_index` the image index, `benchmark_warm_start` training for retrieval first.
 """
 
 import argparse
 
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
-from .benchmarks import answers, index, step
+from .benchmarks import answers, index, step, warm_start
 from .benchmarks.presets import add_preset_options, choose_device
 from .publishing.results import read_results, render_pages, results_folder, write_results
 
@@ -25,7 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def render() -> None:
     """Render the tables of all stored results into the repository's pages."""
-    for name, table in (("benchmark", step.table), ("answers", answers.table), ("index", index.table)):
+    tables = {"benchmark": step.table, "answers": answers.table, "index": index.table, "warm_start": warm_start.table}
+    for name, table in tables.items():
         render_pages(name, [table(results) for results in read_results(f"{name}_*.json")], by="training.benchmark")
 
 

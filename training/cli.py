@@ -44,6 +44,7 @@ COMMANDS = {
     "benchmark": Command("training.benchmark", "measure a training step", "train"),
     "benchmark-answers": Command("training.benchmark_answers", "measure generation and scoring", "train"),
     "benchmark-index": Command("training.benchmark_index", "measure image search", "index"),
+    "benchmark-warm-start": Command("training.benchmark_warm_start", "measure the retrieval warm start", "train"),
 }
 
 

@@ -60,11 +60,11 @@ def make_step(mode: str, preset: Preset, device: str) -> Callable[[], torch.Tens
     language_model, vision_model = make_backbones(preset, device, preset.ret_id + 1 if mode == "baseline" else None)
     batch = make_batch(preset, device, getattr(torch, preset.dtype))
     if mode == "baseline":
-        return _plain_step(language_model, vision_model, batch)
-    return _our_step(join(preset, language_model, vision_model).train(), our_inputs(preset, batch), mode == "cached")
+        return plain_step(language_model, vision_model, batch)
+    return our_step(join(preset, language_model, vision_model).train(), our_inputs(preset, batch), mode == "cached")
 
 
-def _plain_step(
+def plain_step(
     language_model: PreTrainedModel, vision_model: PreTrainedModel, batch: dict[str, torch.Tensor]
 ) -> Callable[[], torch.Tensor]:
     model = PlainFromage(language_model, vision_model).to(batch["tokens"].device)
@@ -100,7 +100,7 @@ def our_inputs(preset: Preset, batch: dict[str, torch.Tensor]) -> dict[str, torc
     }
 
 
-def _our_step(
+def our_step(
     model: FromageForConditionalGeneration, inputs: dict[str, torch.Tensor], cached: bool
 ) -> Callable[[], torch.Tensor]:
     if cached:

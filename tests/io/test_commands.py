@@ -11,7 +11,17 @@ import pytest
 from hub_scripts import build_image_index, convert_original_checkpoint, make_tiny_checkpoint, push_to_hub
 from tests.helpers import processes
 from tests.helpers.backbones import PARITY
-from training import benchmark, benchmark_answers, benchmark_index, cache_features, cli, evaluate, quickstart, train
+from training import (
+    benchmark,
+    benchmark_answers,
+    benchmark_index,
+    benchmark_warm_start,
+    cache_features,
+    cli,
+    evaluate,
+    quickstart,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 CASE, IMAGES = PARITY / "case_a_opt_tied", (PARITY / "common" / "images").resolve()
@@ -112,6 +122,12 @@ CASES = {
     benchmark_index: [
         (["--count", "many"], "whole number of at least 1, got 'many'"),
         (["--output", "{}/empty"], "is a folder"),
+    ],
+    benchmark_warm_start: [
+        ([OPT, VISION, "--data", "{}/data.tsv"], "NAME=TRAIN"),
+        ([OPT, VISION, "--data", "one={}/none.tsv"], "none.tsv"),
+        ([OPT, VISION, "--data", "one={}/data.tsv"], "take two or more"),
+        ([OPT, VISION, "--data", "one={}/data.tsv", "--output", "{}/empty"], "is a folder"),
     ],
     build_image_index: [
         (["{}/none", str(IMAGES), "{}/index"], "none"),

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from tests.helpers.paths import ROOT
-from training import benchmark, benchmark_answers, benchmark_index
-from training.benchmarks import answers, index, step
+from tests.helpers.paths import PARITY, ROOT
+from training import benchmark, benchmark_answers, benchmark_index, benchmark_warm_start
+from training.benchmarks import answers, index, step, warm_start
 from training.benchmarks.presets import MAX_LENGTH, PRESETS
 from training.publishing.results import read_results, replace_between
 
@@ -69,17 +69,50 @@ def test_index_benchmark_runs(tmp_path, capsys):
     assert "IVF" in capsys.readouterr().out
 
 
+def test_warm_start_benchmark_runs(tmp_path, capsys):
+    case, images = PARITY / "case_a_opt_tied", sorted((PARITY / "common" / "images").resolve().glob("*.png"))
+    rows = [f"{caption} {i}\t{images[i % len(images)]}" for i in range(40) for caption in ("a picture of", "number")]
+    table = tmp_path / "pairs.tsv"
+    table.write_text("\n".join(["caption\timage", *rows]) + "\n")
+    sizes = ["--joint-steps", "3", "--batch-size", "4", "--steps", "4", "8", "--seeds", "2", "--rounds", "1"]
+    backbones = [str(case / "language_model"), str(case / "vision_model")]
+    output = tmp_path / "warm_start.json"
+    benchmark_warm_start.main([*backbones, "--data", f"pairs={table},{table}", *sizes, "--output", str(output)])
+    results = json.loads(output.read_text())
+    found = results["sets"]["pairs"]
+    assert found["images"] == found["held_out"] == len(images) and found["texts"] == 80
+    assert [len(found["warm_start"][steps]) for steps in ("4", "8")] == [2, 2] and len(found["joint"]) == 1
+    assert set(found["joint"][0]["recall"]) == set(warm_start.METRICS)
+    own = found["medians"]["8"]
+    assert own["seconds"]["cpu"] > found["pass"]["cpu"] > 0 and len(results["step_seconds"]) == 3
+    assert own["share"]["cpu"] == pytest.approx(own["seconds"]["cpu"] / found["joint"][0]["seconds"]["cpu"])
+    assert "the original's algorithm" in capsys.readouterr().out
+
+
+def test_equal_captions_are_all_trained_on_or_all_held_out(tmp_path):
+    table = tmp_path / "pairs.tsv"
+    table.write_text("caption\timage\n" + "".join(f"thing {i % 50}\t{i // 2}.png\n" for i in range(200)))
+    train, held_out = warm_start.read_rows(str(table))
+    texts = {row["caption"] for row in train}
+    assert all(len(row["retrieval_caption"]) == 2 for row in train)
+    assert held_out and not texts & {row["caption"] for row in held_out}
+    assert len({row["caption"] for row in held_out}) == len(held_out)
+    with pytest.raises(ValueError, match="1 images to train on and 1 held out; both take two"):
+        table.write_text("caption\timage\na\t1.png\n")
+        warm_start.read_rows(f"{table},{table}")
+
+
 def test_readme_has_the_numbers_of_the_results():
     """And they keep what is claimed."""
     pages = [page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
     found = {}
-    for name, module in (("benchmark", step), ("answers", answers), ("index", index)):
+    for name, module in {"benchmark": step, "answers": answers, "index": index, "warm_start": warm_start}.items():
         found[name] = read_results(f"{name}_*.json")
         tables = [module.table(results) for results in found[name]]
         shown = [page for page in pages if f"<!-- {name}: rendered by training.benchmark -->" in page]
         assert tables and shown
         assert all(replace_between(page, name, tables, "training.benchmark") == page for page in shown)
-    steps, answered, indexes = found.values()
+    steps, answered, indexes, warm_starts = found.values()
     for result in steps:
         assert result["ratios"]["live"]["time_over_operations"] >= 1.0
         assert result["ratios"]["cached"]["time_over_operations"] >= 0.9
@@ -94,6 +127,10 @@ def test_readme_has_the_numbers_of_the_results():
         assert min(row["recall"] for row in result["search"].values()) == 1.0
         assert result["opening"]["seconds"] < 1 and result["opening"]["bytes"] < 100e6
         assert result["build"]["ratio"] >= 0.9 and result["count"] >= 1_000_000
+    for result in warm_starts:
+        assert len(result["sets"]) >= 2
+        for sizes in result["sets"].values():
+            assert sizes["medians"][sizes["reached"]]["share"]["cpu"] <= 0.1
 
 
 def test_lengths_are_like_conceptual_captions():

@@ -281,8 +281,16 @@ def measure(language_model: str, vision_model: str, data: Sequence[str], plan: P
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    rows = ["| set | training | R@1 / 5 / 10, text to image | image to text | seconds | CPU seconds | share of the CPU's |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    names = (
+        "set",
+        "training",
+        "R@1 / 5 / 10, text to image",
+        "image to text",
+        "seconds",
+        "CPU seconds",
+        "share of these",
+    )
+    rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     plan = results["plan"]
     for name, found in results["sets"].items():
         for steps, own in found["medians"].items():
@@ -302,12 +310,12 @@ def table(results: dict[str, Any]) -> str:
     )
     step = {name: seconds["cpu"] for name, seconds in results["step_seconds"].items()}
     original, cached = step["the original's algorithm"], step["ours, image features cached"]
+    threads = f"{results['threads']} thread{'s' * (results['threads'] > 1)}"
     note = (
         f"{results['backbones'][0]} and {results['backbones'][1]} in float32, {results['hardware']}, shared with "
-        f"other work, {results['threads']} thread{'s' * (results['threads'] > 1)}; medians of {plan['seeds']} seeds of warm "
-        f"starts and {plan['joint_seeds']} of joint training, which has the best of {len(RATES)} rates. {sizes}. A step "
-        f"of the original's algorithm takes {original:.1f} CPU seconds, ours with cached features {cached:.1f} "
-        f". Its numbers are ours, so it has the recall of the joint steps after "
-        f"{plan['joint_steps'] * original:,.0f} seconds."
+        f"other work, {threads}; medians of {plan['seeds']} seeds of warm starts, and {plan['joint_seeds']} of joint "
+        f"training at the best of {len(RATES)} rates. {sizes}. A step of the original's algorithm takes "
+        f"{original:.1f} CPU seconds, ours with cached features {cached:.1f}. Its numbers are ours, so it has the "
+        f"recall of the joint steps after {plan['joint_steps'] * original:,.0f} CPU seconds."
     )
     return "\n".join([*rows, "", note])

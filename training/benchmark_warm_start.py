@@ -5,6 +5,7 @@ cached image features, and the recall of pairs that were held out. The original'
 """
 
 import argparse
+import logging
 
 from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
@@ -38,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO)
     with errors_in_one_line(parser):
         plan = warm_start.Plan(
             options.joint_steps, options.batch_size, sorted(options.steps), options.joint_seeds, options.seeds,

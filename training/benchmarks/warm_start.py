@@ -7,6 +7,7 @@ it over the captions, and trains. Evaluation counts in neither.
 
 import copy
 import hashlib
+import logging
 import statistics
 import tempfile
 import time
@@ -32,6 +33,8 @@ from ..data.captioned_images import load_captioned_images
 from ..evaluation.prompts import embed_prompts, image_embeds
 from ..publishing.provenance import provenance
 from .step import our_step, plain_step
+
+logger = logging.getLogger(__name__)
 
 METRICS = [f"{direction}_R@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # of joint training, of which the best is taken
@@ -191,6 +194,8 @@ def measure_set(side: Side, plan: Plan) -> dict[str, Any]:
         folder = Path(name)
         result["pass"] = side.pass_over_captions(folder)._asdict()
         rate = side.rate_of_joint_training(plan, folder)
+        result["joint"] = [side.train_jointly(plan, rate, seed, folder) for seed in range(plan.joint_seeds)]
+        logger.info("%s", result)
         result["warm_start"] = {}
         for steps in plan.steps:
             runs = []
@@ -198,7 +203,6 @@ def measure_set(side: Side, plan: Plan) -> dict[str, Any]:
                 seconds = side.warm_up(seed, folder, retrieval_warm_start_steps=steps)
                 runs.append({"seconds": seconds._asdict(), "recall": side.recall()})
             result["warm_start"][str(steps)] = runs
-        result["joint"] = [side.train_jointly(plan, rate, seed, folder) for seed in range(plan.joint_seeds)]
     return {**result, **summary(result)}
 
 
@@ -270,9 +274,11 @@ def measure(language_model: str, vision_model: str, data: Sequence[str], plan: P
     }
     for number, (name, parts) in enumerate(rows.items()):
         side = Side(model, processor, *parts)
+        logger.info("%s: %d images to train on, %d held out", name, len(side.train), len(side.held_out))
+        results["sets"][name] = measure_set(side, plan)
+        logger.info("%s", results["sets"][name])
         if number == 0:
             results["step_seconds"] = measure_steps(side, plan)
-        results["sets"][name] = measure_set(side, plan)
         yield results
 
 

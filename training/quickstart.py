@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--train-minutes",
         type=at_least(0, float),
-        default=2.0,
+        default=1.5,
         help="about how long to train jointly, 240 steps at most",
     )
     parser.add_argument("--prompts", nargs="*", help="texts to be answered with an image")

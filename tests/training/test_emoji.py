@@ -113,7 +113,7 @@ def test_texts():
     cat = Emoji("🐈", "cat", ("pet", "animal"), {})
     texts = texts_of(cat)
     assert texts == texts_of(cat) and texts.count("cat") == 6 and {"pet", "animal"} <= set(texts)
-    assert sum("a cat" in text for text in texts) == 6
+    assert sum("a cat" in text for text in texts) == 5
     assert not set(HELD_OUT) & {*OF_NAMES, *OF_KEYWORDS}
     assert [with_article(name) for name in ("owl", "grapes", "glass", "cactus")] == [
         "an owl", "grapes", "a glass", "a cactus"

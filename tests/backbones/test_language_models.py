@@ -23,6 +23,7 @@ from tests.helpers.lm_stages import (
     check_folders,
     check_generation,
     check_only_the_adapter_moves,
+    check_shared_beginnings,
     check_step,
     check_texts_and_scores,
 )
@@ -66,12 +67,14 @@ def row_of(family, folder):
     differences.append(check_step(model, "left"))
     model.eval()
     check_texts_and_scores(model)
+    check_shared_beginnings(model)
     check_generation(model)
     row = exact_row(model, max(differences))
     check_folders(model, folder, lm)
     if "sliding_window" in tiny_config(family).to_dict():
         model = assemble(make_lm(family, spread=6.0, sliding_window=WINDOW)).eval()
         check_texts_and_scores(model)
+        check_shared_beginnings(model)
         check_generation(model, by_the_lm=False)  # whose own is off behind its window in MiniMax and Moshi
     return row
 

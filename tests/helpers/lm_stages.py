@@ -10,6 +10,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
 from modeling_fromage.backbones_fromage import decoder_and_head
+from modeling_fromage.training_losses_fromage import ret_hidden_states
 from tests.helpers.backbones import VISION_CONFIGS
 from tests.helpers.batches import pad
 from tests.helpers.lm_families import IMAGE, PAD, RET
@@ -168,6 +169,16 @@ def check_texts_and_scores(model) -> None:
             for j, candidate in enumerate(candidates):
                 expected = sum(scored[i][j][len(row) + t - 1, token] for t, token in enumerate(candidate)).double()
                 torch.testing.assert_close(scores[i, j].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def check_shared_beginnings(model) -> None:
+    """States of `[RET]` behind texts that begin alike, and so share a pass where the LM takes that."""
+    start = CAPTIONS[0][:5]
+    texts = [[*start, 30, RET], [*CAPTIONS[0], RET], [*start, 31, 32, 33, RET], [*start[:2], RET], [*CAPTIONS[1], RET]]
+    (states,) = ret_hidden_states(model.frozen_lm(), *pad(texts, "right").values())
+    for text, state in zip(texts, states, strict=True):
+        torch.testing.assert_close(state, by_itself(model, text)[1][-1], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

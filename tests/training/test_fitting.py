@@ -39,7 +39,7 @@ def test_the_row_of_the_head_starts_where_texts_end():
         return logits[is_end], logits[is_text & ~is_end]
 
     before = odds()[0].mean()
-    start_ret_head(model, collator, Dataset.from_dict({"caption": texts}))
+    start_ret_head(model, collator, Dataset.from_dict({"caption": texts}), penalty=1e-4)
     ends, others = odds()
     assert ends.mean() > before + 1
     # "a cat" ends once and goes on once, and ends count four times; nothing else is in doubt.

@@ -66,12 +66,19 @@ def start_projector(
 
 
 def start_ret_head(
-    model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Dataset, seed: int = 0
+    model: FromageForConditionalGeneration,
+    collator: FromageDataCollator,
+    dataset: Dataset,
+    seed: int = 0,
+    penalty: float = 1e-2,
 ) -> None:
     """Start `[RET]`'s row of the head where its own loss is least, over one text of each of a thousand rows.
 
     The hidden states before `[RET]` and the language model's own logits are constants, so the loss depends on this row
     alone. Joint training sees each text once or not at all, too little to learn where texts end.
+
+    Args:
+        penalty (`float`, defaults to 1e-2): Of the row's squared norm; a thousand texts say little of its many entries.
     """
     if model.adapter.ret_lm_head is None:
         return
@@ -88,7 +95,7 @@ def start_ret_head(
         optimizer.zero_grad()
         logits = transform(states @ row.t().to(states))[:, 0]
         found = (weights * (torch.logaddexp(normalizers, logits) - is_end * logits)).mean()
-        found = found + 1e-4 * row.square().sum()
+        found = found + penalty * row.square().sum()
         found.backward()
         return found
 

@@ -162,7 +162,7 @@ class Side:
     def pass_over_captions(self, folder: Path) -> Seconds:
         self._begin(0)
         self.model.normalize_ret_embedding()
-        return timed(lambda: read_pairs(self.model, self.collator, self.train, folder / "states" / "train"))
+        return timed(lambda: read_pairs(self.model, self.collator, self.train, folder / "states" / "train", seed=0))
 
     def rate_of_joint_training(self, plan: Plan, folder: Path) -> float:
         """The best of `RATES` for the projections alone, on cached vectors, in steps and batches of joint training."""

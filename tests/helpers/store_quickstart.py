@@ -44,7 +44,8 @@ def render(text: str, results: dict[str, Any]) -> str:
 
     redrawn, new = results["tests"]["redrawn"], results["tests"]["new"]
     sentence = (
-        f"Drawn by `make quickstart` in {results['seconds'] / 60:.0f} minutes ({results['hardware']}). Among "
+        f"Drawn by `make quickstart` in {results['seconds'] / 60:.0f} minutes, set-up not counted "
+        f"({results['hardware']}). Among "
         f"{redrawn['num_pairs']} drawings by a hand that it never saw draw them, it finds "
         f"{100 * redrawn['text_to_image']['R@5']:.0f} % by name within the first five (chance: "
         f"{100 * redrawn['chance']['R@5']:.0f} %), and of {new['num_pairs']} things that it never saw at all "

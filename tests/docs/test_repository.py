@@ -4,12 +4,16 @@ import io
 import os
 import re
 import subprocess
+import sys
 import tokenize
 import tomllib
 from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
+
+from hub_scripts.push_space import GRADIO
+from tests.helpers.browser import find_browser
 
 ROOT = Path(__file__).parents[2]
 CODE = ("modeling_fromage", "training", "hub_scripts", "tests")
@@ -64,7 +68,7 @@ def test_the_page_is_tested_with_the_same_versions_but_for_pillow():
     assert theirs.keys() - ours.keys() == {"gradio", "gradio_client", "ipykernel", "nbclient", "playwright"}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     (gradio,) = map(Requirement, extras["demo"])
-    assert gradio.specifier.contains(theirs["gradio"])
+    assert gradio.specifier.contains(theirs["gradio"]) and theirs["gradio"] == GRADIO
 
 
 def test_a_machine_without_a_browser_says_so_last(tmp_path):
@@ -79,6 +83,15 @@ def test_a_machine_without_a_browser_says_so_last(tmp_path):
         environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
         run = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True)
         assert run.returncode == status and run.stdout.splitlines()[-1] == "BROWSER TESTS NOT RUN"
+
+
+def test_the_browser_is_looked_for_with_the_standard_library_alone():
+    """CI asks the machine's own Python."""
+    assert "python3 tests/helpers/browser.py" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", ROOT / "tests/helpers/browser.py"], capture_output=True, text=True
+    )
+    assert (run.returncode == 0) == (find_browser() is not None) and "Traceback" not in run.stderr
 
 
 def test_exceptions_from_type_checks_are_few_and_have_reasons():

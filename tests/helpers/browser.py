@@ -1,4 +1,7 @@
-"""The browser that the tests of the page drive: `python -m tests.helpers.browser` fails where there is none."""
+"""The browser that the tests of the page drive. `python tests/helpers/browser.py` fails where there is none.
+
+It needs the standard library alone, since CI asks before there is an environment.
+"""
 
 import shutil
 import subprocess

@@ -13,11 +13,12 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from huggingface_hub import HfApi, RepoCard, SpaceCardData
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import RepoCard, SpaceCardData
 
 from modeling_fromage import __version__
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
+
+from .push_to_hub import upload
 
 GRADIO = "6.31.0"  # the tests run with it
 _DISTRIBUTION = "modeling-fromage"
@@ -111,24 +112,6 @@ def run_as_a_stranger(folder: Path, options: argparse.Namespace) -> str:
     return run.stdout
 
 
-def upload(folder: Path, options: argparse.Namespace) -> str:
-    """Create the Space if it is missing, upload `folder` in a single commit and return the commit's URL.
-
-    Raises:
-        ConnectionError: The upload failed. Nothing was committed.
-    """
-    api = HfApi(token=options.token)
-    kind = {"repo_id": options.repo_id, "repo_type": "space"}
-    try:
-        api.create_repo(**kind, space_sdk="gradio", private=options.private, exist_ok=True)
-        commit = api.upload_folder(**kind, folder_path=folder, commit_message=options.message)
-    except (HTTPError, OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"The upload to {options.repo_id} broke off: {error}. Nothing was committed; run the same command again."
-        ) from error
-    return commit.commit_url
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("repo_id", help="org/name of the Space")
@@ -160,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
             print(run_as_a_stranger(folder, options), end="")
         print(f"Staged {', '.join(sorted(path.name for path in folder.iterdir()))}.")
         if not options.dry_run:
-            print(upload(folder, options))
+            print(upload(folder, options.repo_id, options, repo_type="space", space_sdk="gradio"))
 
 
 if __name__ == "__main__":

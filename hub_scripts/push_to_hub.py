@@ -158,17 +158,27 @@ def load_as_a_stranger(folder: Path, repo_id: str) -> str:
     return run.stdout
 
 
-def upload(folder: Path, repo_id: str, options: argparse.Namespace) -> str:
+def upload(
+    folder: Path, repo_id: str, options: argparse.Namespace, revision: str | None = None, **repository: Any
+) -> str:
     """Create the repository if it is missing, upload `folder` in a single commit and return the commit's URL.
+
+    Args:
+        options: With `token`, `private` and `message`.
+        repository: What `HfApi.create_repo` takes besides; a model's takes nothing.
 
     Raises:
         ConnectionError: The upload failed. Nothing was committed.
     """
     api = HfApi(token=options.token)
     try:
-        api.create_repo(repo_id, private=options.private, exist_ok=True)
+        api.create_repo(repo_id, private=options.private, exist_ok=True, **repository)
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=options.revision, commit_message=options.message
+            repo_id=repo_id,
+            repo_type=repository.get("repo_type"),
+            folder_path=folder,
+            revision=revision,
+            commit_message=options.message,
         )
     except (HTTPError, OSError, RuntimeError) as error:
         raise ConnectionError(
@@ -209,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"Staged {len(list(folder.iterdir()))} files, {size / 1e6:.1f} MB, and loaded them without this package.")
         if not options.dry_run:
-            print(upload(folder, options.repo_id, options))
+            print(upload(folder, options.repo_id, options, revision=options.revision))
 
 
 if __name__ == "__main__":

@@ -269,14 +269,12 @@ class FrozenLM:
 
     def token_losses_without_gradient(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropies (T,) at hidden states (T, H) that are constants: only the `[RET]` columns have gradient."""
-        log_normalizer, from_frozen = self._frozen_logit_statistics(hidden, targets)
+        log_normalizer, from_frozen = self.frozen_logit_statistics(hidden, targets)
         ret = self.transform(hidden @ self.adapter.ret_head_rows().to(hidden).t())
         return split_token_losses(log_normalizer, from_frozen, ret, targets, self.config.ret_token_id)
 
     @torch.no_grad()
-    def _frozen_logit_statistics(
-        self, hidden: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def frozen_logit_statistics(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the LM's own logits at (T, H), a chunk at a time: logsumexp (T,) and target logit (T,)."""
         first = self.config.ret_token_id
         size = max(1, LOGITS_AT_A_TIME // first)

@@ -13,11 +13,10 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from ..image_search_fromage import Segment
-from ..images_fromage import UnreadableImageError, load_rgb_image
 from ..index.index import FromageImageIndex
 from ..pipeline_fromage import FromagePipeline
 from .conversation import Conversation, SharedPipeline
-from .own_pictures import add_pictures
+from .own_pictures import add_pictures, read_picture
 
 EXAMPLES = ["a slice of pizza", "a cat", "the moon at night"]
 _MAX_NEW_TOKENS = 32
@@ -65,7 +64,7 @@ class Demo:
         yield [_LOOKING], conversation
         texts = [message["text"]] if message.get("text", "").strip() else []
         try:
-            images = [_read(file) for file in message.get("files", [])]
+            images = [read_picture(Path(file)) for file in message.get("files", [])]
             ends = self.shared.pipe.model.generation_config.eos_token_id
             ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
             parts: list[Any] = []
@@ -205,13 +204,6 @@ def _count_turns(history: Sequence[dict[str, Any]]) -> int:
     """Messages of the user; one with files and text is several entries in a row."""
     roles = [message["role"] for message in history]
     return sum(role == "user" and previous != "user" for role, previous in zip(roles, ["", *roles], strict=False))
-
-
-def _read(file: str) -> Any:
-    try:
-        return load_rgb_image(Path(file))
-    except UnreadableImageError as error:
-        raise ValueError(f"{Path(file).name} cannot be read as a picture ({error.reason}).") from error
 
 
 def _as_example(example: str | dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Container, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from ..images_fromage import UnreadableImageError, load_rgb_image, printable
 from ..index.index import FromageImageIndex
 from .conversation import SharedPipeline
@@ -28,9 +30,9 @@ def add_pictures(
     images, names, refused = [], [], []
     for file in files:
         try:
-            image = load_rgb_image(file)
-        except UnreadableImageError as error:
-            refused.append(f"{printable(file.name)} cannot be read as a picture ({error.reason}).")
+            image = read_picture(file)
+        except ValueError as error:
+            refused.append(str(error))
             continue
         image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
         images.append(image)
@@ -46,6 +48,18 @@ def add_pictures(
     return ids, refused
 
 
+def read_picture(file: Path) -> Image.Image:
+    """The picture in a file that somebody uploaded.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return load_rgb_image(file)
+    except UnreadableImageError as error:
+        raise ValueError(f"{printable(file.name)} cannot be read as a picture ({error.reason}).") from error
+
+
 def _free_id(name: str, *taken: Container[object]) -> str:
     """`name`, or with a number where an image is called that already."""
     if not any(name in ids for ids in taken):
@@ -55,4 +69,4 @@ def _free_id(name: str, *taken: Container[object]) -> str:
     return next(each for each in numbered if not any(each in ids for ids in taken))
 
 
-__all__ = ["MOST_AT_ONCE", "add_pictures"]
+__all__ = ["MOST_AT_ONCE", "add_pictures", "read_picture"]

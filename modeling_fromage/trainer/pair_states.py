@@ -103,7 +103,7 @@ class PairStates(Dataset):
         """Mean and scale of the image features' entries, and of those of each layer's states."""
         generator = torch.Generator().manual_seed(0)
         sample = self.__getitems__(torch.randperm(len(self), generator=generator)[:_SAMPLE].tolist())
-        return [_statistics(rows) for rows in (sample["pooled_image_features"], *sample["ret_states"])]
+        return [statistics_of(rows) for rows in (sample["pooled_image_features"], *sample["ret_states"])]
 
 
 def read_pairs(
@@ -118,12 +118,7 @@ def read_pairs(
     Args:
         seed (`int`, *optional*): Draws one of each pair's captions and views; without it, the first is taken.
     """
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:
-        captions = [retrieval_caption(row) for row in _rows(dataset)]
-    else:
-        captions = dataset["retrieval_caption" if "retrieval_caption" in columns else "caption"]
-    rows = [caption if isinstance(caption, (list, tuple)) else [caption] for caption in captions]
+    rows = retrieval_captions(dataset)
     if seed is None:
         rows = [row[:1] for row in rows]
     numbers: dict[Any, int] = {}  # of each text, which several pairs may share
@@ -131,6 +126,16 @@ def read_pairs(
     cache_ret_states(model, collator, list(numbers), directory)
     features, views = _read_features(model, collator, dataset)
     return PairStates(features, RetStates(directory, len(numbers)), views, choices, seed)
+
+
+def retrieval_captions(dataset: Any) -> list[Sequence[Any]]:
+    """The texts that each pair's image is found by."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        captions = [retrieval_caption(dataset[i]) for i in range(len(dataset))]
+    else:
+        captions = dataset["retrieval_caption" if "retrieval_caption" in columns else "caption"]
+    return [caption if isinstance(caption, (list, tuple)) else [caption] for caption in captions]
 
 
 def _read_features(
@@ -156,14 +161,11 @@ def _read_features(
     return as_stored(torch.cat(found)), Choices(range(start, end) for start, end in itertools.pairwise(starts))
 
 
-def _rows(dataset: Any) -> Any:
-    return (dataset[i] for i in range(len(dataset)))
-
-
-def _statistics(rows: torch.Tensor) -> Statistics:
+def statistics_of(rows: torch.Tensor) -> Statistics:
+    """Mean and scale of the entries of vectors (N, width), `(rows - mean) * scale` being of about unit deviation."""
     deviation = rows.double().std(0)
     scale = 1 / (deviation + _SMALLEST_SCALE * deviation.mean()).clamp_min(1e-12)
     return rows.double().mean(0).float(), scale.float()
 
 
-__all__ = ["Choices", "PairStates", "read_pairs"]
+__all__ = ["Choices", "PairStates", "read_pairs", "retrieval_captions", "statistics_of"]

@@ -5,7 +5,7 @@ import re
 import tomllib
 
 import pytest
-from huggingface_hub import SpaceCard
+from huggingface_hub import HfApi, SpaceCard
 from packaging.requirements import Requirement
 
 from hub_scripts import push_space
@@ -61,7 +61,7 @@ def test_a_broken_upload_is_one_line(tmp_path, monkeypatch, capsys):
     def refuse(self, *args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(push_space.HfApi, "create_repo", refuse)
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(SystemExit):
         push()
     assert "broke off: no route to host. Nothing was committed" in capsys.readouterr().err.splitlines()[-1]

@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageTrainer
+from modeling_fromage.trainer.pair_states import retrieval_captions, statistics_of
+from modeling_fromage.training_losses_fromage import has_previous_token
 
 from ..arguments import RunArguments
 
@@ -43,7 +45,7 @@ def start_projector(
     model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Dataset, ridge: float = 0.1
 ) -> None:
     """Start the projector at the visual tokens that are nearest to the words of each image's caption: ridge regression
-    of the captions' input embeddings on the image features. Sixty steps of training then lead further than from
+    of the captions' input embeddings on the image features. A few steps of training then lead further than from
     random weights.
 
     Args:
@@ -56,8 +58,7 @@ def start_projector(
     words = model.frozen_lm().embed(ids.to(model.device)).float().flatten(1).cpu()
     x = torch.cat(views)
     y = words.repeat_interleave(torch.tensor([len(view) for view in views]), dim=0)
-    (x_mean, y_mean), deviation = (x.mean(0), y.mean(0)), x.std(0)
-    scale = 1 / (deviation + 0.1 * deviation.mean())
+    (x_mean, scale), y_mean = statistics_of(x), y.mean(0)
     z = (x - x_mean) * scale
     gram = z.t() @ z + ridge * len(z) * torch.eye(z.shape[1])
     weight = torch.linalg.solve(gram, z.t() @ (y - y_mean)).t() * scale
@@ -83,8 +84,7 @@ def start_ret_head(
     if model.adapter.ret_lm_head is None:
         return
     rows, choose = dataset.shuffle(seed=seed).select(range(min(len(dataset), 1000))), random.Random(seed).choice
-    captions = rows["retrieval_caption" if "retrieval_caption" in rows.column_names else "caption"]
-    texts = sorted((choose([text] if isinstance(text, str) else text) for text in captions), key=len)
+    texts = sorted((choose(own) for own in retrieval_captions(rows)), key=len)
     batches = [_states_before_tokens(model, collator, texts[i : i + 64]) for i in range(0, len(texts), 64)]
     states, normalizers, is_end = (torch.cat(parts) for parts in zip(*batches, strict=True))
     transform, row = model.frozen_lm().transform, model.adapter.ret_lm_head.weight
@@ -112,10 +112,11 @@ def _states_before_tokens(
     lm = model.frozen_lm()
     ids, mask = (each.to(model.device) for each in collator.retrieval_inputs(texts).values())
     hidden, _ = lm.run_unpadded(lm.embed(ids), mask)
-    has_next = torch.nn.functional.pad(mask[:, 1:], (0, 1)).bool()[mask.bool()]
-    hidden, following = hidden[has_next], ids.roll(-1, dims=1)[mask.bool()][has_next]
-    normalizers = lm.split_logits(hidden)[0].float().logsumexp(-1)
-    return hidden.float(), normalizers, (following == model.config.ret_token_id).float()
+    has_previous = has_previous_token(mask)
+    hidden = hidden[torch.nn.functional.pad(has_previous, (0, 1))[mask.bool()]]
+    targets = ids[:, 1:][has_previous]
+    normalizers, _ = lm.frozen_logit_statistics(hidden, targets)
+    return hidden.float(), normalizers, (targets == model.config.ret_token_id).float()
 
 
 def fit(

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_fromage import FromageConfig
 from modeling_fromage.io.command_line import dtype_name
-from modeling_fromage.trainer.warm_start import RetrievalWarmStart
+from modeling_fromage.trainer.options import TrainerOptions
 
 from .config import read_config, to_dataclasses, type_name
 
@@ -145,23 +145,16 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
-class RunArguments(RetrievalWarmStart, TrainingArguments):
+class RunArguments(TrainerOptions, TrainingArguments):
     """transformers' `TrainingArguments`, and the options of FromageTrainer."""
-
-    learning_rates: dict[str, float] | None = field(
-        default=None, metadata={"help": "Other rates than learning_rate by the name of a part: visual_projection, ..."}
-    )
 
     def __post_init__(self) -> None:
         TrainingArguments.__post_init__(self)
-        RetrievalWarmStart.__post_init__(self)
+        TrainerOptions.__post_init__(self)
 
     def trainer_options(self) -> dict[str, Any]:
         """What FromageTrainer takes beside `args`."""
-        return {name: getattr(self, name) for name in TRAINER_OPTIONS}
-
-
-TRAINER_OPTIONS = ("learning_rates", *(known.name for known in fields(RetrievalWarmStart)))
+        return {known.name: getattr(self, known.name) for known in fields(TrainerOptions)}
 
 
 def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -185,7 +178,7 @@ def describe_keys() -> str:
     """The keys of a training file with types, defaults and meanings, for `--help`."""
     lines = ["keys of the model (the fields of FromageConfig among them):", *_describe(ModelArguments)]
     lines += ["", "keys of the data:", *_describe(DataArguments)]
-    lines += ["", "keys of the training:", *_describe(RunArguments, TRAINER_OPTIONS)]
+    lines += ["", "keys of the training:", *_describe(TrainerOptions)]
     names = ", ".join(known.name for known in fields(TrainingArguments) if known.init)
     lines += ["", "keys of transformers.TrainingArguments (explained there):"]
     return "\n".join([*lines, *textwrap.wrap(names, 100, initial_indent="  ", subsequent_indent="  ")])
@@ -196,7 +189,7 @@ def _require(package: str, key: str) -> None:
         raise ImportError(f"`{key}` needs the package {package}: pip install {package}.")
 
 
-def _describe(cls: type, names: tuple[str, ...] | None = None) -> list[str]:
+def _describe(cls: type) -> list[str]:
     hints = get_type_hints(cls)
 
     def told(known: Field) -> str:
@@ -204,8 +197,7 @@ def _describe(cls: type, names: tuple[str, ...] | None = None) -> list[str]:
         meaning = known.metadata.get("help", "")
         return f"{known.name} ({type_name(hints[known.name])}; {default}): {meaning}"
 
-    shown = [known for known in fields(cls) if names is None or known.name in names]
-    ordered = sorted(shown, key=lambda known: known.default is not MISSING)
+    ordered = sorted(fields(cls), key=lambda known: known.default is not MISSING)
     return [
         line
         for known in ordered

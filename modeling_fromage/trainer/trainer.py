@@ -2,19 +2,15 @@
 
 import logging
 import os
-import re
 from contextlib import nullcontext
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
     HubStrategy,
     SaveStrategy,
@@ -30,9 +26,11 @@ from .callbacks import (
     NormalizeRetEmbeddingCallback,
     refuse_arguments,
 )
+from .checkpoints import last_complete_checkpoint
 from .data_collator import FromageDataCollator
-from .ranking import recall_in_both_directions
-from .warm_start import RetrievalWarmStart
+from .evaluation import mean_losses_and_recall
+from .loss_log import LossParts
+from .options import TrainerOptions, set_learning_rates
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +56,8 @@ class FromageTrainer(Trainer):
         model ([`FromageForConditionalGeneration`]): The model, or one that PEFT wraps.
         args ([`TrainingArguments`], *optional*): As in transformers.
         data_collator ([`FromageDataCollator`], *optional*): Defaults to one of `processing_class`.
-        more, kwargs: As in transformers: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
-        learning_rates (`dict[str, float]`, *optional*): Other rates than `args.learning_rate` by the name of a trained
-            part, `{"visual_projection": 1e-5, "text_projection": 1e-5}` for example; the schedule is the same.
-        retrieval_warm_start_steps (`int`, defaults to 0): Steps in which the two retrieval projections are trained on
-            cached vectors before joint training; with its other options, see [`RetrievalWarmStart`].
+        more, kwargs: As in transformers: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...; and the
+            fields of [`TrainerOptions`]: `retrieval_warm_start_steps`, `learning_rates`, ...
 
     Raises:
         ValueError: An argument would train something other than the model's losses (`label_smoothing_factor`,
@@ -86,12 +81,11 @@ class FromageTrainer(Trainer):
         args: TrainingArguments | None = None,
         data_collator: Any = None,
         *more: Any,
-        learning_rates: dict[str, float] | None = None,
         **kwargs: Any,
     ):
-        options = {known.name: kwargs.pop(known.name) for known in fields(RetrievalWarmStart) if known.name in kwargs}
-        self.warm_start = RetrievalWarmStart(**options)
-        self.learning_rates = learning_rates or {}
+        self.options = TrainerOptions(
+            **{known.name: kwargs.pop(known.name) for known in fields(TrainerOptions) if known.name in kwargs}
+        )
         args = TrainingArguments("tmp_trainer") if args is None else args
         refuse_arguments(args, UNSUPPORTED_IN_TRAINING | UNSUPPORTED_IN_EVALUATION)
         accelerator_config = cast(AcceleratorConfig, args.accelerator_config)  # TrainingArguments makes it one
@@ -144,25 +138,25 @@ class FromageTrainer(Trainer):
             self._unwrapped.refuse_unsaved_peft()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # pushes during the run
             self._refuse_local_backbones()
-        if self.warm_start.retrieval_warm_start_steps and not resume_from_checkpoint:
+        if self.options.retrieval_warm_start_steps and not resume_from_checkpoint:
             self._train_retrieval(resume=given == "true")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _train_retrieval(self, resume: bool) -> None:
         """The warm start, from its last checkpoint with `resume`. Its metrics are `warm_start_metrics` afterwards."""
-        checkpoint = last_complete_checkpoint(self.warm_start.folder(self.args)) if resume else None
+        checkpoint = last_complete_checkpoint(self.options.folder(self.args)) if resume else None
         model, collator = cast(Any, self.model), cast(Any, self.data_collator)
-        self.warm_start_metrics = self.warm_start.run(
+        self.warm_start_metrics = self.options.run(
             model, collator, self.args, self.train_dataset, self.eval_dataset, checkpoint
         )
-        self.warm_start.warn_where_undone(self.args.learning_rate, self.learning_rates)
+        self.options.warn_where_undone(self.args.learning_rate, self.options.learning_rates or {})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in the Trainer, with the rates of `learning_rates` in parameter groups of their own."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new:
-            set_learning_rates(optimizer, self._unwrapped, self.learning_rates)
+            set_learning_rates(optimizer, self._unwrapped, self.options.learning_rates or {})
         return optimizer
 
     @property
@@ -263,15 +257,7 @@ class FromageTrainer(Trainer):
             if was_training is not None:
                 collator.training = was_training
         values = dict(zip(self._output_names, output.predictions, strict=True))
-        # The loop's own mean counts the last, smaller batch of a stream as a whole one.
-        means = {
-            name: torch.as_tensor(values[name]).float().mean() for name in ("loss", *LOSS_WEIGHTS) if name in values
-        }
-        metrics = {f"{metric_key_prefix}_{name}": float(mean) for name, mean in means.items()}
-        if "image_embeds" in values:
-            embeds = (torch.as_tensor(values[name]) for name in ("image_embeds", "text_embeds"))
-            found = recall_in_both_directions(*embeds)
-            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_losses_and_recall(values).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def prediction_step(
@@ -290,61 +276,6 @@ class FromageTrainer(Trainer):
         predictions = [outputs[name].detach() for name in self._output_names]
         repeated = tuple(p.repeat(count) if p.dim() == 0 else p for p in predictions)  # a loss counts once a row
         return loss.detach(), repeated, inputs.get("labels")
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module, rates: dict[str, float]) -> None:
-    """Move the parameters of parts with a rate of their own into groups of their own.
-
-    Raises:
-        ValueError: No trained parameter is of a part of that name.
-    """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for part, rate in rates.items():
-        own = {id(parameter) for name, parameter in trained.items() if part in name.split(".")}
-        if not own:
-            parts = sorted({name.split(".")[1] for name in trained if name.startswith("adapter.")})
-            raise ValueError(f"`learning_rates` names {part!r}, and nothing of that name is trained: {parts} are.")
-        for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in own]
-            if moved:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                optimizer.add_param_group({**group, "params": moved, "lr": float(rate)})
-
-
-class LossParts:
-    """Sums of the three losses since the last log, weighted as the Trainer weights the loss that it logs: each batch by
-    one over the number that its optimiser step accumulates, averaged over processes."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.steps = 0.0
-
-    def add(self, parts: dict[str, torch.Tensor], weight: float) -> None:
-        self.steps += weight
-        for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, 0) + weight * value
-
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """Means over all processes, which must call this together."""
-        if not self.sums:
-            return {}
-        means = accelerator.reduce(torch.stack(list(self.sums.values())) / self.steps, "mean")
-        return dict(zip(self.sums, means.tolist(), strict=True))
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a run with a complete `trainer_state.json`, the last file that the Trainer writes into
-    it; `None` where there is none."""
-    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := name.fullmatch(path.name))]
-    for _, path in sorted(found, reverse=True):
-        try:
-            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and passed over.", path)
-        else:
-            return str(path)
-    return None
 
 
 __all__ = ["FromageTrainer"]

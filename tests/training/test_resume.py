@@ -23,7 +23,7 @@ from modeling_fromage import (
     NormalizeRetEmbeddingCallback,
 )
 from modeling_fromage.backbone_loading_fromage import PARTS
-from modeling_fromage.trainer.trainer import last_complete_checkpoint
+from modeling_fromage.trainer.checkpoints import last_complete_checkpoint
 from tests.helpers.checkpoints import TRAINED_KEYS, assemble, assert_equal, edit, keys_of, outputs
 from tests.helpers.training import losses
 from training.train import main

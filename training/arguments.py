@@ -14,6 +14,7 @@ from modeling_fromage import FromageConfig
 from modeling_fromage.io.command_line import dtype_name
 from modeling_fromage.trainer.options import TrainerOptions
 
+from .benchmarks.timing import fastest_dtype
 from .config import read_config, to_dataclasses, type_name
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ class ModelArguments(ConfigArguments):
 
     language_model: str = field(metadata={"help": "Hub id or folder of a causal language model."})
     vision_model: str = field(metadata={"help": "Hub id or folder of a vision encoder."})
-    dtype: str = field(default="float32", metadata={"help": "dtype of the frozen backbones: float32, bfloat16, ..."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the frozen backbones: float32, bfloat16, ...; fastest: bfloat16 where that is faster."},
+    )
     compile_vision_model: bool = field(default=False, metadata={"help": "torch.compile the frozen vision encoder."})
     quantization: Literal["int8", "nf4"] | None = field(
         default=None, metadata={"help": "Of the language model's linear layers: int8 by torchao, nf4 by bitsandbytes."}
@@ -83,7 +87,7 @@ class ModelArguments(ConfigArguments):
     )
 
     def __post_init__(self) -> None:
-        self.dtype = dtype_name(self.dtype)
+        self.dtype = dtype_name(fastest_dtype() if self.dtype == "fastest" else self.dtype)
         if self.lora_rank is None and (self.lora_alpha, self.lora_dropout, self.lora_target_modules) != (None, 0, None):
             raise ValueError("The other keys of LoRA do nothing without `lora_rank`. Set it, or leave them out.")
         for known in fields(ConfigArguments):

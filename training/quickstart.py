@@ -14,12 +14,13 @@ from transformers import set_seed
 from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .arguments import parse_config
+from .benchmarks.timing import fastest_dtype
 from .config import CONFIGS
 from .publishing.provenance import provenance
 from .quickstart_emoji import report
 from .quickstart_emoji.conversation import converse, load_pipeline
 from .quickstart_emoji.data import encode, make_index, prepare
-from .quickstart_emoji.fitting import fast_dtype, fit
+from .quickstart_emoji.fitting import fit
 from .quickstart_emoji.held_out import HeldOutTest, drawings_of_the_other_hand
 from .quickstart_emoji.prompts import PROMPTS
 from .quickstart_emoji.views import training_rows
@@ -43,7 +44,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.language_model:
         own.append("text_embed_layers=[-1]")  # those of the file are of SmolLM2
     model_args, data_args, args = parse_config(str(CONFIG), [*own, *options.overrides])
-    processor, model = assemble(model_args, text_dtype=fast_dtype(), vision_dtype=fast_dtype())
+    dtype = fastest_dtype()
+    processor, model = assemble(model_args, dtype=dtype)
     print(f"{type(model.language_model).__name__} in {model.language_model.dtype}. {describe_parameters(model)}.")
 
     def encoded(name: str, dataset: Any) -> Any:
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results = {"tests": tests, "steps": trainer.state.global_step, "log_history": trainer.state.log_history}
 
     # From here on with what a user would load.
-    pipe = load_pipeline(output, image_root, fast_dtype())
+    pipe = load_pipeline(output, image_root, dtype)
     test = HeldOutTest(pipe.model, pipe.processor, collator, sources.emoji)
     points = {}
     for name, split in held_out.items():

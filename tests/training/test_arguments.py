@@ -4,10 +4,12 @@ import inspect
 from dataclasses import fields
 
 import pytest
+import torch
 
 from modeling_fromage import FromageConfig
 from tests.helpers.backbones import PARITY
 from training.arguments import DECIDED_ELSEWHERE, ModelArguments, parse_config
+from training.benchmarks import timing
 from training.train import assemble, main
 
 CASE = PARITY / "case_a_opt_tied"
@@ -54,6 +56,14 @@ def test_every_field_reaches_the_model(parse):
 def test_values_of_another_type_are_refused_by_name(name, parse):
     with pytest.raises(ValueError, match=f"`{name}` (must be|cannot be set: .*Leave it out)"):
         parse(f"{name}={{a: 1}}")
+
+
+@pytest.mark.parametrize(("speed_up", "expected"), [(8.0, "bfloat16"), (1.1, "float32"), (0.1, "float32")])
+def test_the_fastest_dtype_is_found_by_trying(speed_up, expected, parse, monkeypatch):
+    rates = {torch.float32: 1e9, torch.bfloat16: speed_up * 1e9}
+    monkeypatch.setattr(timing, "product_rate", lambda rows, inner, columns, dtype, device: rates[dtype])
+    model_args, _, _ = parse("dtype=fastest")
+    assert model_args.dtype == expected
 
 
 def test_help_lists_every_key(capsys):

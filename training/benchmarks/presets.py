@@ -52,6 +52,7 @@ _VIT_L_14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers"
              "image_size": 224, "patch_size": 14}  # fmt: skip
 PRESETS = {
     "cpu": Preset("OPT-125m and ViT-B/32", _OPT_125M, _VIT_B_32, batch_size=16, rounds=15, dtype="float32"),
+    "cpu_bf16": Preset("OPT-125m and ViT-B/32", _OPT_125M, _VIT_B_32, batch_size=16, rounds=15, dtype="bfloat16"),
     "paper": Preset(
         "OPT-6.7B and ViT-L/14", _OPT_6_7B, _VIT_L_14, batch_size=180, rounds=9, dtype="bfloat16", device="cuda"
     ),

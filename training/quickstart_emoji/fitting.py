@@ -16,12 +16,6 @@ from ..arguments import RunArguments
 _END_WEIGHT = 4.0  # of the place of [RET] in its own loss: of a text's places it is one
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else fp32: emulated bfloat16 is tens of times slower."""
-    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 def steps_that_fit(
     model: FromageForConditionalGeneration,
     collator: FromageDataCollator,

@@ -11,7 +11,7 @@ import argparse
 
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
-from .benchmarks import answers, index, step, warm_start
+from .benchmarks import answers, index, run, step, warm_start
 from .benchmarks.presets import add_preset_options, choose_device
 from .publishing.results import read_results, render_pages, results_folder, write_results
 
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     with errors_in_one_line(parser):
         if options.render:
             return render()
-        results = step.measure(options.preset, choose_device(options.preset, options.device))
+        device = choose_device(options.preset, options.device)
+        results = run.measure(step.measure(options.preset, device), device)
         write_results(options.output or results_folder() / f"benchmark_{options.preset}.json", results)
         print(step.table(results))
 

@@ -43,6 +43,7 @@ def test_benchmark_runs(tmp_path, capsys):
     assert set(results["seconds"]) == set(step.MODES) and all(value > 0 for value in results["seconds"].values())
     assert results["ratios"]["cached"]["operations"] > results["ratios"]["live"]["operations"] > 2
     assert 1 <= results["ratios"]["live"]["operations_over_floor"] < 1.1
+    assert set(results["run_over_step"]) == {"live", "cached"} and min(results["run_over_step"].values()) > 0
     assert results["places"]["tokens"] <= results["places"]["ours"] < results["places"]["baseline"]
     assert len(results["commit"]) == 40 or results["commit"] == "no repository"
     assert "the original's algorithm" in capsys.readouterr().out
@@ -118,6 +119,7 @@ def test_readme_has_the_numbers_of_the_results():
         assert result["ratios"]["live"]["time_over_operations"] >= (1.0 if result["preset"] == "cpu" else 0.9)
         assert result["ratios"]["cached"]["time_over_operations"] >= 0.9
         assert max(result["ratios"][mode]["memory"] for mode in ("live", "cached")) <= 0.6
+        assert result.get("run_over_step", {"cached": 1})["cached"] >= 0.9
         # A GPU's step is faster than a few processes decode images for it, which the page says.
         modes = ("live", "cached") if result["preset"] == "cpu" else ("cached",)
         assert min(result["ratios"][mode]["loader_over_step"] for mode in modes) > 1

@@ -22,13 +22,17 @@ EXAMPLES = ["a slice of pizza", "a cat", "the moon at night"]
 _MAX_NEW_TOKENS = 32
 _LOOKING = "…"  # in the place of pictures that are being looked for
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # those of the machine
-# A gallery in a chat is as high as its pictures, shows the whole of them, and has room for their names. Gradio's button
-# that shares a picture would upload it.
+# A gallery in a chat is as high as its pictures, shows the whole of them, and their names below. Gradio's button that
+# shares a picture would upload it.
 _CSS = """
 [data-testid=bot] .grid-wrap {height: auto !important; min-height: 0 !important; max-height: none !important}
-[data-testid=bot] .gallery-container {min-width: min(28rem, 70vw)}
-[data-testid=bot] .thumbnail-item img {object-fit: contain !important; padding-bottom: 1.6rem}
-[data-testid=bot] .caption-label {max-width: 100% !important; white-space: normal !important}
+[data-testid=bot] .gallery-container {width: 28rem; max-width: 100%}
+[data-testid=bot] .thumbnail-item {height: auto !important; aspect-ratio: auto !important; display: flex !important;
+  flex-direction: column}
+[data-testid=bot] .thumbnail-item img {object-fit: contain !important; aspect-ratio: 1; width: 100% !important;
+  height: auto !important; margin: 0 !important}
+[data-testid=bot] .caption-label {position: static !important; max-width: 100% !important; border: none !important;
+  white-space: normal !important}
 [data-testid=user] img {max-height: 10rem}
 button[aria-label=Share] {display: none !important}
 """
@@ -79,11 +83,12 @@ class Demo:
             ):
                 parts = _shown(answer)
                 yield parts or [_LOOKING], conversation
-            parts = parts or ["(The model wrote nothing.)"]
             found = self.shared.similar(images[-1], int(images_per_ret), conversation.index) if images else []
+            more: list[Any] = [] if parts else ["(The model wrote nothing.)"]
             if found:
-                parts += ["Not said by the model: the pictures that look most like yours.", _gallery(found)]
-            yield parts, conversation
+                more += ["Not said by the model: the pictures that look most like yours.", _gallery(found)]
+            if more:  # else all is shown: Gradio would write the same files anew while the browser reads them
+                yield [*parts, *more], conversation
         except ValueError as error:  # of the message, whose author can mend it
             yield [f"⚠ {error}"], conversation
 

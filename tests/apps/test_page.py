@@ -17,6 +17,7 @@ from tests.helpers.talking import ALWAYS, NEVER, Pace, make_talker
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome")
 PATIENCE = 60_000  # ms, for a busy machine
+sync_api.expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,8 @@ class Visitor:
         self.textbox.press("Enter")
 
     def wait_until_answered(self) -> None:
-        sync_api.expect(self.bots.nth(self.shown)).to_be_visible(timeout=PATIENCE)
-        sync_api.expect(self.stop).to_be_hidden(timeout=PATIENCE)
+        sync_api.expect(self.bots.nth(self.shown)).to_be_visible()
+        sync_api.expect(self.stop).to_be_hidden()
 
     def ask(self, text: str = "", bias: float = 0.0, picture: Path | None = None) -> None:
         self.set_bias(bias)
@@ -80,6 +81,11 @@ class Visitor:
         labels = self.bots.locator(".caption-label").all_inner_texts()
         assert all(re.fullmatch(r"\S.* -?\d\.\d\d", label) for label in labels), labels
         return [label.rpartition(" ")[0].strip() for label in labels]
+
+    def widths(self, pictures: sync_api.Locator) -> list[int]:
+        """Of pictures as they are, once all of the page are loaded; of one that failed to load it is 0."""
+        self.page.wait_for_function("[...document.images].every(image => image.complete)")
+        return pictures.evaluate_all("images => images.map(image => image.naturalWidth)")
 
     def count_pictures(self) -> int:
         self.page.wait_for_timeout(300)  # the last of an answer is being drawn
@@ -101,7 +107,7 @@ def test_an_answer_with_pictures(visitor, server):
     visitor.ask("a red square", ALWAYS)
     visitor.pictures.first.wait_for()
     assert sorted(set(visitor.names()) & set(COLOURS)) == sorted(visitor.names()) and len(visitor.names()) == 3
-    widths = visitor.pictures.evaluate_all("images => images.map(image => image.naturalWidth)")
+    widths = visitor.widths(visitor.pictures)
     assert len(widths) == 3 and min(widths) > 0
     assert {address.split("/")[2] for address in visitor.addresses if "//" in address} == {server[0].split("/")[2]}
 
@@ -120,8 +126,8 @@ def test_a_picture_of_ones_own_is_read(visitor, tmp_path):
     sync_api.expect(visitor.bots.get_by_text("Not said by the model")).to_be_visible()
     assert visitor.names()[0] == "green"
     assert visitor.bots.locator(".caption-label").first.inner_text().endswith(" 1.00")
-    mine = visitor.page.locator("[data-testid=user] img").first
-    assert mine.evaluate("image => image.naturalWidth") == 40
+    visitor.page.locator("[data-testid=user] img").first.wait_for()
+    assert visitor.widths(visitor.page.locator("[data-testid=user] img"))[0] == 40
 
 
 def test_an_example_is_a_click(visitor):
@@ -140,7 +146,7 @@ def test_pictures_of_ones_own_enter_the_index(visitor, browser, server, tmp_path
     visitor.page.get_by_text("violet").first.wait_for()
     visitor.page.locator("#add").click()
     told = visitor.page.locator("#told")
-    sync_api.expect(told).to_contain_text("Added 1 (in memory, for you alone): violet.png.", timeout=PATIENCE)
+    sync_api.expect(told).to_contain_text("Added 1 (in memory, for you alone): violet.png.")
     sync_api.expect(told).to_contain_text("broken.png cannot be read as a picture (no image).")
     other = Visitor(browser, server[0])
     for each, name in ((visitor, "violet"), (other, None)):
@@ -169,7 +175,7 @@ def test_stop(visitor, server):
     pace.seconds = 0.5
     visitor.set_bias(NEVER)
     visitor.send("hello")  # answered in words, which come one by one
-    sync_api.expect(visitor.bots.last).not_to_have_text("…", timeout=PATIENCE)
+    sync_api.expect(visitor.bots.last).not_to_have_text("…")
     visitor.stop.click()
     visitor.wait_until_answered()
     time.sleep(1.5)

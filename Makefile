@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: test test-vision test-apps test-lowest test-gpu quality style build quickstart demo
+.PHONY: test test-vision test-apps test-lowest test-gpu benchmark-gpu quality style build quickstart demo
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +52,12 @@ $(VENV)/lowest.stamp: pyproject.toml constraints-lowest.txt
 # Numbers of a GPU against the CPU's; without a GPU every test is skipped.
 test-gpu: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q tests/gpu
+
+# All that a GPU is for, written to training/results: what it differs by from the CPU, and the paper's shapes.
+benchmark-gpu: $(VENV)/dev.stamp
+	FROMAGE_GPU_RESULTS=training/results/gpu_cuda.json $(BIN)/python -m pytest -q tests/gpu
+	$(BIN)/python -m training.benchmark --preset paper
+	$(BIN)/python -m training.benchmark_answers --preset paper --rounds 1
 
 quality: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

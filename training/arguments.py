@@ -16,6 +16,7 @@ from modeling_fromage.trainer.options import TrainerOptions
 
 from .benchmarks.timing import fastest_dtype
 from .config import read_config, to_dataclasses, type_name
+from .data.sharded_examples import SHUFFLE_WINDOW
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -134,18 +135,45 @@ class ModelArguments(ConfigArguments):
 class DataArguments:
     """The captioned images, and how they become sequences: see FromageDataCollator and FromageProcessor."""
 
-    train_data: str = field(metadata={"help": "A table (TSV, CSV, JSONL, Parquet), an image folder, or a Hub dataset."})
-    eval_data: str | None = field(default=None, metadata={"help": "As train_data; evaluated while training."})
+    train_data: str | list[Any] = field(
+        metadata={
+            "help": "Tables (TSV, CSV, JSONL, Parquet), tar shards, a folder, or a Hub dataset; or a list of such, "
+            "each a text or a mapping {source: ..., weight: 2, split: ..., image_column: ..., caption_column: ...}."
+        }
+    )
+    eval_data: str | list[Any] | None = field(
+        default=None, metadata={"help": "As train_data; evaluated while training."}
+    )
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Share of train_data that is held out for evaluation, without eval_data."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split of a folder or Hub dataset."})
     eval_split: str = field(default="validation", metadata={"help": "Split of a folder or Hub dataset."})
-    image_column: str = field(default="image", metadata={"help": "Column of images, paths or URLs."})
-    caption_column: str | None = field(default=None, metadata={"help": "By default caption, text, captions or title."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of images, paths or URLs; by default image, file_name, url, ..."}
+    )
+    caption_column: str | None = field(
+        default=None, metadata={"help": "By default caption, text, captions, title or txt."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read tables and Parquet files in place, without a copy of them."}
+    )
+    shuffle_window: int = field(
+        default=SHUFFLE_WINDOW,
+        metadata={"help": "Rows shuffled among each other where they are read in place."},
+    )
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a caption, BOS and [RET] included."})
     concat_captions_prob: float = field(default=0.5, metadata={"help": "Chance that two pairs share a sequence."})
     caption_prefix: str | None = field(default=None, metadata={"help": "Text between the image and its caption."})
     caption_suffix: str | None = field(default=None, metadata={"help": "Text that ends a caption."})
     feature_cache: str | None = field(default=None, metadata={"help": "Folder that the command cache-features wrote."})
     eval_feature_cache: str | None = field(default=None, metadata={"help": "The same, of eval_data."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"`eval_fraction` is a share of train_data: from 0 to below 1, got {self.eval_fraction}.")
+        if self.shuffle_window < 1:
+            raise ValueError(f"`shuffle_window` is a number of rows: at least 1, got {self.shuffle_window}.")
 
 
 @dataclass(kw_only=True)

@@ -10,14 +10,15 @@ Several processes share the work: under `torchrun`, or with `--rank` and `--worl
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 
 from modeling_fromage.io.command_line import at_least, command_parser, device_option, errors_in_one_line
 
 from .arguments import parse_config
-from .data.captioned_images import load_captioned_images
 from .data.feature_writing import VisionEncoder, write_features
+from .data.training_data import INDEXES, DataLoading, skips_bad_examples
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,13 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
     with errors_in_one_line(parser):
-        model_args, data_args, _ = parse_config(options.config, options.overrides)
-        source, split = data_args.train_data, data_args.train_split
-        if options.eval:
-            source, split = data_args.eval_data, data_args.eval_split
-            if source is None:
-                raise ValueError(f"--eval, but {options.config} has no eval_data. Name it there, or as eval_data=...")
-        dataset = load_captioned_images(source, split, data_args.image_column, data_args.caption_column)
+        model_args, data_args, args = parse_config(options.config, options.overrides)
+        if options.eval and data_args.eval_data is None:
+            raise ValueError(f"--eval, but {options.config} has no eval_data. Name it there, or as eval_data=...")
+        loading = DataLoading(data_args, args.seed, skips_bad_examples(args), Path(options.directory) / INDEXES)
+        dataset = loading.all_examples(for_evaluation=options.eval)
         default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         encoder = VisionEncoder.from_pretrained(
             model_args.vision_model, model_args.vision_pooling, model_args.dtype, options.device or default
@@ -60,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             options.rank,
             options.world_size,
         )
+        source = data_args.eval_data if options.eval else data_args.train_data
         print(f"Wrote {written} shards; {options.directory} is for {len(dataset)} images of {source}.")
         return written
 

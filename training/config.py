@@ -156,5 +156,5 @@ def _name(kind: Any) -> str:
         return f"one of {', '.join(str(member.value) for member in kind)}"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list[Any]: "a list"}
     return names.get(kind, getattr(kind, "__name__", None) if not get_args(kind) else None) or str(kind)

@@ -2,9 +2,9 @@
 
 import argparse
 import logging
+from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
@@ -12,8 +12,8 @@ from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
 from .arguments import DataArguments, ModelArguments, RunArguments, describe_keys, parse_config
 from .config import packaged_configs
-from .data.captioned_images import load_captioned_images
-from .data.feature_cache import CachedFeatures, with_cached_features
+from .data.feature_cache import with_cached_features
+from .data.training_data import INDEXES, DataLoading, skips_bad_examples
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +68,14 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RunArgumen
     if model_args.compile_vision_model:
         model.vision_model.compile()
 
-    def load(source: str | None, split: str, feature_cache: str | None) -> Dataset | CachedFeatures | None:
-        if source is None:
-            return None
-        dataset = load_captioned_images(source, split, data_args.image_column, data_args.caption_column)
-        if feature_cache is None:
-            return dataset
-        return with_cached_features(dataset, feature_cache, model, processor)
-
-    eval_dataset = load(data_args.eval_data, data_args.eval_split, data_args.eval_feature_cache)
+    loading = DataLoading(data_args, args.seed, skips_bad_examples(args), Path(args.output_dir or ".") / INDEXES)
+    train_dataset, eval_dataset = loading.train_and_eval(
+        lambda dataset, directory: with_cached_features(dataset, directory, model, processor)
+    )
     trainer = FromageTrainer(
         model=model,
         args=args,
-        train_dataset=load(data_args.train_data, data_args.train_split, data_args.feature_cache),
+        train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=make_collator(processor, data_args, args.seed),
         processing_class=processor,

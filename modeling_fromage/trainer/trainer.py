@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import (
@@ -28,6 +28,7 @@ from .callbacks import (
 )
 from .checkpoints import last_complete_checkpoint
 from .data_collator import FromageDataCollator
+from .epoch_order import SetEpochCallback, epoch_order_sampler
 from .evaluation import mean_losses_and_recall
 from .loss_log import LossParts
 from .options import TrainerOptions, set_learning_rates
@@ -116,6 +117,7 @@ class FromageTrainer(Trainer):
         if isinstance(self.data_collator, FromageDataCollator) and isinstance(self.processing_class, FromageProcessor):
             self.data_collator.check_format(self.processing_class)
         self.add_callback(NormalizeRetEmbeddingCallback())
+        self.add_callback(SetEpochCallback())
         self._parts: dict[str, torch.Tensor] = {}  # losses of the last batch
         self._logged_parts = LossParts()
 
@@ -150,6 +152,10 @@ class FromageTrainer(Trainer):
             model, collator, self.args, self.train_dataset, self.eval_dataset, checkpoint
         )
         self.options.warn_where_undone(self.args.learning_rate, self.options.learning_rates or {})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return epoch_order_sampler(dataset, self.args) or super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in the Trainer, with the rates of `learning_rates` in parameter groups of their own."""

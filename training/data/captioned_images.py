@@ -1,48 +1,126 @@
-"""Captioned images from a table, a folder or a `datasets` repository."""
+"""Captioned images from whatever one line names: tables, shards, folders, saved datasets, the Hub."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from PIL import Image as PILImage
 
-from modeling_fromage.images_fromage import is_url
 from modeling_fromage.io.tables import is_table, read_rows
 
-_CAPTION_COLUMNS = ("caption", "text", "captions", "title")
+from .columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, find_columns
+from .sharded_examples import SHARD_SUFFIXES, SHUFFLE_WINDOW, ShardedExamples
+from .sources import files_of_split, find_files
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def load_captioned_images(
-    source: str, split: str = "train", image_column: str = "image", caption_column: str | None = None
-) -> Dataset:
+    source: str,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = False,
+    *,
+    keep_problems: bool = False,
+    index_dir: str | Path | None = None,
+    shuffle_window: int = SHUFFLE_WINDOW,
+) -> Dataset | ShardedExamples:
     """Load a dataset with columns `image` and `caption`. Images stay encoded until the collator reads them.
 
     Args:
-        source: A table (see [`read_rows`]) with a column of captions and a column of images (URLs, or paths relative
-            to the table); a folder for the `imagefolder` builder of `datasets` (`metadata.csv` with `file_name` and
-            `caption`); a folder of Parquet files; or the id of a Hub dataset.
-        split: Split of a folder or Hub dataset.
-        image_column: Column of images.
-        caption_column: Column of captions. Defaults to the first of caption, text, captions and title.
+        source: One of
+
+            - tables (TSV, CSV, JSON lines, Parquet) with a column of captions and one of images: URLs, bytes, Image
+              features, or paths relative to the table. Several by a pattern: `cc3m/*.tsv`, `part-{000..099}.parquet`.
+              A TSV file of captions and URLs needs no header;
+            - webdataset's tar shards, `shards/{00000..00331}.tar`: images with a `.txt`, or a `.json` that has the
+              caption, of the same name;
+            - a folder: of images with a `metadata.csv` (`file_name` and `caption`), or with `NAME.txt` beside
+              `NAME.jpg`; of Parquet files; of tar shards; or one that `save_to_disk` wrote;
+            - the id of a Hub dataset.
+        split: Split of a folder, of a saved `DatasetDict`, or of a Hub dataset.
+        image_column: Column of images (of tar shards, their suffix). Found by its name by default.
+        caption_column: Column of captions, each a text or a list of texts (of tar shards, a key of the `.json`). Found
+            by its name by default.
+        streaming: Read tables, Parquet files and tar shards in place, where they would be copied into the cache of
+            `datasets`. Tar shards are never copied; images that are files, and saved datasets, neither.
+        keep_problems: Whether a row that cannot be read becomes an example with `problem`, its `image` and `caption`
+            `None`. Examples then have a `place`, and tables are read in place.
+        index_dir, shuffle_window: See [`ShardedExamples`].
 
     Raises:
         ValueError: The data cannot be read, a column is missing, a row has no image or caption, or there are no
             examples.
     """
-    path = Path(source)
+    options: Any = (image_column, caption_column, keep_problems, index_dir, shuffle_window)
+    in_place = streaming or keep_problems
+    files = find_files(source)
+    if files and files[0].is_dir():
+        return _load_folder(files[0], split, in_place, options)
+    if files:
+        if in_place or not all(map(is_table, files)):
+            return ShardedExamples(files, *options)
+        return _load_tables(source, files, image_column, caption_column)
+    if source.lower().endswith(SHARD_SUFFIXES) or source.startswith(("/", ".", "~")):
+        raise ValueError(f"There is no file {source}. Check the path.")
+    if streaming:
+        return ShardedExamples(files_of_split(source, split), *options)
+    return _named(source, load_dataset(source, split=split), image_column, caption_column)
+
+
+def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Dataset | ShardedExamples:
+    source, (image_column, caption_column, *_) = str(path), options
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(source)
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(f"{source} has no split {split!r}; it has {', '.join(saved)}.")
+            saved = saved[split]
+        return _named(source, saved, image_column, caption_column)
+    metadata = [file for name in _METADATA for file in sorted(path.rglob(name))]
+    has_tars = next(path.rglob("*.tar"), None) is not None
+    has_parquet = any(file.name not in _METADATA for file in path.rglob("*.parquet"))
+    if has_tars or (has_parquet and in_place):
+        return ShardedExamples(files_of_split(source, split), *options)
     try:
-        if is_table(path):
-            return _load_table(path, image_column, caption_column)
-        if path.is_dir() and not any(path.rglob("*.parquet")):
+        if has_parquet:
+            dataset = load_dataset(source, split=split)
+        elif metadata and in_place:
+            of_split = [file for file in metadata if file.is_relative_to(path / split)]
+            return ShardedExamples(of_split or metadata, *options)
+        elif metadata:
             dataset = load_dataset("imagefolder", data_dir=source, split=split)
         else:
-            dataset = load_dataset(source, split=split)
+            return _load_images_with_texts(path / split if (path / split).is_dir() else path, in_place)
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError) and str(path) in str(error.__cause__):
-            raise error.__cause__ from None
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
-    caption_column = _find_columns(source, dataset.column_names, image_column, caption_column)
+    return _named(source, dataset, image_column, caption_column)
+
+
+def _load_images_with_texts(folder: Path, keep_problems: bool) -> Dataset:
+    """Images with captions in text files beside them."""
+    images = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PILImage.registered_extensions())
+    texts = [image.with_suffix(".txt") for image in images]
+    missing = [image for image, text in zip(images, texts, strict=True) if not text.is_file()]
+    if not images or len(missing) == len(images):
+        found = f"{len(images)} images, but no captions: names of files and folders are none" if images else "no images"
+        raise ValueError(
+            f"{folder} has {found}. Put a metadata.csv with columns file_name and caption into it, or NAME.txt beside "
+            f"each NAME.jpg. Tables in it are named by a pattern: {folder}/*.tsv."
+        )
+    if missing and not keep_problems:
+        raise ValueError(f"{missing[0]} has no caption: there is no {missing[0].stem}.txt beside it. {_COMPLETE}")
+    captions = [text.read_text(encoding="utf-8").strip() if text.is_file() else None for text in texts]
+    places = {"place": [str(image.relative_to(folder)) for image in images]} if keep_problems else {}
+    return Dataset.from_dict({"image": list(map(str, images)), "caption": captions, **places})
+
+
+def _named(source: str, dataset: Dataset, image_column: str | None, caption_column: str | None) -> Dataset:
+    """`dataset` with columns `image`, encoded, and `caption`."""
+    image_column, caption_column = find_columns(source, dataset.column_names, image_column, caption_column)
     if not len(dataset):
         raise ValueError(f"{source} has no examples.")
     dataset = dataset.select_columns([image_column, caption_column])
@@ -51,45 +129,55 @@ def load_captioned_images(
     return dataset.cast_column("image", Image(decode=False))
 
 
-def _find_columns(source: str, columns: list[str], image_column: str, caption_column: str | None) -> str:
-    """The name of the caption column.
-
-    Raises:
-        ValueError: The caption or the image column is missing.
-    """
-    caption_column = caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
-    if image_column not in columns or caption_column not in columns:
-        raise ValueError(
-            f"{source} needs a column {image_column!r} and one of {_CAPTION_COLUMNS}; it has {columns}. "
-            "Name them with image_column and caption_column."
-        )
-    return caption_column
+class _SeveralCaptions(ValueError):
+    """A row has a list of captions where those before have one."""
 
 
-def _load_table(path: Path, image_column: str, caption_column: str | None) -> Dataset:
-    headerless = (caption_column or _CAPTION_COLUMNS[0], image_column)
-    first = next(read_rows(path, headerless), None)
-    if first is None:
-        raise ValueError(f"{path} has no examples.")
-    caption_column = _find_columns(str(path), list(first[1]), image_column, caption_column)
-    found = path.stat()
+_COMPLETE = "Complete the row, or take it out."
+
+
+def _load_tables(source: str, files: list[Path], image_column: str | None, caption_column: str | None) -> Dataset:
+    headerless = (caption_column or CAPTION_COLUMNS[0], image_column or IMAGE_COLUMNS[0])
+    columns, listed = [], False
+    for path in files:
+        first = next(read_rows(path, headerless), None)
+        if first is not None:
+            columns.append((str(path), find_columns(str(path), list(first[1]), image_column, caption_column)))
+            listed = listed or isinstance(first[1][columns[-1][1][1]], list)
+    if not columns:
+        raise ValueError(f"{source} has no examples.")
+    found = [path.stat() for path in files]
     arguments = {
-        "path": str(path),
+        "tables": tuple(columns),
         "headerless": headerless,
-        "columns": (image_column, caption_column),
-        "version": (str(path.absolute()), found.st_mtime_ns, found.st_size),  # part of the cache key of `datasets`
+        # Part of the cache key of `datasets`.
+        "version": tuple(
+            (str(path.absolute()), stat.st_mtime_ns, stat.st_size) for path, stat in zip(files, found, strict=True)
+        ),
     }
-    return Dataset.from_generator(_pairs, gen_kwargs=arguments)
+    while True:
+        try:
+            return Dataset.from_generator(_pairs, gen_kwargs={**arguments, "listed": listed})
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, _SeveralCaptions):  # a column has one type: a list in every row
+                listed = True
+                continue
+            if isinstance(error.__cause__, ValueError) and any(str(path) in str(error.__cause__) for path in files):
+                raise error.__cause__ from None
+            raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
 
 
-def _pairs(path: str, headerless: tuple[str, str], columns: tuple[str, str], version: Any) -> Iterator[dict[str, Any]]:
-    """Rows of the dataset from those of a table."""
-    folder, (image_column, caption_column) = Path(path).parent, columns
-    for line, row in read_rows(Path(path), headerless):
-        image, caption = row.get(image_column), row.get(caption_column)
-        if image is None or caption is None:
-            missing = image_column if image is None else caption_column
-            raise ValueError(f"{path}, line {line} has no {missing!r}. Complete the row, or take it out.")
-        if isinstance(image, str) and not is_url(image):
-            image = str(folder / image)
-        yield {"image": image, "caption": caption}
+def _pairs(
+    tables: tuple[tuple[str, tuple[str, str]], ...], headerless: tuple[str, str], version: Any, listed: bool
+) -> Iterator[dict[str, Any]]:
+    """Rows of the dataset from those of tables; with `listed` every caption is a list."""
+    for path, (image_column, caption_column) in tables:
+        for line, row in read_rows(Path(path), headerless):
+            image, caption = row.get(image_column), row.get(caption_column)
+            if image is None or caption is None:
+                missing = image_column if image is None else caption_column
+                raise ValueError(f"{path}, line {line} has no {missing!r}. {_COMPLETE}")
+            if isinstance(caption, list) and not listed:
+                raise _SeveralCaptions
+            caption = [caption] if listed and not isinstance(caption, list) else caption
+            yield {"image": as_image(image, Path(path).parent), "caption": caption}

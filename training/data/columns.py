@@ -1,0 +1,60 @@
+"""The image and the caption of a row, whatever its columns are called."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from modeling_fromage.images_fromage import is_url
+
+# The first that a row has counts; upper and lower case are one.
+IMAGE_COLUMNS = ("image", "file_name", "url", "image_url", "image_path", "jpg", "jpeg", "png", "webp", "path", "img")
+CAPTION_COLUMNS = ("caption", "text", "captions", "title", "txt")
+
+
+def find_column(columns: Iterable[str], wanted: str | None, known: tuple[str, ...]) -> str | None:
+    """The column that is `wanted`, or else the first that is `known`; `None` where there is none."""
+    if wanted is not None:
+        return wanted if wanted in columns else None
+    by_name = {name.lower(): name for name in columns}
+    return next((by_name[name] for name in known if name in by_name), None)
+
+
+def find_columns(
+    source: str, columns: list[str], image_column: str | None, caption_column: str | None
+) -> tuple[str, str]:
+    """The names of the image column and the caption column.
+
+    Raises:
+        ValueError: One of them is missing.
+    """
+    image = find_column(columns, image_column, IMAGE_COLUMNS)
+    caption = find_column(columns, caption_column, CAPTION_COLUMNS)
+    if image is None or caption is None:
+        needed = [
+            repr(wanted) if wanted else f"{known[0]!r} (or {', '.join(known[1:])})"
+            for wanted, known in ((image_column, IMAGE_COLUMNS), (caption_column, CAPTION_COLUMNS))
+        ]
+        raise ValueError(
+            f"{source} needs a column {' and one '.join(needed)}; it has {columns}. Name them with image_column and "
+            "caption_column."
+        )
+    return image, caption
+
+
+def as_image(value: Any, folder: Path) -> Any:
+    """The image of a row as an example has it: bytes as `{"bytes", "path"}`, relative paths from `folder`."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return {"bytes": bytes(value), "path": None}
+    if isinstance(value, dict) and not value.get("bytes") and value.get("path"):
+        return value | {"path": as_image(value["path"], folder)}
+    if isinstance(value, str) and value and not is_url(value):
+        return str(folder / value)
+    return value or None if isinstance(value, (str, dict)) else value
+
+
+def bad_row(place: str, problem: str) -> dict[str, Any]:
+    """The example that stands for a row that cannot be read."""
+    return {"image": None, "caption": None, "place": place, "problem": problem}
+
+
+__all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "as_image", "bad_row", "find_column", "find_columns"]

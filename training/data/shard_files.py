@@ -1,0 +1,85 @@
+"""What shards of all formats share: an index of their rows, and reads that processes do not disturb each other by."""
+
+import functools
+import hashlib
+import io
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modeling_fromage.file_writing_fromage import replace_file
+
+
+class Shard(ABC):
+    """A file of examples that are read in place, by number.
+
+    Args:
+        path: The file.
+        image_column, caption_column: Columns of images and captions; by default found by their names.
+        index_dir: A folder that keeps the index, so that the next run need not make it, and memory need not hold it.
+    """
+
+    suffixes: tuple[str, ...]
+
+    def __init__(
+        self,
+        path: Path,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        index_dir: Path | None = None,
+    ):
+        self.path, self.image_column, self.caption_column = path, image_column, caption_column
+        found = path.stat()
+        self._stamp = (str(path.absolute()), found.st_size, found.st_mtime_ns)
+        if index_dir is None:
+            self.index = self.make_index()
+            return
+        digest = hashlib.sha256(repr((self._stamp, type(self).__name__, image_column, caption_column)).encode())
+        kept = index_dir / f"{path.name[:100]}.{digest.hexdigest()[:16]}.npy"
+        if not kept.is_file():
+            contents = io.BytesIO()
+            np.save(contents, self.make_index())
+            index_dir.mkdir(parents=True, exist_ok=True)
+            replace_file(kept, contents.getvalue())
+        self.index = np.load(kept, mmap_mode="r")
+
+    @abstractmethod
+    def make_index(self) -> np.ndarray:
+        """An array with a row for each example, which tells where it lies."""
+
+    @abstractmethod
+    def read(self, number: int, with_image: bool = True) -> dict[str, Any]:
+        """An example: `image`, `caption`, `place`; and `problem` where its row cannot be read."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def blocks(self, rows: int) -> list[tuple[int, int]]:
+        """`(rows, bytes to keep)` of the pieces that are read in one go, one after the other, of about `rows` rows."""
+        return [(min(rows, len(self) - start), 0) for start in range(0, len(self), rows)]
+
+    def pread(self, start: int, end: int) -> bytes:
+        return os.pread(_open(*self._stamp).fileno(), end - start, start)  # leaves no position that a fork could share
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if isinstance(self.index, np.memmap):  # would be copied
+            state["index"] = self.index.filename
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not isinstance(self.index, np.ndarray):
+            self.index = np.load(self.index, mmap_mode="r")
+
+
+@functools.lru_cache(maxsize=64)
+def _open(path: str, size: int, mtime_ns: int) -> io.FileIO:
+    """The file, opened once a process, as long as it is the same one."""
+    return io.FileIO(path)
+
+
+__all__ = ["Shard"]

@@ -141,7 +141,7 @@ class DataArguments:
             "each a text or a mapping {source: ..., weight: 2, split: ..., image_column: ..., caption_column: ...}."
         }
     )
-    eval_data: str | list[Any] | None = field(
+    eval_data: list[Any] | str | None = field(
         default=None, metadata={"help": "As train_data; evaluated while training."}
     )
     eval_fraction: float = field(

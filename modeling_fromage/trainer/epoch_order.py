@@ -55,7 +55,7 @@ class SetEpochCallback(TrainerCallback):
         wrapper = train_dataloader
         while getattr(wrapper, "batch_sampler", None) is not None:
             wrapper = wrapper.batch_sampler
-        sampler = getattr(wrapper, "sampler", None)
+        sampler: Any = getattr(wrapper, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(int(state.epoch or 0))
 

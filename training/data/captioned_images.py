@@ -72,7 +72,8 @@ def load_captioned_images(
 
 
 def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Dataset | ShardedExamples:
-    source, (image_column, caption_column, *_) = str(path), options
+    source = str(path.absolute())  # `datasets` takes "parquet" for a format
+    image_column, caption_column, *_ = options
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(source)
         if isinstance(saved, DatasetDict):

@@ -171,13 +171,13 @@ def substitutes(dataset: Any, number: int) -> Iterator[int]:
 def hold_out(dataset: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     """A dataset without a share of its examples, and these: each by a hash of its number and `seed`, so that it stays
     on its side when others are added behind it."""
-    numbers = np.arange(len(dataset), dtype=np.uint64)
-    held = _hash(numbers, seed) < fraction
+    numbers = np.arange(len(dataset))
+    held = _hash(numbers.astype(np.uint64), seed) < fraction
     return _part(dataset, numbers[~held]), _part(dataset, numbers[held])
 
 
 def _part(dataset: Any, numbers: np.ndarray) -> Any:
-    return dataset.select(numbers) if isinstance(dataset, Dataset) else Selected(dataset, numbers.tolist())
+    return dataset.select(numbers) if isinstance(dataset, Dataset) else Selected(dataset, numbers)
 
 
 def _hash(numbers: np.ndarray, seed: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,10 @@ class ParquetShard(Shard):
             )
         return np.array([np.cumsum([group.num_rows for group in groups]), sizes], dtype=np.int64).T.reshape(-1, 2)
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{**kwargs, "index_dir": None})  # a footer is read in no time
+    def __init__(
+        self, path: Path, image_column: str | None = None, caption_column: str | None = None, index_dir: Any = None
+    ):
+        super().__init__(path, image_column, caption_column)  # its index is not kept: a footer is read in no time
 
     def __len__(self) -> int:
         return int(self.index[-1, 0]) if len(self.index) else 0

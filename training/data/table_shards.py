@@ -70,7 +70,7 @@ class TableShard(Shard):
         if self._kind == ".tsv":  # without quoting: captions have single quotes
             values = text.split("\t")
         else:
-            values = next(csv.reader(text.splitlines(keepends=True), strict=True))
+            values = next(csv.reader([text], strict=True))
         count = len(self.columns)
         if any(values[count:]):  # empty ones are a separator at the end of the line
             raise _Malformed(f"{len(values)} fields, and the header has {count}")

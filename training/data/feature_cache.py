@@ -1,7 +1,8 @@
 """Cached features of a frozen vision encoder: the files, what they depend on, and a dataset that reads them.
 
 A shard contains the features of its images and a record of each image: the SHA-256 and size of its contents, the
-modification time of its file, and a digest of its path or URL.
+modification time of its file, and a digest of its path or URL. One that was written with `on_bad_example: skip` also
+says which of its rows are valid, and in its metadata what is wrong with the others.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from transformers import BaseImageProcessor
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.fingerprint_fromage import fingerprint, weight_files
 from modeling_fromage.images_fromage import UnreadableImageError, is_url
+from modeling_fromage.trainer.bad_examples import BadExampleError
 
 MANIFEST = "manifest.json"
 DIGESTS = "sha256"
@@ -71,6 +73,7 @@ def place_of(image: Any) -> str | None:
     Raises:
         UnreadableImageError: It has neither bytes nor a path.
     """
+    image = image or {}
     if isinstance(image, dict):
         if image.get("bytes"):
             return None
@@ -107,19 +110,44 @@ def read_records(shard: Path) -> Iterator[ImageRecord]:
         yield ImageRecord(digest.tobytes(), size, time, source.tobytes())
 
 
+class Problem(NamedTuple):
+    """What is wrong with an image.
+
+    Attributes:
+        reason: A few words, the same for the same cause.
+        detail: Of this image alone.
+        place: Where the example stands, if it says so.
+    """
+
+    reason: str
+    detail: str
+    place: str | None
+
+
+def read_problems(shard: Path) -> dict[int, Problem]:
+    """What is wrong with the rows of a shard that are not valid, by their number."""
+    with safe_open(shard, "pt") as file:
+        if "valid" not in file.keys():  # noqa: SIM118 (no mapping)
+            return {}
+        known = json.loads((file.metadata() or {}).get("problems", "{}"))
+        rows = (file.get_tensor("valid") == 0).nonzero().flatten().tolist()
+    return {row: Problem(*known.get(str(row), ("bad image", "", None))) for row in rows}
+
+
 def images_of(dataset: Dataset) -> Iterator[Any]:
     for batch in dataset.select_columns(["image"]).iter(1024):
         yield from batch["image"]
 
 
 def check_images(images: Iterable[Any], shard: Path, first: int) -> None:
-    """Check that the images, from number `first` on, are those that `shard` was made from.
+    """Check that the images, from number `first` on, are those that `shard` was made from; bad ones left no trace.
 
     Raises:
         ValueError: An image is another one.
     """
+    problems = read_problems(shard)
     for number, (image, record) in enumerate(zip(images, read_records(shard), strict=False), start=first):
-        if not record.is_of(image):
+        if number - first not in problems and not record.is_of(image):
             raise ValueError(
                 f"The feature cache {shard.parent} is of other images: image {number}, {name_of(image)}, is not "
                 f"that of {shard.name}. {REMAKE}"
@@ -182,12 +210,13 @@ class CachedFeatures(torch.utils.data.Dataset):
         expected: [`describe`] of the encoder that the features are for.
 
     Raises:
-        ValueError: The cache belongs to another encoder or other images, or is incomplete; when a row is read, its
-            features are not finite.
+        ValueError: The cache belongs to another encoder or other images, or is incomplete.
+        BadExampleError: A `ValueError`. When a row is read: its image was bad, or its features are not finite.
     """
 
     def __init__(self, dataset: Dataset, directory: str | Path, expected: dict[str, Any]):
-        self.captions, self.directory = dataset.select_columns(["caption"]), Path(directory)
+        self.captions = dataset.select_columns([name for name in dataset.column_names if name != "image"])
+        self.directory = Path(directory)
         if not (self.directory / MANIFEST).is_file():
             raise ValueError(
                 f"{directory} is no feature cache: it has no {MANIFEST}. Run `fromage cache-features` first."
@@ -215,16 +244,21 @@ class CachedFeatures(torch.utils.data.Dataset):
         return len(self.captions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        shard, row = divmod(index, self.shard_size)
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.directory / shard_name(shard), "pt").get_slice("features")
-        features = self._open[shard][row]
+        number, row = divmod(index, self.shard_size)
+        shard = self.directory / shard_name(number)
+        if number not in self._open:
+            self._open[number] = safe_open(shard, "pt").get_slice("features"), read_problems(shard)
+        stored, problems = self._open[number]
+        if row in problems:
+            raise BadExampleError(*problems[row])
+        features = stored[row]
         if not features.isfinite().all():
-            raise ValueError(
-                f"The features in row {row} of {self.directory / shard_name(shard)}, of image {index}, are not finite. "
-                "Remove the file and run `fromage cache-features` again."
+            raise BadExampleError(
+                "features not finite",
+                f"the features in row {row} of {shard}, of image {index}, are not finite. Remove the file and run "
+                "`fromage cache-features` again.",
             )
-        return {"pooled_image_features": features, "caption": self.captions[index]["caption"]}
+        return {**self.captions[index], "pooled_image_features": features}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # each loader worker opens the files itself
@@ -238,7 +272,7 @@ def is_whole(path: Path, count: int) -> bool:
     """Whether `path` contains features and records of `count` images."""
     try:
         with safe_open(path, "pt") as file:
-            names = ("features", *ImageRecord._fields)
+            names = {"features", *ImageRecord._fields, *file.keys()}
             return all(file.get_slice(name).get_shape()[0] == count for name in names)
     except (OSError, SafetensorError):
         return False

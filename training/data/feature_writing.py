@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -22,6 +24,8 @@ from modeling_fromage.backbone_loading_fromage import load_backbone
 from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
 from modeling_fromage.io.fetching import fetch
+from modeling_fromage.trainer.bad_example_list import BadExampleList
+from modeling_fromage.trainer.bad_examples import BadExampleError, TooManyBadExamplesError, are_too_many, as_bad
 from modeling_fromage.trainer.ret_states import as_stored
 from modeling_fromage.vision_fromage import check_vision_model, pool_vision_output
 from modeling_fromage.vision_libraries_fromage import load_image_processor, split_library
@@ -29,6 +33,7 @@ from modeling_fromage.vision_libraries_fromage import load_image_processor, spli
 from .feature_cache import (
     MANIFEST,
     ImageRecord,
+    Problem,
     check_images,
     describe,
     differences,
@@ -37,12 +42,28 @@ from .feature_cache import (
     name_of,
     place_of,
     read_manifest,
+    read_problems,
     record_tensors,
     shard_name,
     source_digest,
 )
 
-Batch = tuple[torch.Tensor, list[ImageRecord]]
+
+class ReadImage(NamedTuple):
+    """A row of the dataset, read: its image, `None` where there is a problem with it."""
+
+    image: Image.Image | None
+    record: ImageRecord
+    place: str | None = None
+    problem: Problem | None = None
+
+
+class Batch(NamedTuple):
+    """N rows: the pixel values of those with an image, their records, and their problems."""
+
+    pixels: torch.Tensor | None
+    records: list[ImageRecord]
+    problems: list[Problem | None]
 
 
 @dataclass
@@ -68,16 +89,38 @@ class VisionEncoder:
         check_vision_model(model, pooling)
         return cls(own_name, getattr(revision, "resolved", revision), library, pooling, model, image_processor)
 
-    def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        """Pixel values `(N, num_channels, height, width)` and records of N rows. Runs in the loader's workers."""
-        images, records = zip(*(read_image(row["image"]) for row in rows), strict=True)
-        return self.image_processor(list(images), return_tensors="pt")["pixel_values"], list(records)
+    def collate(self, rows: list[ReadImage], skips: bool) -> Batch:
+        """Preprocess N rows. Runs in the loader's workers."""
+        try:
+            pixels = self._pixels([row.image for row in rows if row.image is not None])
+        except Exception:  # whatever it raises for a picture
+            if not skips:
+                raise
+            rows = [self._checked(row) for row in rows]
+            pixels = self._pixels([row.image for row in rows if row.image is not None])
+        return Batch(pixels, [row.record for row in rows], [row.problem for row in rows])
+
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor | None:
+        return self.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+
+    def _checked(self, row: ReadImage) -> ReadImage:
+        try:
+            self._pixels([] if row.image is None else [row.image])
+        except Exception as error:
+            problem = Problem("image processor raises", f"{type(error).__name__}: {error}", row.place)
+            return row._replace(image=None, problem=problem)
+        return row
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pooled features `(N, vision_width)` of `pixels`, on the CPU."""
         output = self.model(pixels.to(self.model.device, self.model.dtype), return_dict=True)
         return pool_vision_output(output, self.pooling, self.name, pixels).cpu()
+
+    def encode_blank(self) -> torch.Tensor:
+        """The features (1, vision_width) of a white picture."""
+        white = self.image_processor([Image.new("RGB", (64, 64), "white")], return_tensors="pt")
+        return self.encode(white["pixel_values"])
 
 
 def read_image(image: Any) -> tuple[Image.Image, ImageRecord]:
@@ -104,6 +147,29 @@ def read_image(image: Any) -> tuple[Image.Image, ImageRecord]:
     return rgb, ImageRecord(hashlib.sha256(contents).digest(), len(contents), mtime_ns, source_digest(place))
 
 
+class ReadImages(torch.utils.data.Dataset):
+    """The images of a dataset, read. With `skips` there is a problem where one cannot be; without, it raises."""
+
+    def __init__(self, rows: Any, skips: bool):
+        self.rows, self.skips = rows, skips
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> ReadImage:
+        row: dict[str, Any] = {}
+        try:
+            row = self.rows[index]
+            return ReadImage(*read_image(row["image"]), row.get("place"))
+        except Exception as error:  # whatever a data set or a decoder raises for this row
+            if not self.skips:
+                raise
+            place, problem = row.get("place"), row.get("problem")
+            known = BadExampleError("malformed row", problem) if problem else as_bad(error)
+            unread = ImageRecord(bytes(32), 0, 0, source_digest(None))
+            return ReadImage(None, unread, place, Problem(known.reason, known.detail, place))
+
+
 def write_features(
     encoder: VisionEncoder,
     dataset: Dataset,
@@ -113,6 +179,7 @@ def write_features(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    max_bad_share: float | None = None,
 ) -> int:
     """Write the shards of this rank that are missing.
 
@@ -124,13 +191,16 @@ def write_features(
         batch_size: Images per forward pass.
         num_workers: Processes that decode images.
         rank, world_size: This process writes every `world_size`-th shard, starting with shard `rank`.
+        max_bad_share: With it, an image that cannot be read or encoded costs its row alone: shards say which rows are
+            valid. Once all are there, the manifest has the number of bad images, and `bad_examples.jsonl` lists them.
 
     Returns:
         The number of shards written.
 
     Raises:
-        ValueError: `directory` has features of another encoder or other images, an image cannot be read, or its
-            features are not finite.
+        ValueError: `directory` has features of another encoder or other images; without `max_bad_share`, an image
+            cannot be read, or its features are not finite.
+        TooManyBadExamplesError: A `ValueError`. More of the images are bad than `max_bad_share`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -142,12 +212,59 @@ def write_features(
     missing = [start for start in starts if not is_whole(paths[start], len(shards[start]))]
     for start in sorted(set(starts) - set(missing)):
         check_images(images_of(shards[start]), paths[start], start)
+    skips = max_bad_share is not None
+    share = BadShare(max_bad_share, sum(len(shards[start]) for start in missing)) if skips else None
     for start in tqdm(missing, desc="Encoding shards", disable=rank > 0):
-        loader = DataLoader(shards[start], batch_size=batch_size, collate_fn=encoder.collate, num_workers=num_workers)
+        loader = DataLoader(
+            ReadImages(shards[start], skips), batch_size=batch_size, num_workers=num_workers,
+            collate_fn=partial(encoder.collate, skips=skips),
+        )  # fmt: skip
         progress = tqdm(loader, desc="Encoding images", leave=False, disable=rank > 0)
-        features, records = _encode_shard(encoder, shards[start], progress, start)
-        replace_file(paths[start], save({"features": as_stored(features), **record_tensors(records)}))
+        replace_file(paths[start], _encode_shard(encoder, shards[start], progress, start, share))
+    if skips:
+        _list_bad_images(directory, shard_size, len(dataset))
     return len(missing)
+
+
+class BadShare:
+    """Judges how many of the images so far are bad."""
+
+    def __init__(self, most: float, count: int):
+        self.most, self.count = most, count
+        self.seen, self.problems = 0, list[Problem]()
+
+    def add(self, problems: list[Problem | None]) -> None:
+        """
+        Raises:
+            TooManyBadExamplesError: Too many are.
+        """
+        self.seen += len(problems)
+        self.problems += [problem for problem in problems if problem is not None]
+        bad = len(self.problems)
+        if are_too_many(bad, self.seen, self.most, self.count):
+            reasons = Counter(problem.reason for problem in self.problems)
+            first = {reason: next(p.detail for p in self.problems if p.reason == reason) for reason in reasons}
+            told = "\n".join(f"  {count:,} {reason} ({first[reason]}, ...)" for reason, count in reasons.most_common())
+            raise TooManyBadExamplesError(
+                f"{bad:,} of the first {self.seen:,} images are bad, more than `max_bad_share={self.most:g}` of them:\n"
+                f"{told}\nCorrect them or take them out, or allow more."
+            )
+
+
+def _list_bad_images(directory: Path, shard_size: int, count: int) -> None:
+    """Write the list of bad images and put their number into the manifest, once all shards are there: the last process
+    finds that they are."""
+    found = BadExampleList(directory)
+    for start in range(0, count, shard_size):
+        shard = directory / shard_name(start // shard_size)
+        if not is_whole(shard, min(shard_size, count - start)):
+            return
+        for row, (reason, detail, place) in read_problems(shard).items():
+            entry = {"number": start + row, "place": place, "reason": reason, "detail": detail}
+            found.add({"split": "train", **entry})
+    found.write()
+    manifest = {**read_manifest(directory), "num_bad_images": found.reasons().total()}
+    replace_file(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -164,22 +281,42 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 
 
 def _encode_shard(
-    encoder: VisionEncoder, rows: Dataset, batches: Iterable[Batch], first: int
-) -> tuple[torch.Tensor, list[ImageRecord]]:
-    """Features `(len(rows), vision_width)` and records of a shard whose first image has number `first`.
+    encoder: VisionEncoder, rows: Dataset, batches: Iterable[Batch], first: int, share: BadShare | None
+) -> bytes:
+    """The file of a shard whose first image has number `first`: features `(len(rows), vision_width)` and records; with
+    `share`, which rows are valid (those of others are 0).
 
     Raises:
-        ValueError: Features are not finite.
+        ValueError: Without `share`, features are not finite.
     """
-    features, records = [], []
-    for pixels, batch_records in batches:
-        pooled = encoder.encode(pixels)
-        if not (finite := pooled.isfinite().all(-1)).all():
-            row = len(records) + int((~finite).nonzero()[0])
-            raise ValueError(
-                f"The features of image {first + row}, {name_of(rows[row]['image'])}, are not finite in "
-                f"{str(pooled.dtype).removeprefix('torch.')}. Leave the image out, or encode with dtype=float32."
-            )
-        features.append(pooled)
-        records += batch_records
-    return torch.cat(features), records
+    features: list[torch.Tensor] = []
+    records: list[ImageRecord] = []
+    problems: list[Problem | None] = []
+    encoded: list[int] = []  # the rows that have features
+    for batch in batches:
+        good = [row for row, problem in enumerate(batch.problems, start=len(problems)) if problem is None]
+        records += batch.records
+        problems += batch.problems
+        if batch.pixels is not None:
+            pooled = encoder.encode(batch.pixels)
+            for row in (~pooled.isfinite().all(-1)).nonzero().flatten().tolist():
+                name, dtype = name_of(rows[good[row]]["image"]), str(pooled.dtype).removeprefix("torch.")
+                if share is None:
+                    raise ValueError(
+                        f"The features of image {first + good[row]}, {name}, are not finite in {dtype}. Leave the "
+                        "image out, or encode with dtype=float32."
+                    )
+                problems[good[row]] = Problem("features not finite", f"{name}, in {dtype}", None)
+                pooled[row] = 0
+            features.append(pooled)
+            encoded += good
+        if share is not None:
+            share.add(problems[-len(batch.problems) :])
+    if share is None:
+        return save({"features": as_stored(torch.cat(features)), **record_tensors(records)})
+    stored = as_stored(torch.cat(features) if features else encoder.encode_blank()[:0])
+    whole = stored.new_zeros(len(problems), stored.shape[1])
+    whole[encoded] = stored
+    valid = torch.tensor([problem is None for problem in problems], dtype=torch.uint8)
+    told = json.dumps({row: problem for row, problem in enumerate(problems) if problem is not None})
+    return save({"features": whole, "valid": valid, **record_tensors(records)}, {"problems": told})

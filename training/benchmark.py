@@ -4,7 +4,8 @@ Both train the same shapes in the same dtype on the same captions, which are as 
 taking turns; the table shows medians. Weights are random: they do not change the cost of a step. `--preset paper` takes
 the paper's shapes and needs a GPU. Results go to a JSON file with the hardware, the versions and the state of the
 repository; `--render` writes the repository's tables from all such files. `benchmark_answers` measures generation and
-scoring, `benchmark_index` the image index, `benchmark_warm_start` training for retrieval first.
+scoring, `benchmark_index` the image index, `benchmark_warm_start` training for retrieval first, `benchmark_dirty_data`
+data with errors in it.
 """
 
 import argparse

@@ -46,6 +46,7 @@ COMMANDS = {
     "benchmark-answers": Command("training.benchmark_answers", "measure generation and scoring", "train"),
     "benchmark-index": Command("training.benchmark_index", "measure image search", "index"),
     "benchmark-warm-start": Command("training.benchmark_warm_start", "measure the retrieval warm start", "train"),
+    "benchmark-dirty-data": Command("training.benchmark_dirty_data", "train on data with errors in it", "train"),
 }
 
 

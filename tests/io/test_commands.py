@@ -14,6 +14,7 @@ from tests.helpers.backbones import PARITY
 from training import (
     benchmark,
     benchmark_answers,
+    benchmark_dirty_data,
     benchmark_index,
     benchmark_warm_start,
     cache_features,
@@ -128,6 +129,11 @@ CASES = {
         ([OPT, VISION, "--data", "one={}/none.tsv"], "none.tsv"),
         ([OPT, VISION, "--data", "one={}/data.tsv"], "take two or more"),
         ([OPT, VISION, "--data", "one={}/data.tsv", "--output", "{}/empty"], "is a folder"),
+    ],
+    benchmark_dirty_data: [
+        ([OPT, VISION, "--count", "3"], "at least 20"),
+        ([OPT, VISION, "--broken", "1.5"], "from 0 to below 1"),
+        ([OPT, VISION, "--output", "{}/empty"], "is a folder"),
     ],
     build_image_index: [
         (["{}/none", str(IMAGES), "{}/index"], "none"),

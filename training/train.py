@@ -13,7 +13,7 @@ from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 from .arguments import DataArguments, ModelArguments, RunArguments, describe_keys, parse_config
 from .config import packaged_configs
 from .data.feature_cache import with_cached_features
-from .data.training_data import INDEXES, DataLoading, skips_bad_examples
+from .data.training_data import INDEXES, DataLoading
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RunArgumen
     if model_args.compile_vision_model:
         model.vision_model.compile()
 
-    loading = DataLoading(data_args, args.seed, skips_bad_examples(args), Path(args.output_dir or ".") / INDEXES)
+    loading = DataLoading(data_args, args.seed, args.on_bad_example == "skip", Path(args.output_dir or ".") / INDEXES)
     train_dataset, eval_dataset = loading.train_and_eval(
         lambda dataset, directory: with_cached_features(dataset, directory, model, processor)
     )

@@ -16,11 +16,6 @@ WithFeatures = Callable[[Any, str], Any]
 INDEXES = "shard_indexes"  # the folder of the indexes of shards that are read in place
 
 
-def skips_bad_examples(args: Any) -> bool:
-    """Whether the arguments of a run say to go on without the examples that cannot be read."""
-    return getattr(args, "on_bad_example", "raise") == "skip"
-
-
 @dataclass(kw_only=True)
 class Source:
     """One source of data: see [`load_captioned_images`]. `weight` is how often an epoch sees each of its examples."""
@@ -148,4 +143,4 @@ def _with_features(parts: list[Any], directory: str | None, with_features: WithF
     return [Selected(features, range(end - len(part), end)) for part, end in zip(parts, ends, strict=True)]
 
 
-__all__ = ["INDEXES", "DataLoading", "Source", "read_sources", "skips_bad_examples"]
+__all__ = ["INDEXES", "DataLoading", "Source", "read_sources"]

@@ -307,6 +307,8 @@ class LanguageModelTraits:
         self.mean_row_norm: float | None = None  # of the input embeddings before `[RET]`
         self.passes_gradient = False  # shown; a linear layer that loses it raises
         self.logged_fallbacks: set[str] = set()
+        self.is_sharded = False  # over processes, which must make the same passes then
+        self.gathered_state: dict[str, torch.Tensor] | None = None  # of a sharded model that is being saved
 
     def takes(self, language_model: PreTrainedModel, ability: str) -> bool:
         """Whether the LM has one of `ABILITIES` with its present attention implementation."""

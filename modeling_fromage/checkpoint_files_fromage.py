@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .peft_layers_fromage import names_without_peft
 
 TRAINED_PREFIX = "adapter."
+LOGIT_SCALE = "adapter.logit_scale"  # of shape (), and in files also (1,), which some ways of sharding need
 
 
 def load_trained_parts(adapter: nn.Module, files: list[Path]) -> None:
@@ -23,6 +24,8 @@ def load_trained_parts(adapter: nn.Module, files: list[Path]) -> None:
             tensors.update({key: opened.get_tensor(key) for key in opened.keys() if key.startswith(TRAINED_PREFIX)})  # noqa: SIM118
     own = names_without_peft(adapter, adapter.state_dict())  # PEFT may have wrapped some of its layers
     expected = {f"{TRAINED_PREFIX}{key}": tensor.shape for key, tensor in own.items()}
+    if LOGIT_SCALE in tensors and tensors[LOGIT_SCALE].shape == (1,):
+        tensors[LOGIT_SCALE] = tensors[LOGIT_SCALE][0]
     problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
     problems += [f"{key} is unknown" for key in sorted(tensors.keys() - expected.keys())]
     problems += [
@@ -38,6 +41,14 @@ def load_trained_parts(adapter: nn.Module, files: list[Path]) -> None:
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(tensors[f"{TRAINED_PREFIX}{key}"])
+
+
+def take_scale_of_shape_1(adapter: nn.Module, mismatched: set[Any], files: list[Path]) -> set[Any]:
+    """Fill `adapter` where its scale is the tensor that transformers found `mismatched`, and return the others."""
+    others = {entry for entry in mismatched if (entry[0], *entry[1]) != (LOGIT_SCALE, 1)}
+    if len(others) < len(mismatched):
+        load_trained_parts(adapter, files)
+    return others
 
 
 def check_finite(tensors: dict[str, torch.Tensor], source: str | os.PathLike) -> None:

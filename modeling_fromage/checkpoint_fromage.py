@@ -34,10 +34,11 @@ from .checkpoint_files_fromage import (
     TRAINED_PREFIX,
     check_finite,
     load_trained_parts,
+    take_scale_of_shape_1,
     tensor_names,
     weight_files_of,
 )
-from .checkpoint_origin_fromage import backbone_references, has_packed_weights
+from .checkpoint_origin_fromage import backbone_references, has_packed_weights, whole_state_of
 from .configuration_fromage import FromageConfig
 from .file_writing_fromage import move_into_place
 from .fingerprint_fromage import trained_fingerprint
@@ -81,7 +82,7 @@ def save_checkpoint(
     """
     refuse_unsaved_peft(model)
     with_peft = model._hf_peft_config_loaded
-    whole_state = model.state_dict() if state_dict is None else dict(state_dict)
+    whole_state = whole_state_of(model) if state_dict is None else dict(state_dict)
     state_dict = names_without_peft(model, whole_state)
     references: dict[str, Any] = {}
     if not save_backbones:
@@ -333,8 +334,8 @@ def _load_whole(
 ) -> Any:
     """transformers' own loading, which must leave no weight at random; each backbone keeps its saved dtype."""
     dtypes: dict[str, torch.dtype] = {}
+    hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
     if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
-        hub_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
         saved = config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(name, **hub_kwargs)
         found = {part: saved_dtype(getattr(saved, f"{prefix}_config")) for prefix, part in PARTS.items()}
         dtypes = {part: dtype for part, dtype in found.items() if dtype is not None}
@@ -348,10 +349,12 @@ def _load_whole(
     )
     for part, dtype in dtypes.items():
         getattr(model, part).to(dtype)
+    files = weight_files_of(name, kwargs.get("variant"), hub_kwargs)
+    mismatched = take_scale_of_shape_1(model.adapter, info["mismatched_keys"], files)
     unknown = {key for key in info["unexpected_keys"] if key.startswith(TRAINED_PREFIX)}
     problems = {"lacks": sorted(info["missing_keys"]), "has unknown trained tensors:": sorted(unknown)}
     if not may_mismatch:
-        shapes = [f"{key} {tuple(ours)}, not {tuple(theirs)}" for key, ours, theirs in info["mismatched_keys"]]
+        shapes = [f"{key} {tuple(ours)}, not {tuple(theirs)}" for key, ours, theirs in mismatched]
         problems["has"] = shapes
     for problem, keys in problems.items():
         if keys:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
@@ -192,9 +193,26 @@ def _widest_dtype(files: list[Path]) -> torch.dtype | None:
     return functools.reduce(torch.promote_types, found) if found else None
 
 
+def whole_state_of(model: "FromagePreTrainedModel") -> dict[str, torch.Tensor]:
+    """The state dict of a model, which was gathered from all processes where it is sharded.
+
+    Raises:
+        ValueError: It is sharded, and was not gathered.
+    """
+    if not model.traits.is_sharded:
+        return model.state_dict()
+    if model.traits.gathered_state is None:
+        raise ValueError(
+            "The backbones are sharded: no process has all weights. Let all of them call FromageTrainer.save_model; or "
+            "get_model_state_dict of torch.distributed.checkpoint.state_dict, with full_state_dict=True, and give what "
+            "the first process gets as `state_dict`."
+        )
+    return model.traits.gathered_state
+
+
 def has_packed_weights(backbone: nn.Module) -> bool:
     """Whether a quantiser keeps several weights in a number, or in a tensor of its own: no state dict for others."""
-    weights = list(backbone.parameters())
+    weights = [w.to_local() if isinstance(w, DTensor) else w for w in backbone.parameters()]  # sharded ones are plain
     return not all(w.is_floating_point() and w.dtype.itemsize > 1 for w in weights) or any(
         hasattr(weight, "__tensor_flatten__") for weight in weights
     )

@@ -218,7 +218,7 @@ class FrozenLM:
         flat_position = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         found_positions, found = [], []
         lengths = mask.sum(-1)
-        for rows in _groups(lengths, self.takes("right padding"), self.rope_switch):
+        for rows in _groups(lengths, self.takes("right padding"), self.rope_switch, self.traits.is_sharded):
             columns = mask[rows].any(0)  # without padding that no row of the group needs
             own = mask[rows][:, columns].bool()
             output = self.decode(embeds[rows][:, columns], own.long(), **options)
@@ -313,8 +313,11 @@ def _check_lengths(
         )
 
 
-def _groups(lengths: torch.Tensor, takes_padding: bool, switch: float) -> list[torch.Tensor]:
-    """Indices of sequences (B,) to run together, on one side of the [`rope_switch`] each."""
+def _groups(lengths: torch.Tensor, takes_padding: bool, switch: float, in_one_pass: bool) -> list[torch.Tensor]:
+    """Indices of sequences (B,) to run together, on one side of the [`rope_switch`] each; or all `in_one_pass`, where
+    every process must make as many."""
+    if in_one_pass:
+        return [torch.arange(len(lengths), device=lengths.device)]
     groups = length_groups(lengths) if takes_padding else groups_of_one_length(lengths)
     if switch == math.inf:
         return groups

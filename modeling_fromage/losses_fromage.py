@@ -151,3 +151,10 @@ def gather_with_gradient(embeds: torch.Tensor) -> torch.Tensor:
     padded = torch.cat([embeds, embeds.new_zeros(longest - len(embeds), *embeds.shape[1:])])
     gathered = dist_nn.all_gather(padded)
     return torch.cat([rows[: int(s)] for rows, s in zip(gathered, sizes, strict=True)])
+
+
+def largest_of_ranks(number: int, device: torch.device) -> int:
+    """The largest `number` of all ranks, which must call this together."""
+    tensor = torch.tensor(number, device=device, dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)

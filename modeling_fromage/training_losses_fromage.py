@@ -14,7 +14,13 @@ from .adapter_fromage import FromageAdapter
 from .backbones_fromage import attention_window, no_activation_checkpointing
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
-from .losses_fromage import contrastive_loss, duplicate_mask, gather_with_gradient, mean_over_targets
+from .losses_fromage import (
+    contrastive_loss,
+    duplicate_mask,
+    gather_with_gradient,
+    largest_of_ranks,
+    mean_over_targets,
+)
 from .packing_fromage import PackedRows, PrefixTree, tokens_first
 
 # The losses by the names that they have in the model's output, and the fields of the configuration that weight them.
@@ -60,7 +66,7 @@ def captioning_loss(
         hidden, _ = lm.run_unpadded(embeds, mask)
         return (lm.sum_token_loss(hidden[is_target[mask.bool()]], targets[is_target]),)
 
-    chunks = _in_chunks(branch, lm.config.gradient_cache_chunk_size, embeds, mask, is_target, targets)
+    chunks = _in_chunks(lm, branch, embeds, mask, is_target, targets)
     losses = [loss for (loss,) in chunks]
     return mean_over_targets(sum(losses[1:], losses[0]), is_target.sum(), across_processes)
 
@@ -96,13 +102,15 @@ def retrieval_losses(
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     fallback = why_not_ret_only(lm, input_ids, mask)
+    if lm.traits.is_sharded and largest_of_ranks(fallback is not None, input_ids.device) and fallback is None:
+        fallback = "another process needs an ordinary pass, and with sharded layers all make the same passes"
     if fallback is not None:
         lm.traits.log_fallback(fallback)
 
     def branch(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return ret_only_pass(lm, input_ids, mask) if fallback is None else ordinary_pass(lm, input_ids, mask)
 
-    losses, embeds = zip(*_in_chunks(branch, lm.config.gradient_cache_chunk_size, input_ids, mask), strict=True)
+    losses, embeds = zip(*_in_chunks(lm, branch, input_ids, mask), strict=True)
     count = has_previous_token(mask).sum()
     return {
         "ret_token_loss": mean_over_targets(sum(losses[1:], losses[0]), count, across_processes),
@@ -262,14 +270,25 @@ def has_previous_token(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _in_chunks(
-    branch: Callable[..., tuple[torch.Tensor, ...]], size: int | None, *tensors: torch.Tensor
+    lm: FrozenLM, branch: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor
 ) -> list[tuple[torch.Tensor, ...]]:
     """Run `branch` on chunks of `tensors` (B, ...), recomputing each in backward: gradient caching (Gao et al. 2021),
     which gives a contrastive batch the memory of one chunk."""
-    if not size or len(tensors[0]) <= size or not torch.is_grad_enabled():
+    size, rows = lm.config.gradient_cache_chunk_size, len(tensors[0])
+    if not size or not torch.is_grad_enabled():
         return [branch(*tensors)]
-    pieces = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    return [checkpoint(branch, *piece, use_reentrant=False) for piece in pieces]
+    pieces = [tensor.split(size) for tensor in tensors]
+    if lm.traits.is_sharded:  # as many chunks in every process
+        count = largest_of_ranks(len(pieces[0]), tensors[0].device)
+        if largest_of_ranks(rows < count, tensors[0].device):
+            raise ValueError(
+                f"With sharded layers all processes run as many chunks, here {count}, and one has fewer sequences "
+                f"(this one {rows}). Set `dataloader_drop_last=True`, or a larger `gradient_cache_chunk_size`."
+            )
+        pieces = [tensor.tensor_split(count) for tensor in tensors]
+    if len(pieces[0]) == 1:
+        return [branch(*tensors)]
+    return [checkpoint(branch, *piece, use_reentrant=False) for piece in zip(*pieces, strict=True)]
 
 
 __all__ = ["LOSS_WEIGHTS", "captioning_loss", "matching_loss", "ret_hidden_states", "retrieval_losses", "weighted_sum"]

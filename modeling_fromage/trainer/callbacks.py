@@ -14,6 +14,11 @@ WHAT_TO_CHECK = (
     "float32 do not."
 )
 
+_SHARDING = (
+    "it shards the few trained parameters, and modules that FROMAGe calls one by one. Leave it out, and give "
+    "FromageTrainer `shard_backbones=True` (in a training file `shard_backbones: true`), which shards the frozen layers"
+)
+
 # Arguments that would train something other than the model's losses, or nothing: the value that is off, and why.
 UNSUPPORTED_IN_TRAINING = {
     "label_smoothing_factor": (
@@ -34,6 +39,8 @@ UNSUPPORTED_IN_TRAINING = {
         "a step packs its texts by their lengths, so that nearly every batch would be compiled anew. Compile the "
         "frozen encoder: `model.vision_model.compile()`, or `compile_vision_model: true` of `training.train`",
     ),
+    "fsdp": (None, _SHARDING),
+    "deepspeed": (None, _SHARDING),
 }
 UNSUPPORTED_IN_EVALUATION = {
     "batch_eval_metrics": (

@@ -4,10 +4,14 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..checkpoint_files_fromage import load_trained_parts, weight_files_of
+from ..pretrained_fromage import FromagePreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -27,4 +31,16 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
-__all__ = ["last_complete_checkpoint"]
+def restore_trained(model: Any, checkpoint: str | None) -> bool:
+    """Load what the Trainer would not: an adapter that `add_adapter` has put into `model`, or what is trained beside
+    sharded backbones; whether there is such."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model.restore_adapter(checkpoint)
+    elif isinstance(model, FromagePreTrainedModel) and model.traits.is_sharded:
+        load_trained_parts(model.adapter, weight_files_of(checkpoint or "", None, {}))
+    else:
+        return False
+    return True
+
+
+__all__ = ["last_complete_checkpoint", "restore_trained"]

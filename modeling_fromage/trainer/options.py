@@ -15,6 +15,10 @@ class TrainerOptions(RetrievalWarmStart):
     learning_rates: dict[str, float] | None = field(
         default=None, metadata={"help": "Other rates than learning_rate by the name of a part: visual_projection, ..."}
     )
+    shard_backbones: bool = field(
+        default=False,
+        metadata={"help": "Spread the layers of the frozen backbones over all processes, each of which holds a share."},
+    )
     on_bad_example: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "skip: another example is trained on for a bad one, which is listed."}
     )

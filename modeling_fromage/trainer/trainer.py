@@ -26,13 +26,16 @@ from .callbacks import (
     NormalizeRetEmbeddingCallback,
     refuse_arguments,
 )
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint, restore_trained
 from .data_collator import FromageDataCollator
 from .dirty_data import DirtyData
 from .epoch_order import SetEpochCallback, epoch_order_sampler
 from .evaluation import mean_losses_and_recall
+from .heartbeat import watched_processes
 from .loss_log import LossParts
 from .options import TrainerOptions, set_learning_rates
+from .rank_batches import share_last_batch
+from .sharding import data_parallel, gathered, is_sharded, shard_for
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +101,8 @@ class FromageTrainer(Trainer):
             )
         accelerator_config.dispatch_batches = False
         args.remove_unused_columns = False
+        if self.options.shard_backbones:
+            shard_for(args, model)
         super().__init__(model, args, data_collator, *more, **kwargs)
         if self.compute_loss_func is not None:
             raise ValueError(
@@ -144,7 +149,7 @@ class FromageTrainer(Trainer):
             self._unwrapped.refuse_unsaved_peft()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # pushes during the run
             self._refuse_local_backbones()
-        with self._data.run(keep=bool(resume_from_checkpoint)):
+        with watched_processes(self.args), self._data.run(keep=bool(resume_from_checkpoint)):
             if self.options.retrieval_warm_start_steps and not resume_from_checkpoint:
                 self._train_retrieval(resume=given == "true")
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -179,13 +184,23 @@ class FromageTrainer(Trainer):
     def _unwrapped(self) -> Any:  # the model, a PeftModel around it, or another module
         return self.accelerator.unwrap_model(self.model)
 
-    @property
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank has all weights
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: DataLoader | None = None) -> torch.nn.Module:
+        if training and model is self.model and is_sharded(model):
+            return data_parallel(model, self.accelerator)
+        return super()._wrap_model(model, training, dataloader)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in the Trainer; the last, smaller batch of an epoch is shared out rather than filled up."""
+        return share_last_batch(super().get_train_dataloader())
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As in the Trainer: all processes call it."""
+        with gathered(self._unwrapped):
+            super().save_model(*args, **kwargs)
 
     def _refuse_local_backbones(self) -> None:
         if hasattr(self._unwrapped, "refuse_local_backbones"):
-            self._unwrapped.refuse_local_backbones(compare_weights=not self._is_sharded)
+            self._unwrapped.refuse_local_backbones(compare_weights=not is_sharded(self._unwrapped))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As in the Trainer, but backbones are named, if need be by a path of this machine, rather than copied."""
@@ -195,19 +210,12 @@ class FromageTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not self._restore_adapter(resume_from_checkpoint):
+        if not restore_trained(self._unwrapped, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._restore_adapter(self.state.best_model_checkpoint):
+        if not restore_trained(self._unwrapped, self.state.best_model_checkpoint):
             super()._load_best_model()
-
-    def _restore_adapter(self, checkpoint: str | None) -> bool:
-        """Load an adapter that `add_adapter` has added, of which the Trainer does not know; whether there is one."""
-        has_adapter = getattr(self._unwrapped, "_hf_peft_config_loaded", False) and not self._is_sharded
-        if has_adapter:
-            self._unwrapped.restore_adapter(checkpoint)
-        return has_adapter
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_local_backbones()

@@ -45,8 +45,14 @@ def run_ranks(function: Callable, *arguments: object, world_size: int = 2):
     """
     from torch.multiprocessing import start_processes
 
-    multiprocessing.set_forkserver_preload(["tests.conftest", "transformers.trainer"])
+    forkserver()
     start_processes(function, arguments, world_size, start_method="forkserver")
+
+
+def forkserver() -> multiprocessing.context.BaseContext:
+    """A context whose processes have imported what tests import."""
+    multiprocessing.set_forkserver_preload(["tests.conftest", "transformers.trainer"])
+    return multiprocessing.get_context("forkserver")
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from training import (
     benchmark_answers,
     benchmark_dirty_data,
     benchmark_index,
+    benchmark_kills,
+    benchmark_processes,
     benchmark_warm_start,
     cache_features,
     cli,
@@ -122,6 +124,14 @@ CASES = {
     ],
     benchmark_index: [
         (["--count", "many"], "whole number of at least 1, got 'many'"),
+        (["--output", "{}/empty"], "is a folder"),
+    ],
+    benchmark_kills: [
+        (["--kills", "0"], "at least 1"),
+        (["--output", "{}/empty"], "is a folder"),
+    ],
+    benchmark_processes: [
+        (["--dtypes", "int8"], "invalid choice: 'int8'"),
         (["--output", "{}/empty"], "is a folder"),
     ],
     benchmark_warm_start: [

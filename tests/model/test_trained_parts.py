@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from modeling_fromage import FromageImageIndex, FromagePipeline
+from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromagePipeline
 from tests.helpers import processes
 from tests.helpers.backbones import make_model, make_processor
-from tests.helpers.checkpoints import assemble, assert_equal, outputs
+from tests.helpers.checkpoints import assemble, assert_equal, edit, outputs
 from tests.helpers.paths import ROOT
 
 CASTS = {
@@ -156,3 +156,18 @@ def test_a_pickle_is_read_by_another_process(tmp_path):
     run = processes.run("-c", FRESH, tmp_path / "model.pickle", tmp_path / "result.pt", cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert_equal(torch.load(tmp_path / "result.pt"), outputs(model))
+
+
+@pytest.mark.parametrize("save_backbones", [False, True])
+def test_a_logit_scale_of_shape_1_loads(backbones, tmp_path, save_backbones):
+    """Which FSDP needs where it shards the trained parts, too."""
+    model, processor = assemble(backbones)
+    model.adapter.logit_scale.data.fill_(3.0)
+    model.save_pretrained(tmp_path / "model", save_backbones=save_backbones)
+    edit(
+        tmp_path / "model" / "model.safetensors",
+        lambda tensors: tensors.update({"adapter.logit_scale": tensors["adapter.logit_scale"][None].contiguous()}),
+    )
+    loaded = FromageForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert loaded.adapter.logit_scale.shape == () and loaded.adapter.logit_scale == 3.0
+    assert_equal(outputs(loaded), outputs(model.eval()))

@@ -7,25 +7,21 @@ in a single commit. `--dry-run` stops before the upload.
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, FromagePipeline, FromageProcessor
-from modeling_fromage.images_fromage import printable
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
+from modeling_fromage.io.model_card import RUN, CardFacts, is_on_hub, model_card, of_the_model
 
-TEMPLATE = files(__package__) / "model_card_template.md"
 _RESULTS = "all_results.json"  # written by training.train
-_SPEEDS = ("_runtime", "_per_second", "total_flos")  # endings of metrics that say nothing about the model
 _STRANGER = "import sys; sys.modules['modeling_fromage'] = None; exec(sys.stdin.read())"
 
 
@@ -43,8 +39,17 @@ def stage(checkpoint: str, repo_id: str, folder: Path, options: argparse.Namespa
         model.refuse_local_backbones()
     pipe = FromagePipeline(model=model, processor=processor)  # saves its own code as well
     pipe.save_pretrained(folder, save_backbones=options.save_backbones, adapter_dtype=options.adapter_dtype)
-    card = model_card(model, processor, repo_id, options, results)
-    card.save(folder / "README.md")
+    facts = CardFacts(
+        results=results,
+        run=read_json(Path(checkpoint, RUN)) if Path(checkpoint, RUN).is_file() else {},
+        data=options.data,
+        datasets=options.datasets,
+        license=options.license,
+        backbone_licenses=licenses(model.config, options),
+        adapter_dtype=options.adapter_dtype,
+        holds_backbones=options.save_backbones,
+    )
+    model_card(model, processor, repo_id, facts).save(folder / "README.md")
 
 
 def read_results(path: str | None, checkpoint: str) -> dict[str, Any]:
@@ -58,84 +63,29 @@ def read_results(path: str | None, checkpoint: str) -> dict[str, Any]:
     found = Path(path) if path else Path(checkpoint, _RESULTS)
     if not path and not found.is_file():
         return {}
+    results = read_json(found)
+    return results if path else of_the_model(results)
+
+
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        results = json.loads(found.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"The results {found} cannot be read: {error}. --results takes a JSON file.") from error
-    if not isinstance(results, dict):
-        raise ValueError(f"The results {found} are a {type(results).__name__}; expected metrics by their names.")
-    return results if path else {name: value for name, value in results.items() if not name.endswith(_SPEEDS)}
+        raise ValueError(f"The results {path} cannot be read: {error}. --results takes a JSON file.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"The results {path} are a {type(found).__name__}; expected metrics by their names.")
+    return found
 
 
-def model_card(
-    model: FromageForConditionalGeneration,
-    processor: FromageProcessor,
-    repo_id: str,
-    options: argparse.Namespace,
-    results: dict[str, Any],
-) -> ModelCard:
-    """The card of `model`, from the template beside this file."""
-    config = model.config
-    backbones = [
-        _describe_backbone(config, "text", "language model", options.text_license),
-        _describe_backbone(config, "vision", "vision encoder", options.vision_license),
-    ]
-    on_hub = [row["name"] for row in backbones if row["on_hub"]]
-    data = ModelCardData(
-        license=options.license,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=on_hub or None,
-        datasets=options.datasets or None,
-        tags=["fromage", "image-retrieval", "arxiv:2301.13823"],
-    )
-    trained = sum(p.numel() for p in model.adapter.parameters())
-    width = {"bfloat16": 2, "float16": 2, "float32": 4}[options.adapter_dtype]
-    return ModelCard.from_template(
-        data,
-        template_str=TEMPLATE.read_text(encoding="utf-8"),
-        title=repo_id.rpartition("/")[2],
-        repo_id=repo_id,
-        trained_parameters=f"{trained:,}",
-        trained_megabytes=f"{trained * width / 1e6:.1f}",
-        holds_backbones=options.save_backbones,
-        backbones=backbones,
-        license=options.license,
-        prompt=json.dumps(processor.caption_prompt, ensure_ascii=False),
-        stops=json.dumps(processor.caption_stop_strings, ensure_ascii=False),
-        data=options.data or ", ".join(options.datasets) or "not stated",
-        num_image_tokens=config.num_image_tokens,
-        projection_dim=config.projection_dim,
-        metrics=_numbers(results),
-    )
-
-
-def _describe_backbone(config: FromageConfig, prefix: str, role: str, license_: str | None) -> dict[str, Any]:
-    name = getattr(config, f"{prefix}_model_id")
-    on_hub = name is not None and not os.path.isdir(name)
-    if on_hub and license_ is None:
-        card_data = HfApi().model_info(name, revision=getattr(config, f"{prefix}_model_revision")).card_data
-        license_ = card_data.license if card_data else None
-    return {
-        "role": role,
-        "name": name if on_hub else getattr(config, f"{prefix}_config").model_type,
-        "on_hub": on_hub,
-        "revision": (getattr(config, f"{prefix}_model_revision") or "")[:8] or "-",
-        "license": license_ or ("see there" if on_hub else "not stated"),
-    }
-
-
-def _numbers(results: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """The numbers in a results file as cells of a Markdown table, nested names joined. Lists (logs, captions) are left
-    out."""
-    rows: list[tuple[str, str]] = []
-    for name, value in results.items():
-        if isinstance(value, dict):
-            rows += _numbers(value, f"{prefix}{name} ")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            cell = re.sub(r"[\\`*\[\]<>|]", r"\\\g<0>", printable(prefix + name))
-            rows.append((cell, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"))
-    return rows
+def licenses(config: FromageConfig, options: argparse.Namespace) -> dict[str, str | None]:
+    """Those of the backbones: as given, else as the Hub says."""
+    found = {"text": options.text_license, "vision": options.vision_license}
+    for prefix, given in found.items():
+        if given is None and is_on_hub(config, prefix):
+            name, revision = (getattr(config, f"{prefix}_model_{field}") for field in ("id", "revision"))
+            card_data = HfApi().model_info(name, revision=revision).card_data
+            found[prefix] = card_data.license if card_data else None
+    return found
 
 
 def load_as_a_stranger(folder: Path, repo_id: str) -> str:

@@ -7,7 +7,13 @@ from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from transformers import BitsAndBytesConfig, TorchAoConfig, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    TorchAoConfig,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_fromage import FromageConfig
@@ -180,9 +186,28 @@ class DataArguments:
 class RunArguments(TrainerOptions, TrainingArguments):
     """transformers' `TrainingArguments`, and the options of FromageTrainer."""
 
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations without a better metric_for_best_model after which training ends."},
+    )
+
     def __post_init__(self) -> None:
         TrainingArguments.__post_init__(self)
         TrainerOptions.__post_init__(self)
+        if self.early_stopping_patience is not None and not (
+            self.early_stopping_patience > 0 and self.load_best_model_at_end
+        ):
+            raise ValueError(
+                "`early_stopping_patience` counts evaluations since the best one: it must be at least 1, and it needs "
+                "`eval_strategy`, `load_best_model_at_end: true` and `metric_for_best_model` "
+                f"(eval_text_to_image_R@1, ...), got {self.early_stopping_patience}."
+            )
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the keys above ask for."""
+        if self.early_stopping_patience is None:
+            return []
+        return [EarlyStoppingCallback(self.early_stopping_patience)]
 
     def trainer_options(self) -> dict[str, Any]:
         """What FromageTrainer takes beside `args`."""
@@ -206,14 +231,46 @@ def parse_config(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
     return to_dataclasses(config, (ModelArguments, DataArguments, RunArguments))
 
 
+# The keys that nearly every file sets, by what they are for, and what is said of those of transformers.
+USUAL_KEYS = {
+    "the two frozen models": ("language_model", "vision_model", "dtype"),
+    "the data": ("train_data", "eval_data", "max_length"),
+    "the run": ("output_dir", "per_device_train_batch_size", "learning_rate", "max_steps", "num_train_epochs"),
+    "evaluating, saving, reporting": ("eval_steps", "save_steps", "logging_steps", "report_to"),
+}
+_OF_TRANSFORMERS = {
+    "output_dir": "Where the model, its checkpoints and the log go.",
+    "per_device_train_batch_size": "Pairs a step and device; the others of a step are a pair's negatives.",
+    "learning_rate": "Its peak, of AdamW.",
+    "max_steps": "Steps of the optimiser; goes before num_train_epochs.",
+    "num_train_epochs": "How often the data are gone through.",
+    "eval_steps": "Steps between evaluations, with `eval_strategy: steps`.",
+    "save_steps": "Steps between checkpoints; `resume_from_checkpoint: true` goes on after the last.",
+    "logging_steps": "Steps between lines of the log.",
+    "report_to": "tensorboard, trackio, wandb, ...; none for no report.",
+}
+
+
+def describe_usual_keys() -> str:
+    """The keys that nearly every file sets, for `--help`."""
+    kinds = (ModelArguments, DataArguments, RunArguments)
+    known = {each.name: (each, hints[each.name]) for cls in kinds for hints in [get_type_hints(cls)]
+             for each in fields(cls)}  # fmt: skip
+    lines = ["keys that nearly every file sets (all of them: --help-all):"]
+    for title, names in USUAL_KEYS.items():
+        lines += ["", f"{title}:", *(line for name in names for line in _told(*known[name]))]
+    example = ["language_model: facebook/opt-125m", "vision_model: openai/clip-vit-base-patch32",
+               "train_data: pairs.tsv  # columns caption and image", "output_dir: outputs/mine"]  # fmt: skip
+    return "\n".join([*lines, "", "a whole file:", *(f"  {line}" for line in example)])
+
+
 def describe_keys() -> str:
-    """The keys of a training file with types, defaults and meanings, for `--help`."""
+    """All keys of a training file with types, defaults and meanings, for `--help-all`."""
     lines = ["keys of the model (the fields of FromageConfig among them):", *_describe(ModelArguments)]
     lines += ["", "keys of the data:", *_describe(DataArguments)]
-    lines += ["", "keys of the training:", *_describe(TrainerOptions)]
-    names = ", ".join(known.name for known in fields(TrainingArguments) if known.init)
-    lines += ["", "keys of transformers.TrainingArguments (explained there):"]
-    return "\n".join([*lines, *textwrap.wrap(names, 100, initial_indent="  ", subsequent_indent="  ")])
+    lines += ["", "keys of the training:", *_describe(RunArguments, but=TrainingArguments)]
+    lines += ["", "keys of transformers.TrainingArguments:", *_describe(TrainingArguments)]
+    return "\n".join(lines)
 
 
 def _require(package: str, key: str) -> None:
@@ -221,17 +278,30 @@ def _require(package: str, key: str) -> None:
         raise ImportError(f"`{key}` needs the package {package}: pip install {package}.")
 
 
-def _describe(cls: type) -> list[str]:
+def _describe(cls: type, but: type = object) -> list[str]:
+    """The fields of a dataclass, those first that must be given; none that `but` has too."""
     hints = get_type_hints(cls)
-
-    def told(known: Field) -> str:
-        default = "required" if known.default is MISSING else f"default {known.default!r}"
-        meaning = known.metadata.get("help", "")
-        return f"{known.name} ({type_name(hints[known.name])}; {default}): {meaning}"
-
+    others = getattr(but, "__dataclass_fields__", {})
     ordered = sorted(fields(cls), key=lambda known: known.default is not MISSING)
-    return [
-        line
-        for known in ordered
-        for line in textwrap.wrap(told(known), 100, initial_indent="  ", subsequent_indent="      ")
-    ]
+    return [line for known in ordered if known.init and known.name not in others
+            for line in _told(known, hints[known.name])]  # fmt: skip
+
+
+def _told(known: Field, hint: Any) -> list[str]:
+    """A key with its type, default and meaning, as lines."""
+    is_required = known.default is MISSING and known.default_factory is MISSING
+    default = "required" if is_required else "by default " + _shown(known)
+    if known.default is None:
+        default = "optional"
+    meaning = _OF_TRANSFORMERS.get(known.name) or " ".join(known.metadata.get("help", "").split())
+    text = f"{known.name} ({_kind(hint)}; {default}): {meaning}"
+    return textwrap.wrap(text.removesuffix(": "), 100, initial_indent="  ", subsequent_indent="      ")
+
+
+def _kind(hint: Any) -> str:
+    return " or ".join(each for each in type_name(hint).split(" or ") if each != "nothing")
+
+
+def _shown(known: Field) -> str:
+    value = known.default if known.default is not MISSING else known.default_factory()
+    return str(getattr(value, "value", value)) if value != "" else "empty"

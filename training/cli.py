@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from modeling_fromage import __version__
-from modeling_fromage.io.command_line import errors_in_one_line
+from modeling_fromage.io.command_line import CommandParser, errors_in_one_line
 
 # Installed, this package is modeling_fromage.training; in a checkout it is training.
 _ROOT = (__package__ or "training").removesuffix("training")
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fromage",
         description=__doc__,
         epilog=f"commands (`fromage COMMAND --help` tells more):\n{commands}",

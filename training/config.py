@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from argparse import ArgumentTypeError
-from difflib import get_close_matches
 from enum import Enum
 from importlib import resources
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+
+from modeling_fromage.io.command_line import did_you_mean
 
 CONFIGS = Path(str(resources.files(__package__) / "configs"))
 
@@ -87,9 +88,8 @@ def to_dataclasses(config: dict[str, Any], types: tuple[type, ...]) -> tuple[Any
                 raise ValueError(f"`{field.name}` is missing. Say what it is in the file, or as {field.name}=...")
     known = [field.name for cls in types for field in dataclasses.fields(cls)]
     if unknown := sorted(map(str, config.keys() - set(known))):
-        close = get_close_matches(unknown[0], known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "Leave it out."
-        raise ValueError(f"There is no key {unknown[0]!r}{f', nor {unknown[1:]}' * (len(unknown) > 1)}. {hint}")
+        told = [f"There is no key {name!r}. {did_you_mean(name, known) or 'Leave it out.'}" for name in unknown]
+        raise ValueError(" ".join(told))
     return HfArgumentParser(types).parse_dict(config)
 
 

@@ -1,8 +1,14 @@
-"""Train a FROMAGe model: `python -m training.train CONFIG.yaml [key=value ...]`."""
+"""Train a FROMAGe model: `python -m training.train CONFIG.yaml [key=value ...]`.
+
+Example: `python -m training.train paper train_data=cc3m/train.tsv eval_data=cc3m/validation.tsv --dry-run` tells what
+would be trained, how long and in what memory. Without `--dry-run` it is trained.
+"""
 
 import argparse
 import logging
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -10,10 +16,19 @@ from transformers import set_seed
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
-from .arguments import DataArguments, ModelArguments, RunArguments, describe_keys, parse_config
+from .arguments import (
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    describe_keys,
+    describe_usual_keys,
+    parse_config,
+)
 from .config import packaged_configs
+from .curves import plot_curves
 from .data.feature_cache import with_cached_features
 from .data.training_data import INDEXES, DataLoading
+from .dry_run import dry_run
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +71,8 @@ def describe_parameters(model: FromageForConditionalGeneration) -> str:
     return f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict[str, float]:
-    """Build the model, train it, evaluate it, and save it with its processor to `args.output_dir`.
-
-    Returns:
-        The metrics, also written to `all_results.json` in that folder.
-    """
+def prepare(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> FromageTrainer:
+    """The model, the data, and the trainer that joins them."""
     set_seed(args.seed)
     processor, model = assemble(model_args, dtype=model_args.dtype)
     logger.info(describe_parameters(model))
@@ -79,32 +90,87 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RunArgumen
         eval_dataset=eval_dataset,
         data_collator=make_collator(processor, data_args, args.seed),
         processing_class=processor,
+        callbacks=args.callbacks(),
         **args.trainer_options(),
     )
+    trainer.data_names = {
+        "train": name_sources(data_args.train_data, data_args.train_split),
+        "eval": name_sources(data_args.eval_data, data_args.eval_split) if trainer.eval_dataset is not None else [],
+    }
+    return trainer
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict[str, float]:
+    """Build the model, train it, evaluate it, and save it with its processor to `args.output_dir`, with the model card
+    and a plot of the curves.
+
+    Returns:
+        The metrics, also written to `all_results.json` in that folder.
+    """
+    trainer = prepare(model_args, data_args, args)
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
-    if eval_dataset is not None:
+    if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     trainer.save_state()
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without entries of an earlier run
-    trainer.save_model()  # last, since with push_to_hub it uploads the folder
+    if trainer.is_world_process_zero():
+        plot_curves(trainer.state.log_history, Path(args.output_dir or ""))
+    trainer.save_model()  # after what it uploads with push_to_hub
+    trainer.create_model_card()
     return metrics
 
 
+def name_sources(sources: Any, split: str | None) -> list[dict[str, Any]]:
+    """Data sets by their Hub ids, or by the names of files and folders, which name no path of this machine."""
+    if sources is None:
+        return []
+    if isinstance(sources, (list, tuple)):
+        return [each for source in sources for each in name_sources(source, split)]
+    if isinstance(sources, dict):  # with a weight, a split of its own, ...
+        return name_sources(sources["source"], sources.get("split", split))
+    path = Path(sources)
+    if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", sources):
+        return [{"name": sources, "split": split, "on_hub": True}]
+    is_address = "://" in sources
+    return [{"name": sources if is_address else path.name, "split": split if path.is_dir() else None, "on_hub": False}]
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, epilog=describe_keys())
+    parser = command_parser(__doc__, epilog=describe_usual_keys())
     parser.add_argument(
         "config", help=f"YAML file, or one that comes with this package: {', '.join(packaged_configs())}"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")
+    parser.add_argument("--dry-run", action="store_true", help="take a few steps, tell what a run comes to, and stop")
+    parser.add_argument("--help-all", action=HelpAll, help="show all keys with types, defaults and meanings, and exit")
     return parser
+
+
+class HelpAll(argparse.Action):
+    """As `--help`, with every key."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        parser.epilog = describe_keys()
+        parser.print_help()
+        parser.exit()
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = make_parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO)
     with errors_in_one_line(parser):
-        return train(*parse_config(options.config, options.overrides))
+        arguments = parse_config(options.config, options.overrides)
+        if not options.dry_run:
+            return train(*arguments)
+        trainer = prepare(*arguments)
+        told = dry_run(trainer)
+        if trainer.is_world_process_zero():
+            print(told)
+        return {}
 
 
 if __name__ == "__main__":

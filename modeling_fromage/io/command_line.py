@@ -3,10 +3,12 @@
 import argparse
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -25,7 +27,48 @@ _DTYPES = {
 }
 
 
-def command_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three names that `name` may have been meant for: alike, with its words, or with it for initials."""
+    known = list(known)
+    if alike := get_close_matches(name, known, n=1, cutoff=0.85):
+        return alike
+    words = set(name.split("_"))
+    initials = [each for each in known if "".join(word[:1] for word in each.split("_")) == name]
+    holders = sorted((each for each in known if words <= set(each.split("_"))), key=len)
+    return list(dict.fromkeys([*initials, *holders, *get_close_matches(name, known, n=3)]))[:3]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names what is [`nearest`], or nothing."""
+    found = nearest(name, known)
+    return f"Did you mean {' or '.join(found)}?" if found else ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors name the nearest option or choice."""
+
+    def error(self, message: str) -> NoReturn:
+        kind, _, rest = message.partition(": ")
+        if kind == "unrecognized arguments":
+            given = rest.split()[0].partition("=")[0]
+            hint = did_you_mean(given, [option for option in self._all_options() if option.startswith("--")])
+            if given.startswith("--") and any(action.metavar == "key=value" for action in self._actions):
+                key = given.lstrip("-").replace("-", "_")
+                hint = hint or f"Keys of the file are written without dashes: {key}=VALUE."
+            message = f"{message}. {hint}" if hint else message
+        elif choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            hint = did_you_mean(choice[1], re.split(r"[', ]+", choice[2].strip("'")))
+            message = f"{message}. {hint}" if hint else message
+        super().error(message)
+
+    def _all_options(self) -> list[str]:
+        """Of this parser and of its subcommands."""
+        below = [parser for action in self._actions if isinstance(action, argparse._SubParsersAction)
+                 for parser in action.choices.values()]  # fmt: skip
+        return [option for parser in (self, *below) for action in parser._actions for option in action.option_strings]
+
+
+def command_parser(description: str | None, epilog: str | None = None) -> CommandParser:
     """A parser that shows `description` and `epilog` as they are, and names the command as the user called it.
 
     That is `fromage train`, or `python -m training.train` (which argparse itself does from Python 3.14 on).
@@ -33,7 +76,7 @@ def command_parser(description: str | None, epilog: str | None = None) -> argpar
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     prog = f"python -m {spec.name}" if spec is not None and sys.argv[0].endswith(".py") else None
     raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog, description=description, epilog=epilog, formatter_class=raw)
+    return CommandParser(prog, description=description, epilog=epilog, formatter_class=raw)
 
 
 @contextmanager

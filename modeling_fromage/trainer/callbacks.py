@@ -8,11 +8,15 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..peft_layers_fromage import refuse_prompt_learning
+from ..training_losses_fromage import LOSS_WEIGHTS
 
 WHAT_TO_CHECK = (
     "Check the learning rate, the image features, and the dtype of the backbones: float16 overflows where bfloat16 and "
     "float32 do not."
 )
+
+# A gradient scaler starts at 2 ** 16 and halves at every step that it skips: here it has skipped 30.
+SMALLEST_LOSS_SCALE = 2.0**-14
 
 _SHARDING = (
     "it shards the few trained parameters, and modules that FROMAGe calls one by one. Leave it out, and give "
@@ -101,6 +105,27 @@ def refuse_non_finite(tensors: dict[str, torch.Tensor], state: TrainerState, wha
         raise FloatingPointError(f"Step {state.global_step + 1} {what} {', '.join(names)}. {WHAT_TO_CHECK}")
 
 
+def refuse_unsound_step(step: int, loss: torch.Tensor, parts: dict[str, torch.Tensor], scaler: Any) -> None:
+    """
+    Args:
+        parts (`dict`): The losses that `loss` is the sum of, and what else is logged of the batch.
+        scaler (`torch.amp.GradScaler`, *optional*): Of the gradients in fp16.
+
+    Raises:
+        FloatingPointError: `loss` is not finite, or gradients have not been for many steps.
+    """
+    if not loss.isfinite().all():
+        values = ", ".join(f"{name} {parts[name].item():g}" for name in LOSS_WEIGHTS if name in parts)
+        raise FloatingPointError(
+            f"Step {step} was not taken, for a loss of {loss.item():g} ({values}). {WHAT_TO_CHECK}"
+        )
+    if scaler is not None and scaler.get_scale() < SMALLEST_LOSS_SCALE:
+        raise FloatingPointError(
+            f"Step {step} was not taken: the gradients have not been finite for many steps, whatever the loss was "
+            f"scaled by ({scaler.get_scale():g} by now). {WHAT_TO_CHECK}"
+        )
+
+
 def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, str]]) -> None:
     """
     Raises:
@@ -112,4 +137,4 @@ def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, 
             raise ValueError(f"`{name}={value}` does not work with FROMAGe: {reason}.")
 
 
-__all__ = ["NormalizeRetEmbeddingCallback", "refuse_arguments", "refuse_non_finite"]
+__all__ = ["NormalizeRetEmbeddingCallback", "refuse_arguments", "refuse_non_finite", "refuse_unsound_step"]

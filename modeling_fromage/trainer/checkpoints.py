@@ -31,6 +31,20 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
+def where_to_resume(given: str | bool | None, output_dir: str | os.PathLike) -> tuple[bool, Any]:
+    """Whether a run is to go on where it was, and its checkpoint, if there is one: `True`, also as YAML and command
+    lines write it, stands for the last complete one in `output_dir`."""
+    text = str(given).lower()
+    if text not in ("true", "false") or isinstance(given, str) and os.path.exists(given):
+        return False, given
+    if text == "false":
+        return False, False
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None:
+        logger.warning("%s has no complete checkpoint yet: training starts from the beginning.", output_dir)
+    return True, checkpoint
+
+
 def restore_trained(model: Any, checkpoint: str | None) -> bool:
     """Load what the Trainer would not: an adapter that `add_adapter` has put into `model`, or what is trained beside
     sharded backbones; whether there is such."""
@@ -43,4 +57,4 @@ def restore_trained(model: Any, checkpoint: str | None) -> bool:
     return True
 
 
-__all__ = ["last_complete_checkpoint", "restore_trained"]
+__all__ = ["last_complete_checkpoint", "restore_trained", "where_to_resume"]

@@ -1,9 +1,12 @@
-"""What an evaluation reports: the mean of each loss, and recall among all pairs."""
+"""What an evaluation reports: the mean of each loss, recall among all pairs, and captions."""
 
 from typing import Any
 
 import torch
+from transformers.utils.logging import tqdm
 
+from ..modeling_fromage import FromageForConditionalGeneration
+from ..processing_fromage import FromageProcessor
 from ..training_losses_fromage import LOSS_WEIGHTS
 from .ranking import recall_in_both_directions
 
@@ -24,4 +27,36 @@ def mean_losses_and_recall(predictions: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-__all__ = ["mean_losses_and_recall"]
+@torch.no_grad()
+def generate_captions(
+    model: FromageForConditionalGeneration,
+    processor: FromageProcessor,
+    features: torch.Tensor,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+) -> list[str]:
+    """Greedy captions of images with pooled features (N, vision_width), up to a stop string or an end token.
+
+    The prompt and the stop strings are the processor's, as in training.
+    """
+    prompt, stops = torch.tensor([processor.caption_prompt_ids()]), processor.caption_stop_strings
+    texts = []
+    for chunk in tqdm(features.split(batch_size), desc="Writing captions", disable=len(features) <= batch_size):
+        ids = prompt.expand(len(chunk), -1).to(model.device)
+        sequences = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pooled_image_features=chunk.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            stop_strings=stops,
+            tokenizer=processor.tokenizer,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            max_num_rets=0,
+        )
+        for text in processor.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True):
+            texts.append(min((text.partition(stop)[0] for stop in stops), key=len).strip())
+    return texts
+
+
+__all__ = ["generate_captions", "mean_losses_and_recall"]

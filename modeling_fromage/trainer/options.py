@@ -19,6 +19,12 @@ class TrainerOptions(RetrievalWarmStart):
         default=False,
         metadata={"help": "Spread the layers of the frozen backbones over all processes, each of which holds a share."},
     )
+    eval_samples: int = field(
+        default=8,
+        metadata={
+            "help": "Held-out images whose captions and retrievals each evaluation draws into samples/; 0: none."
+        },
+    )
     on_bad_example: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "skip: another example is trained on for a bad one, which is listed."}
     )

@@ -1,7 +1,6 @@
-"""Training with the HF Trainer: the `[RET]` norm callback, the three losses in the log, recall in evaluation."""
+"""Training with the HF Trainer: the `[RET]` norm callback, what a run logs, recall in evaluation."""
 
 import logging
-import os
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, cast
@@ -22,25 +21,24 @@ from ..training_losses_fromage import LOSS_WEIGHTS
 from .callbacks import (
     UNSUPPORTED_IN_EVALUATION,
     UNSUPPORTED_IN_TRAINING,
-    WHAT_TO_CHECK,
     NormalizeRetEmbeddingCallback,
     refuse_arguments,
+    refuse_unsound_step,
 )
-from .checkpoints import last_complete_checkpoint, restore_trained
+from .checkpoints import last_complete_checkpoint, restore_trained, where_to_resume
 from .data_collator import FromageDataCollator
 from .dirty_data import DirtyData
 from .epoch_order import SetEpochCallback, epoch_order_sampler
 from .evaluation import mean_losses_and_recall
 from .heartbeat import watched_processes
-from .loss_log import LossParts
+from .monitoring import TrainingMonitor
 from .options import TrainerOptions, set_learning_rates
 from .rank_batches import share_last_batch
+from .run_card import write_model_card
+from .samples import EvaluationSamples
 from .sharding import data_parallel, gathered, is_sharded, shard_for
 
 logger = logging.getLogger(__name__)
-
-# A gradient scaler starts at 2 ** 16 and halves at every step that it skips: here it has skipped 30.
-SMALLEST_LOSS_SCALE = 2.0**-14
 
 
 class FromageTrainer(Trainer):
@@ -125,24 +123,16 @@ class FromageTrainer(Trainer):
         self._data = DirtyData(
             self.data_collator, args, self.options.on_bad_example == "skip", self.options.max_bad_share
         )
-        self.add_callback(NormalizeRetEmbeddingCallback())
-        self.add_callback(SetEpochCallback())
-        self._parts: dict[str, torch.Tensor] = {}  # losses of the last batch
-        self._logged_parts = LossParts()
+        self.data_names: dict[str, Any] = {}  # for the model card: see `CardFacts`
+        self.monitor = TrainingMonitor()
+        self.samples = EvaluationSamples(self.options.eval_samples, self.data_collator, self.callback_handler.callbacks)
+        for callback in (NormalizeRetEmbeddingCallback(), SetEpochCallback(), self.monitor, self.samples):
+            self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in transformers. With `resume_from_checkpoint=True` training continues after the last complete checkpoint,
         or starts from the beginning where there is none, so that a run that may be killed needs only one command."""
-        given = str(resume_from_checkpoint).lower()
-        if given in ("true", "false") and not os.path.exists(given):  # as YAML and command lines have it
-            resume_from_checkpoint = given == "true"
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or "")
-            if resume_from_checkpoint is None:
-                logger.warning(
-                    "%s has no complete checkpoint yet: training starts from the beginning.", self.args.output_dir
-                )
-        self._logged_parts = LossParts()
+        resumes, resume_from_checkpoint = where_to_resume(resume_from_checkpoint, self.args.output_dir or "")
         # A run whose checkpoints could not be saved or pushed is refused before its first step.
         is_bare = isinstance(self._unwrapped, PreTrainedModel)  # and not in a PeftModel
         if self.args.save_strategy != SaveStrategy.NO and is_bare:
@@ -151,7 +141,7 @@ class FromageTrainer(Trainer):
             self._refuse_local_backbones()
         with watched_processes(self.args), self._data.run(keep=bool(resume_from_checkpoint)):
             if self.options.retrieval_warm_start_steps and not resume_from_checkpoint:
-                self._train_retrieval(resume=given == "true")
+                self._train_retrieval(resumes)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         output.metrics.update(self._data.metrics())
         return output
@@ -217,6 +207,12 @@ class FromageTrainer(Trainer):
         if not restore_trained(self._unwrapped, self.state.best_model_checkpoint):
             super()._load_best_model()
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The model card of `fromage push`, with what this run has measured; `data_names` tells its data sets."""
+        names = {name: value for name, value in kwargs.items() if name in ("license", "model_name")}
+        if self.is_world_process_zero() and isinstance(self.processing_class, FromageProcessor):
+            write_model_card(self, self._unwrapped, self.data_names, **names)
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_local_backbones()
         return super().push_to_hub(*args, **kwargs)
@@ -226,31 +222,21 @@ class FromageTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training:
-            values = {name: outputs.get(name) for name in LOSS_WEIGHTS}
-            self._parts = {name: value.detach().mean() for name, value in values.items() if value is not None}
+            self.monitor.take(outputs)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
-        step = self.state.global_step + 1
-        if not loss.isfinite().all():
-            values = ", ".join(f"{name} {value.item():g}" for name, value in self._parts.items())
-            raise FloatingPointError(
-                f"Step {step} was not taken, for a loss of {loss.item():g} ({values}). {WHAT_TO_CHECK}"
-            )
-        scaler = self.accelerator.scaler
-        if scaler is not None and scaler.get_scale() < SMALLEST_LOSS_SCALE:
-            raise FloatingPointError(
-                f"Step {step} was not taken: the gradients have not been finite for many steps, whatever the loss was "
-                f"scaled by ({scaler.get_scale():g} by now). {WHAT_TO_CHECK}"
-            )
-        self._logged_parts.add(self._parts, 1 / self.current_gradient_accumulation_steps)
+        refuse_unsound_step(self.state.global_step + 1, loss, self.monitor.parts, self.accelerator.scaler)
+        self.monitor.add(1 / self.current_gradient_accumulation_steps)
         return loss
 
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().get_batch_samples(self.monitor.watch(epoch_iterator), *args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._logged_parts.steps:
-            logs = self._data.logged({**logs, **self._logged_parts.means(self.accelerator)})
-            self._logged_parts = LossParts()
+        if "loss" in logs:
+            logs = self._data.logged({**logs, **self.monitor.means(self.accelerator, self._unwrapped)})
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(
@@ -281,7 +267,7 @@ class FromageTrainer(Trainer):
         finally:
             if was_training is not None:
                 collator.training = was_training
-        values = dict(zip(self._output_names, output.predictions, strict=True))
+        self.samples.embeds = values = dict(zip(self._output_names, output.predictions, strict=True))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_losses_and_recall(values).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 

@@ -77,7 +77,7 @@ class RetrievalWarmStart:
         Raises:
             ValueError: The states are no constants (LoRA, an unfrozen language model), or there is no list of pairs.
         """
-        _check(model, args, train_dataset)
+        check_warm_start(model, args, train_dataset)
         model.normalize_ret_embedding()  # as after each step of joint training
         directory = Path(self.ret_state_cache or Path(args.output_dir or "", "ret_states"))
         pairs = read_pairs(model, collator, train_dataset, directory / "train", args.seed)
@@ -217,7 +217,7 @@ class CachedRetrieval(nn.Module):
                 theirs.bias.sub_(theirs.weight @ self.get_buffer(f"mean_{number}"))
 
 
-def _check(model: Any, args: TrainingArguments, dataset: Any) -> None:
+def check_warm_start(model: Any, args: TrainingArguments, dataset: Any) -> None:
     """Raise a `ValueError` where states of `[RET]` are no constants, or pairs cannot be cached."""
     hint = "Leave `retrieval_warm_start_steps` out, or "
     if not isinstance(model, FromageForConditionalGeneration) or getattr(model, "_hf_peft_config_loaded", False):
@@ -250,4 +250,4 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-__all__ = ["RetrievalWarmStart"]
+__all__ = ["RetrievalWarmStart", "check_warm_start"]

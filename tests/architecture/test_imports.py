@@ -11,7 +11,7 @@ CODE = ("modeling_fromage", "training", "hub_scripts")
 MAY_IMPORT: dict[str, set[str]] = {
     "index": {"io"},
     "io": set(),
-    "trainer": set(),
+    "trainer": {"io"},
     "original": {"index"},
     "serving": {"index"},
 }

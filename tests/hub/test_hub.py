@@ -9,6 +9,7 @@ import torch
 
 from hub_scripts import push_to_hub
 from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
+from modeling_fromage.io.model_card import numbers
 from tests.helpers.hub import run
 from tests.helpers.hub_server import HubServer, hub_server
 from tests.helpers.open_clip import write_vit
@@ -135,7 +136,7 @@ def test_both_spellings_of_license():
 
 def test_names_of_results_stay_in_their_cell_of_the_card():
     hostile = "R@1 | 0.99 |\n\n# Best <img src=x> [of](http://all) `*\\\x1b[2J"
-    ((name, value),) = push_to_hub._numbers({"nested": {hostile: 0.25}, "log": [1]})
+    ((name, value),) = numbers({"nested": {hostile: 0.25}, "log": [1]})
     assert value == "0.25" and name.isprintable()
     assert name.startswith(r"nested R@1 \| 0.99 \|\\n\\n# Best \<img src=x\> \[of\](http://all) \`\*")
     assert not re.search(r"(?<!\\)(?:\\\\)*[|<>\[\]`*]", name)

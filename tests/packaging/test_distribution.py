@@ -39,13 +39,14 @@ for name in ("training", "hub_scripts", "tests"):
     assert find_spec(name) is None, name
 import modeling_fromage.training
 from modeling_fromage.hub_scripts import push_to_hub
+from modeling_fromage.io import model_card
 from modeling_fromage.training import cli, train
 
 assert all(Path(module.__file__).is_relative_to(sys.argv[1]) for module in (modeling_fromage, cli, push_to_hub))
 assert (files("modeling_fromage") / "py.typed").is_file()
 for config in ("paper", "quickstart"):
     assert (files("modeling_fromage.training") / "configs" / f"{config}.yaml").is_file()
-assert "{{ title }}" in push_to_hub.TEMPLATE.read_text(encoding="utf-8")
+assert "{{ title }}" in model_card.TEMPLATE.read_text(encoding="utf-8")
 cli.main(["train", "--help"])
 """
 
@@ -93,7 +94,7 @@ def test_the_wheel_holds_all_of_it_and_no_more(distributions):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected_files()
-    assert "modeling_fromage/hub_scripts/model_card_template.md" in names
+    assert "modeling_fromage/io/model_card_template.md" in names
     assert {name for name in names if name.endswith(".yaml")} == {
         f"modeling_fromage/training/configs/{path.name}" for path in (ROOT / "training" / "configs").glob("*.yaml")
     }

@@ -1,6 +1,7 @@
 """Every field of FromageConfig is a key of training files, or refused with a reason."""
 
 import inspect
+import re
 from dataclasses import fields
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 
 from modeling_fromage import FromageConfig
 from tests.helpers.backbones import PARITY
-from training.arguments import DECIDED_ELSEWHERE, ModelArguments, parse_config
+from training import cli
+from training.arguments import (
+    DECIDED_ELSEWHERE,
+    USUAL_KEYS,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    parse_config,
+)
 from training.benchmarks import timing
 from training.train import assemble, main
 
@@ -66,10 +75,63 @@ def test_the_fastest_dtype_is_found_by_trying(speed_up, expected, parse, monkeyp
     assert model_args.dtype == expected
 
 
-def test_help_lists_every_key(capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("learning_rat", "Did you mean learning_rate?"),
+        ("lr", "or learning_rate or"),
+        ("batch_size", "per_device_train_batch_size"),
+        ("epochs", "num_train_epochs"),
+        ("train_dat", "Did you mean train_data?"),
+        ("qqqqqq", "Leave it out."),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(parse, key, hint):
+    with pytest.raises(ValueError) as refused:
+        parse(f"{key}=1")
+    assert str(refused.value).startswith(f"There is no key '{key}'. ") and hint in str(refused.value)
+
+
+def test_each_unknown_key_is_told_of(parse):
+    with pytest.raises(ValueError, match="no key 'learn_rate'. Did you mean .*no key 'seeds'. Did you mean seed"):
+        parse("seeds=1", "learn_rate=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "paper", "--dryrun"], r"unrecognized arguments: --dryrun. Did you mean --dry-run\?"),
+        (
+            ["train", "paper", "--learning_rate", "1"],
+            "written without dashes: learning_rate=VALUE",
+        ),
+        (["tran", "paper"], r"invalid choice: 'tran' .*Did you mean train\?"),
+        (["push", "a", "org/b", "--dataset", "c", "--stagingdir", "d"], r"Did you mean --staging-dir\?"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2 and re.search(hint, capsys.readouterr().err)
+
+
+def test_help_fits_on_a_page(capsys):
+    with pytest.raises(SystemExit) as ended:
         main(["--help"])
     told = capsys.readouterr().out
+    assert ended.value.code == 0 and len(told.splitlines()) <= 60
+    for name in (name for names in USUAL_KEYS.values() for name in names):
+        (line,) = re.findall(rf"\n  {name} \(.*(?:\n      .*)*", told)
+        assert len(line.partition("): ")[2]) > 10, line
+    assert "language_model: facebook/opt-125m" in told and "--help-all" in told and "--dry-run" in told
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help-all"])
+    told = capsys.readouterr().out
+    for cls in (ModelArguments, DataArguments, RunArguments):
+        assert all(told.count(f"\n  {known.name} (") == 1 for known in fields(cls) if known.init)
     assert all(f"\n  {known.name} (" in told for known in fields(ModelArguments))
     assert all(known.metadata["help"] for known in fields(ModelArguments))
     assert "gradient_accumulation_steps" in told

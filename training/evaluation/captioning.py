@@ -20,6 +20,7 @@ from modeling_fromage import FromageDataCollator, FromageForConditionalGeneratio
 from modeling_fromage.index.sources import ImageSource, image_sources
 from modeling_fromage.io.command_line import at_least
 from modeling_fromage.original.inference import truncate_caption
+from modeling_fromage.trainer.evaluation import generate_captions
 
 from ..data.captioned_images import load_captioned_images
 from .evaluator import Evaluation, Evaluator
@@ -113,38 +114,6 @@ def _identity(source: ImageSource) -> str:
     if text.startswith("data:"):
         return f"data:{hashlib.sha256(text.encode()).hexdigest()}"
     return text
-
-
-@torch.no_grad()
-def generate_captions(
-    model: FromageForConditionalGeneration,
-    processor: FromageProcessor,
-    features: torch.Tensor,
-    max_new_tokens: int = 32,
-    batch_size: int = 32,
-) -> list[str]:
-    """Greedy captions of images with pooled features (N, vision_width), up to a stop string or an end token.
-
-    The prompt and the stop strings are the processor's, as in training.
-    """
-    prompt, stops = torch.tensor([processor.caption_prompt_ids()]), processor.caption_stop_strings
-    texts = []
-    for chunk in tqdm(features.split(batch_size), desc="Writing captions"):
-        ids = prompt.expand(len(chunk), -1).to(model.device)
-        sequences = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pooled_image_features=chunk.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            stop_strings=stops,
-            tokenizer=processor.tokenizer,
-            pad_token_id=processor.tokenizer.pad_token_id,
-            max_num_rets=0,
-        )
-        for text in processor.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True):
-            texts.append(min((text.partition(stop)[0] for stop in stops), key=len).strip())
-    return texts
 
 
 @torch.no_grad()

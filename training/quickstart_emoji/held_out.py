@@ -10,9 +10,10 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
+from modeling_fromage.trainer.evaluation import generate_captions
 from modeling_fromage.trainer.ranking import gallery_ranks, recall_at_k
 
-from ..evaluation.captioning import generate_captions, score_captions
+from ..evaluation.captioning import score_captions
 from ..evaluation.prompts import embed_prompts, image_embeds
 from .data import Split
 from .emoji import HANDS, Emoji

@@ -1,13 +1,15 @@
 """The benchmark: its baseline computes what the model does, it runs, and the README has its numbers."""
 
 import json
+import tarfile
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers.paths import PARITY, ROOT
 from training import benchmark, benchmark_answers, benchmark_index, benchmark_warm_start
-from training.benchmarks import answers, index, step, warm_start
+from training.benchmarks import answers, index, kills, processes, step, warm_start
 from training.benchmarks.presets import MAX_LENGTH, PRESETS
 from training.publishing.results import read_results, replace_between
 
@@ -141,3 +143,39 @@ def test_lengths_are_like_conceptual_captions():
     for count in (16, 180):
         lengths = step.caption_lengths(count)
         assert lengths.float().mean().item() == pytest.approx(11, abs=0.5) and lengths.max() <= MAX_LENGTH
+
+
+def test_tables_of_several_processes():
+    ones = {"a": torch.ones(2)}
+    tensors = {"losses": {"loss": torch.tensor([1.0, 2.0])}, "gradients": ones, "weights": ones}
+    other = {**tensors, "gradients": {"a": torch.tensor([1.0, 1.25])}}
+    differences = processes.largest_differences(other, tensors)
+    assert differences == {"losses": 0.0, "gradients": 0.25, "weights": 0.0}
+    row = {
+        "processes": "two",
+        "compared_with": "one process",
+        "accumulation": 1,
+        "dtype": "float32",
+        "images": "cached",
+    }
+    memory = {"weights": 4e8, "processes": {"two, sharded": {"at rest": 2e8, "peak": 3e8}}}
+    results = {"differences": [row | differences], "memory": memory, "steps": 12, "global_batch": 8, "examples": 45,
+               "largest_loss": 16.0, "hardware": "a processor", "versions": {"torch": "2"}}  # fmt: skip
+    table = processes.table(results)
+    assert "| two | one process | float32 | cached | 1 | equal | 2.5e-01 | equal |" in table
+    assert "| two, sharded | 200 MB | 300 MB |" in table and "backbones of 400 MB" in table
+
+
+def test_killed_runs(tmp_path):
+    plan = kills.Plan(kills=2, examples=7, shards=2, epochs=1, save_steps=1, seed=0)
+    kills.write_shards(tmp_path, plan)
+    with tarfile.open(tmp_path / "00001.tar") as tar:
+        assert tar.getnames() == [f"{i:06d}.{kind}" for i in (1, 3, 5) for kind in ("jpg", "txt")]
+        assert tar.extractfile("000003.txt").read() == b"picture number 3"
+        assert Image.open(tar.extractfile("000003.jpg")).size == (40, 40)
+    found = [{"killed": "one process", "seconds_to_end": 3.0, "last_checkpoint": step} for step in (0, 5)]
+    results = {"kills": found, "weights_equal": True, "tensors": 8, "processes": 2, "workers": 2, "examples": 7,
+               "shards": 2, "epochs": 1, "hardware": "a processor", "versions": {"torch": "2"}}  # fmt: skip
+    assert "| one process | 2 | 3.0 s at most | 0, 5 |" in kills.table(results)
+    assert "equal bit by bit to" in kills.table(results)
+    assert "NOT equal to" in kills.table(results | {"weights_equal": False})

@@ -145,8 +145,8 @@ def measure(plan: Plan, keep: Path | None = None) -> dict[str, Any]:
         subprocess.run(make_tiny, check=True, stdout=subprocess.DEVNULL)
         begun = time.monotonic()
         process = start(folder, "whole")
-        while not last_step(folder / "whole") and process.poll() is None:
-            time.sleep(0.05)
+        while not any(folder.glob("whole/checkpoint-*")) and process.poll() is None:
+            time.sleep(0.1)
         startup = time.monotonic() - begun
         finish(process, folder, "whole")
         total = time.monotonic() - begun

@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -66,7 +66,7 @@ def shard_backbones(model: FromageForConditionalGeneration, mesh: DeviceMesh) ->
         _shard_layers(getattr(model, part), mesh)
     model.traits.is_sharded = True
     held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    model.to(next(p.device for p in model.parameters() if isinstance(p, DTensor)))
+    cast(nn.Module, model).to(next(p.device for p in model.parameters() if isinstance(p, DTensor)))
     tolerance = 2e-2 if model.language_model.dtype.itemsize < 4 else 1e-4
     try:
         same = [_agree(*pair, tolerance) for pair in zip(_outputs(model), expected, strict=True)]
@@ -174,7 +174,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state dict of a sharded `model`, on the first process; all of them must call this."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast(Any, get_model_state_dict)(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def is_sharded(model: Any) -> bool:

@@ -176,7 +176,7 @@ class FromageTrainer(Trainer):
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: DataLoader | None = None) -> torch.nn.Module:
         if training and model is self.model and is_sharded(model):
-            return data_parallel(model, self.accelerator)
+            return data_parallel(cast(torch.nn.Module, model), self.accelerator)
         return super()._wrap_model(model, training, dataloader)
 
     def get_train_dataloader(self) -> DataLoader:

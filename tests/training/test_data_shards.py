@@ -1,6 +1,7 @@
 """Shards that are read in place: every row is an example or a problem, whatever is in the files."""
 
 import csv
+import io
 import json
 import os
 import pickle
@@ -94,6 +95,9 @@ def test_samples_of_a_tar(tmp_path):
     assert "UTF-8" in found["bad"]["problem"] and "JSON" in found["no"]["problem"]
     assert all(place.isprintable() for place in found) and any(place.startswith("b\\n\\x1b") for place in found)
     assert [number_in(row["image"]) for row in rows if row["image"]] == [0, 1, 2, 3, 6, 7, 8, 9]
+    masks = list(tar(write_tar(tmp_path / "m.tar", [("a.jpg", b""), ("a.Seg.png", picture(1)), ("a.txt", b"of it")]),
+                     image_column="seg.png"))  # fmt: skip
+    assert [(number_in(row["image"]), row["caption"]) for row in masks] == [(1, "of it")]
     of_json = list(tar(tmp_path / "t.tar", caption_column="caption"))
     assert next(row for row in of_json if row["place"].endswith("both"))["caption"] == "of json"
 
@@ -219,3 +223,22 @@ def test_substitutes_are_the_next_of_the_shard(tmp_path):
         write_tar(tmp_path / f"{shard}.tar", tar_members(range(3 * shard, 3 * shard + 3)))
     dataset = load_captioned_images(f"{tmp_path}/*.tar")
     assert list(dataset.substitutes(1)) == [2, 0] and list(dataset.substitutes(5)) == [3, 4]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["a.png", "d/" * 60 + "a.png", "ä" * 60 + ".png", "x" * 120 + ".png"])
+@pytest.mark.parametrize("mtime", [0, 1.5])
+def test_every_kind_of_header(form, name, mtime, tmp_path):
+    """As `tarfile` reads them, which the quick reader of plain ones leaves the others to."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as archive:
+        for number, suffix in enumerate(("", "2")):
+            for member, data in ((name, picture(number)), (name[:-4] + ".txt", b"picture %d" % number)):
+                info = tarfile.TarInfo(suffix + member)
+                info.size, info.mtime = len(data), mtime
+                try:
+                    archive.addfile(info, io.BytesIO(data))
+                except ValueError:
+                    pytest.skip("this format has no such name")
+    rows = list(tar(tmp_path / "a.tar"))
+    assert [(number_in(row["image"]), row["caption"]) for row in rows] == [(0, "picture 0"), (1, "picture 1")]
+    assert [row["place"] for row in rows] == [f"a.tar, {suffix}{name[:-4]}" for suffix in ("", "2")]

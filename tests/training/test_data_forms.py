@@ -85,6 +85,11 @@ def test_refusals_say_what_to_do(tmp_path):
         load_captioned_images(str(folder))
     kept = load_captioned_images(str(folder), keep_problems=True)
     assert kept["caption"] == [None, "a cat"] and kept["place"] == ["a cat.png", "b.png"]
+    (folder / "a cat.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="a cat.png has no caption: its caption is not UTF-8"):
+        load_captioned_images(str(folder))
+    kept = load_captioned_images(str(folder), keep_problems=True)
+    assert kept[0]["image"] is None and "UTF-8" in kept[0]["problem"] and kept[1]["problem"] is None
     for name, advice in (("x.tar.gz", "Unpack it"), ("x.json", "fromage prepare")):
         (tmp_path / name).touch()
         with pytest.raises(ValueError, match=f"{name} cannot be read in place.*{advice}"):

@@ -103,7 +103,7 @@ def test_samples_of_a_tar(tmp_path):
 
 
 HOSTILE = {
-    "t.jsonl": [b'{"image": "a.png", "caption": "one"}', b'{"image"', b"", b"[1]", b'{"image": "b", "caption": "\xff"}',
+    "t.jsonl": [b'{"caption": "one"}', b'{"image"', b"", b"[1]", b'{"image": "b", "caption": "\xff"}',
                 b'{"image": "c.png", "caption": ["x", "y"]}', b"[" * 100_000, b'{"caption": "no image"}'],
     "t.tsv": [b"caption\timage", b"one\ta.png", b'"quoted\tb.png', b"", b"a\tb\tc", b"\xfe\tc.png", b"short",
               b"last\td.png\t"],

@@ -6,11 +6,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from PIL import Image as PILImage
 
 from modeling_fromage.io.tables import is_table, read_rows
 
-from .columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, find_columns
+from .columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_columns, image_suffixes
 from .sharded_examples import SHARD_SUFFIXES, SHUFFLE_WINDOW, ShardedExamples
 from .sources import files_of_split, find_files, tars_of_split
 
@@ -104,20 +103,29 @@ def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Datase
 
 def _load_images_with_texts(folder: Path, keep_problems: bool) -> Dataset:
     """Images with captions in text files beside them."""
-    images = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PILImage.registered_extensions())
-    texts = [image.with_suffix(".txt") for image in images]
-    missing = [image for image, text in zip(images, texts, strict=True) if not text.is_file()]
-    if not images or len(missing) == len(images):
+    suffixes = image_suffixes()
+    images = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    if not any(image.with_suffix(".txt").is_file() for image in images):
         found = f"{len(images)} images, but no captions: names of files and folders are none" if images else "no images"
         raise ValueError(
             f"{folder} has {found}. Put a metadata.csv with columns file_name and caption into it, or NAME.txt beside "
             f"each NAME.jpg. Tables in it are named by a pattern: {folder}/*.tsv."
         )
-    if missing and not keep_problems:
-        raise ValueError(f"{missing[0]} has no caption: there is no {missing[0].stem}.txt beside it. {_COMPLETE}")
-    captions = [text.read_text(encoding="utf-8").strip() if text.is_file() else None for text in texts]
-    places = {"place": [str(image.relative_to(folder)) for image in images]} if keep_problems else {}
-    return Dataset.from_dict({"image": list(map(str, images)), "caption": captions, **places})
+    rows = []
+    for image in images:
+        row = {"image": str(image), "caption": None, "place": str(image.relative_to(folder)), "problem": None}
+        try:
+            row["caption"] = image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        except FileNotFoundError:
+            pass  # an example without a caption
+        except UnicodeDecodeError as error:
+            row |= bad_row(row["place"], f"its caption is not UTF-8: {error}")
+        if row["caption"] is None and not keep_problems:
+            problem = row["problem"] or f"there is no {image.stem}.txt beside it"
+            raise ValueError(f"{image} has no caption: {problem}. {_COMPLETE}")
+        rows.append(row)
+    columns = ("image", "caption", "place", "problem") if keep_problems else ("image", "caption")
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
 
 
 def _named(source: str, dataset: Dataset, image_column: str | None, caption_column: str | None) -> Dataset:
@@ -131,11 +139,11 @@ def _named(source: str, dataset: Dataset, image_column: str | None, caption_colu
     return dataset.cast_column("image", Image(decode=False))
 
 
+_COMPLETE = "Complete the row, or take it out."
+
+
 class _SeveralCaptions(ValueError):
     """A row has a list of captions where those before have one."""
-
-
-_COMPLETE = "Complete the row, or take it out."
 
 
 def _load_tables(source: str, files: list[Path], image_column: str | None, caption_column: str | None) -> Dataset:

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from modeling_fromage.images_fromage import is_url
+from PIL import Image
+
+from modeling_fromage.images_fromage import DEFAULT_LIMITS, is_url
 
 # The first that a row has counts; upper and lower case are one.
 IMAGE_COLUMNS = ("image", "file_name", "url", "image_url", "image_path", "jpg", "jpeg", "png", "webp", "path", "img")
@@ -52,9 +54,14 @@ def as_image(value: Any, folder: Path) -> Any:
     return value or None if isinstance(value, (str, dict)) else value
 
 
+def image_suffixes() -> set[str]:
+    """The suffixes, as in ".jpg", of files of the formats that are decoded."""
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in DEFAULT_LIMITS.formats}
+
+
 def bad_row(place: str, problem: str) -> dict[str, Any]:
     """The example that stands for a row that cannot be read."""
     return {"image": None, "caption": None, "place": place, "problem": problem}
 
 
-__all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "as_image", "bad_row", "find_column", "find_columns"]
+__all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "as_image", "bad_row", "find_column", "find_columns", "image_suffixes"]

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from modeling_fromage.images_fromage import DEFAULT_LIMITS, printable
+from modeling_fromage.images_fromage import printable
 
-from .columns import CAPTION_COLUMNS, bad_row, find_column
+from .columns import CAPTION_COLUMNS, bad_row, find_column, image_suffixes
 from .shard_files import Shard
 
 _SLOTS = ("image", "txt", "json")  # of a row of the index: first and last byte of each member, -1 where it has none
@@ -92,8 +91,7 @@ class TarShard(Shard):
 def _slots(image_suffix: str | None) -> dict[str, int]:
     """The slot of a member by its suffix, in lower case: images of all formats that are decoded, or of one suffix."""
     if image_suffix in (None, "image"):
-        allowed = Image.registered_extensions().items()
-        images = [suffix[1:] for suffix, name in allowed if name in DEFAULT_LIMITS.formats]
+        images = [suffix[1:] for suffix in image_suffixes()]
     else:
         images = [image_suffix.lower().removeprefix(".")]
     return {**dict.fromkeys(images, 0), "txt": 1, "json": 2}

@@ -146,7 +146,7 @@ def test_training_on_a_mixture_with_cached_features(tmp_path, monkeypatch):
         "use_cpu: true\n"
     )
     live = train(["config.yaml", "output_dir=live"])
-    assert len(list((tmp_path / "live" / "shard_indexes").iterdir())) == 2
+    assert len(list((tmp_path / "live" / "_shard_indexes").iterdir())) == 2
     cache_features(["config.yaml", "features", "output_dir=x"])
     cached = train(["config.yaml", "output_dir=cached", "feature_cache=features"])
     for name in ("eval_num_pairs", "eval_loss"):

@@ -13,7 +13,7 @@ from .examples import Mixture, Selected, hold_out
 
 # Of a dataset and the folder of its features: a dataset that has these in the place of images.
 WithFeatures = Callable[[Any, str], Any]
-INDEXES = "shard_indexes"  # the folder of the indexes of shards that are read in place
+INDEXES = "_shard_indexes"  # the folder of the indexes of shards that are read in place; nothing with "_" is pushed
 
 
 @dataclass(kw_only=True)

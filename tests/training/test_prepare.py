@@ -122,6 +122,7 @@ def test_a_table_becomes_shards(kind, server, tmp_path, capsys):
     again = prepare(tmp_path, f"--format={kind}", "--retry-failed")
     assert sorted(set(server.asked)) == [3, 5, 9, 11] and again["images"] == COUNT
     assert list(captions_of(tmp_path / "shards")) == list(range(COUNT))
+    assert len(load_captioned_images(str(tmp_path / "shards"))) == COUNT  # without streaming too
     with pytest.raises(SystemExit):
         prepare(tmp_path, f"--format={kind}", "--size=4")
     assert "size None, not 4. Give another folder" in capsys.readouterr().err

@@ -7,6 +7,7 @@ would be trained, how long and in what memory. Without `--dry-run` it is trained
 import argparse
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ class HelpAll(argparse.Action):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = make_parser()
-    options = parser.parse_intermixed_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(sorted(words, key=lambda word: not word.startswith("-")))  # wherever --dry-run stands
     logging.basicConfig(level=logging.INFO)
     with errors_in_one_line(parser):
         arguments = parse_config(options.config, options.overrides)

@@ -137,4 +137,17 @@ def refuse_arguments(args: TrainingArguments, unsupported: dict[str, tuple[Any, 
             raise ValueError(f"`{name}={value}` does not work with FROMAGe: {reason}.")
 
 
-__all__ = ["NormalizeRetEmbeddingCallback", "refuse_arguments", "refuse_non_finite", "refuse_unsound_step"]
+def refuse_sharding_by_accelerate(has_fsdp: bool, has_deepspeed: bool) -> None:
+    """Raise a `ValueError` where accelerate's configuration switches on what `fsdp` and `deepspeed` would."""
+    if has_fsdp or has_deepspeed:
+        name = "FSDP" if has_fsdp else "DeepSpeed"
+        raise ValueError(f"{name}, in accelerate's configuration, does not work with FROMAGe: {_SHARDING}.")
+
+
+__all__ = [
+    "NormalizeRetEmbeddingCallback",
+    "refuse_arguments",
+    "refuse_non_finite",
+    "refuse_sharding_by_accelerate",
+    "refuse_unsound_step",
+]

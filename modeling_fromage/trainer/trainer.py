@@ -23,6 +23,7 @@ from .callbacks import (
     UNSUPPORTED_IN_TRAINING,
     NormalizeRetEmbeddingCallback,
     refuse_arguments,
+    refuse_sharding_by_accelerate,
     refuse_unsound_step,
 )
 from .checkpoints import last_complete_checkpoint, restore_trained, where_to_resume
@@ -102,6 +103,7 @@ class FromageTrainer(Trainer):
         if self.options.shard_backbones:
             shard_for(args, model)
         super().__init__(model, args, data_collator, *more, **kwargs)
+        refuse_sharding_by_accelerate(self.is_fsdp_enabled, self.is_deepspeed_enabled)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` would replace the model's three losses. Weight them in FromageConfig "

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from modeling_fromage import FromageForConditionalGeneration
+from modeling_fromage import FromageForConditionalGeneration, FromageTrainer
+from modeling_fromage.trainer.callbacks import refuse_sharding_by_accelerate
 from modeling_fromage.trainer.sharding import shard_backbones, shard_for, whole_state
 from tests.helpers.backbones import make_model
 from tests.helpers.batches import make_batch
@@ -24,6 +25,7 @@ CASES = {
     "bf16 backbones": ("llama_clip", {"bf16": True}),
     "layers within": ("opt_clip", {}),
     "chunks": ("opt_clip", {}),
+    "recomputed activations": ("llama_clip", {"gradient_checkpointing": True}),
     "LoRA": ("llama_vit", {}),
 }
 
@@ -174,10 +176,14 @@ def test_the_trainers_own_sharding_is_refused(options, tmp_path, monkeypatch):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     name, value = next(iter(options.items()))
     setattr(args, name, value)  # without the packages that they need
-    from modeling_fromage import FromageTrainer
-
     with pytest.raises(ValueError, match=f"`{name}=.*give FromageTrainer `shard_backbones=True`"):
         FromageTrainer(make_model("opt_clip"), args)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_by_accelerate_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}, in accelerate's configuration, does not .*`shard_backbones=True`"):
+        refuse_sharding_by_accelerate(name == "FSDP", name == "DeepSpeed")
 
 
 def test_one_process_has_nothing_to_shard(tmp_path, caplog):

@@ -112,6 +112,7 @@ def rehearse(trainer: FromageTrainer) -> Rehearsal:
     with _taken_back(trainer), tempfile.TemporaryDirectory() as folder:
         trainer.train_dataset = rehearsal_data(trainer)
         trainer.args = _arguments(trainer, folder)
+        trainer.dirty_data = trainer.dirty_data.for_run(trainer.args)
         trainer.options = replace(trainer.options, retrieval_warm_start_steps=0)
         trainer.monitor = TrainingMonitor()
         trainer.monitor.is_quiet = True
@@ -209,8 +210,10 @@ def _length(collator: Any, dataset: Any, number: int, draw: random.Random) -> in
 @contextmanager
 def first_batches(trainer: FromageTrainer) -> Iterator[Any]:
     """The run's own loader, without workers; the random numbers are afterwards what they were."""
-    with _taken_back(trainer):
+    with _taken_back(trainer), tempfile.TemporaryDirectory() as folder:
         trainer.args = copy.copy(trainer.args)
+        trainer.args.output_dir = folder
+        trainer.dirty_data = trainer.dirty_data.for_run(trainer.args)
         for name, value in _WITHOUT_WORKERS.items():
             setattr(trainer.args, name, value)
         yield trainer.get_train_dataloader()

@@ -94,9 +94,12 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: RunArgum
         callbacks=args.callbacks(),
         **args.trainer_options(),
     )
+    held_out = (
+        (data_args.train_data, "held out") if data_args.eval_fraction else (data_args.eval_data, data_args.eval_split)
+    )
     trainer.data_names = {
         "train": name_sources(data_args.train_data, data_args.train_split),
-        "eval": name_sources(data_args.eval_data, data_args.eval_split) if trainer.eval_dataset is not None else [],
+        "eval": name_sources(*held_out) if trainer.eval_dataset is not None else [],
     }
     return trainer
 

@@ -161,7 +161,8 @@ def numbers(results: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
 
 def of_the_model(results: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics that say something of the model, and not of a run's speed."""
-    return {name: value for name, value in results.items() if not name.endswith(_NOT_THE_MODELS)}
+    found = {name: value for name, value in results.items() if not name.endswith(_NOT_THE_MODELS)}
+    return {name: value for name, value in found.items() if not name.startswith("bad_examples")}
 
 
 def _cell(value: Any) -> str:

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..file_writing_fromage import replace_file
+from ..images_fromage import printable
 
 NAME = "bad_examples.jsonl"
 _PARTS = "_bad_examples"  # the Trainer pushes nothing whose name begins so
@@ -35,6 +37,7 @@ class BadExampleList:
         self._read_so_far: dict[Path, int] = {}
         self._noted: set[tuple] = set()
         self._pid = os.getpid()
+        self._is_written, self._last_write, self._write_seconds = True, 0.0, 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_entries": {}, "_read_so_far": {}, "_noted": set()}  # for a worker that is spawned
@@ -42,7 +45,7 @@ class BadExampleList:
     def note(self, entry: Entry) -> None:
         """Append an example, unless this process has done so: its `split`, `number`, `place`, `reason`, `detail`."""
         if self._pid != os.getpid():  # a worker that was forked
-            self._noted, self._pid = set(), os.getpid()
+            self._noted, self._pid = set(self._entries), os.getpid()
         if (key := _key(entry)) in self._noted:
             return
         self._noted.add(key)
@@ -67,6 +70,9 @@ class BadExampleList:
             if self._entries or self.path.exists():
                 self.write()
             self._read_so_far = {}
+        elif not keep:  # on another disk, perhaps
+            self._remove_own_parts()
+        self.gather([])  # nothing is noted before
 
     def read_parts(self, own: bool = False) -> None:
         """Take in what was noted since: by the processes of this machine, or by this process and its workers."""
@@ -80,27 +86,39 @@ class BadExampleList:
 
         return gather_object(found)
 
-    def merge(self) -> list[Entry]:
-        """Collect what all processes have noted, which they call together, and write the list; what is new of it."""
+    def merge(self, write: bool = False) -> list[Entry]:
+        """Collect what all processes have noted, which they call together; what is new of it. The list is written with
+        `write`, and else where that takes little of the time."""
         known = set(self._entries)
         self.read_parts(own=True)
         for entry in self.gather([entry for key, entry in self._entries.items() if key not in known]):
             self.add(entry)
         new = [entry for key, entry in self._entries.items() if key not in known]
-        if new and self.process_index == 0:
+        self._is_written = self._is_written and not new
+        is_due = write or time.perf_counter() - self._last_write > 20 * self._write_seconds
+        if is_due and not self._is_written and self.process_index == 0:
             self.write()
         return new
 
     def end(self) -> None:
         """Remove the files that [`merge`] has collected."""
         self._read_so_far = {}
+        self._remove_own_parts()
         if self.process_index == 0:
             shutil.rmtree(self.parts, ignore_errors=True)
 
+    def _remove_own_parts(self) -> None:
+        for path in self.parts.glob(self._own_part("*").name):
+            path.unlink(missing_ok=True)
+
     def write(self) -> None:
+        """Write the list, in the order of the data."""
+        start = time.perf_counter()
         rows = sorted(self._entries.values(), key=lambda entry: [str(entry["split"]), *_order(entry)])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._is_written, self._last_write = True, time.perf_counter()
+        self._write_seconds = self._last_write - start
 
     def reasons(self, split: str = "train") -> Counter[str]:
         """How many bad examples of `split` are known, by reason."""
@@ -153,7 +171,7 @@ def _order(entry: Entry) -> list:
 
 
 def _told(entry: Entry) -> str:
-    return str(entry["place"] or f"example {entry['number']}")
+    return printable(str(entry["place"] or f"example {entry['number']}"))
 
 
 __all__ = ["NAME", "BadExampleList"]

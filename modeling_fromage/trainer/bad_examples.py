@@ -32,9 +32,9 @@ class BadExampleError(ValueError):
         where (`str`, *optional*): Which one it is.
     """
 
-    def __init__(self, reason: str, detail: str = "", where: str = ""):
+    def __init__(self, reason: str, detail: str = "", where: str | None = None):
         self.reason, self.detail, self.where = reason, detail, where
-        super().__init__(printable(": ".join(part for part in (where, reason, detail) if part)))
+        super().__init__(": ".join(part for part in (printable(where or ""), reason, printable(detail)) if part))
 
 
 class TooManyBadExamplesError(ValueError):

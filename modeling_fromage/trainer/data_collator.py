@@ -21,8 +21,8 @@ class FromageDataCollator:
 
     An example may have several captions, a list of texts, and cached features of several views of its image, of shape
     `(num_views, vision_width)`. One of each is drawn in every batch, one that stands there twice twice as often; with
-    `training=False` it is the first. A `"retrieval_caption"`, one or several, is what the image is found by in place of
-    its caption.
+    `training=False` it is the first. Captions that cannot be used are left out while another remains. A
+    `"retrieval_caption"`, one or several, is what the image is found by in place of its caption.
 
     [`CaptionIds`] describes the two sequences of a caption. Those for retrieval are never concatenated.
 

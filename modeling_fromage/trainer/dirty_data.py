@@ -32,7 +32,7 @@ class DirtyData:
     """
 
     def __init__(self, collator: Any, args: TrainingArguments, skips: bool, max_share: float):
-        self.args, self.skips, self.max_share = args, skips, max_share
+        self.args, self.collator, self.skips, self.max_share = args, collator, skips, max_share
         self.list = BadExampleList(args.output_dir or "", args.process_index)
         self._checked: list[tuple[Any, str, Dataset]] = []
         self._is_running = False
@@ -44,6 +44,10 @@ class DirtyData:
                 f"`on_bad_example=skip` needs a FromageDataCollator, got {type(collator).__name__}, which cannot say "
                 "what is bad before it has a whole batch. Override its `prepare`, not its `__call__`."
             )
+
+    def for_run(self, args: TrainingArguments) -> "DirtyData":
+        """The same for a run with other arguments, whose list is in its own folder."""
+        return DirtyData(self.collator, args, self.skips, self.max_share)
 
     def reading(self, dataset: Any, split: str) -> Any:
         """`dataset`, its examples prepared. `split` is `"train"`, or the name of an evaluation."""
@@ -84,13 +88,13 @@ class DirtyData:
                             num_workers=workers, collate_fn=list)  # fmt: skip
         is_good = itertools.chain.from_iterable(loader)
         kept = sorted(self.list.gather([number for number, fine in zip(numbers, is_good, strict=True) if fine]))
-        self._merge()
+        self._merge(write=True)
         if not kept and len(good):
             raise TooManyBadExamplesError(
                 f"All {len(good):,} examples of the {split} data are bad:\n{self.list.table(split)}\nThey are listed "
                 f"in {self.list.path}."
             )
-        if len(kept) < len(good):
+        if len(kept) < len(good) and self.args.process_index == 0:
             logger.warning("%d of the %d examples of the %s data are bad and left out of every evaluation:\n%s",
                            len(good) - len(kept), len(good), split, self.list.table(split))  # fmt: skip
         found = Subset(good, kept)
@@ -119,14 +123,14 @@ class DirtyData:
             raise BadExampleError(told) from None
         finally:
             self._is_running = False
-        self._merge()
+        self._merge(write=True)
 
     def logged(self, logs: dict[str, Any]) -> dict[str, Any]:
         """`logs` with the number of bad examples so far. The processes call this together."""
         if not self.skips:
             return logs
         new, reasons = self._merge(), self.list.reasons()
-        if new:
+        if new and self.args.process_index == 0:
             told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
             logger.warning("%d more bad examples; so far %s. %s lists them.", len(new), told, self.list.path)
         return {**logs, "bad_examples": reasons.total()}
@@ -138,12 +142,12 @@ class DirtyData:
     def save(self) -> None:
         """Write the list. The processes call this together."""
         if self.skips:
-            self._merge()
+            self._merge(write=True)
 
-    def _merge(self) -> list[Any]:
+    def _merge(self, write: bool = False) -> list[Any]:
         if not self.skips:
             return []
-        new = self.list.merge()
+        new = self.list.merge(write)
         if not self._is_running:
             self.list.end()
         return new

@@ -128,15 +128,21 @@ def read_pairs(
     return PairStates(features, RetStates(directory, len(numbers)), views, choices, seed)
 
 
+def retrieval_captions(rows: Any) -> list[Sequence[Any]]:
+    """The texts that the image of each row is found by; of a `datasets.Dataset` without reading its other columns."""
+    columns = getattr(rows, "column_names", None)
+    if columns is None:
+        captions = [retrieval_caption(row) for row in rows]
+    else:
+        captions = rows["retrieval_caption" if "retrieval_caption" in columns else "caption"]
+    return [caption if isinstance(caption, (list, tuple)) else [caption] for caption in captions]
+
+
 def _read(
     model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any
 ) -> tuple[torch.Tensor, Choices, list[Sequence[Any]]]:
     """Features, the rows of them that are views of each pair's image, and the texts that it is found by: all in one
     pass, since a data set with errors in it gives other examples for bad ones."""
-    if "pooled_image_features" not in dataset[0]:
-        logger.info(
-            "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
-        )
     found, counts = [], array("q")
     captions: list[Sequence[Any]] = []
     for start in tqdm(range(0, len(dataset), 64), desc="Reading image features"):
@@ -147,11 +153,14 @@ def _read(
             counts.extend(len(view) for view in views)
             found += views
         else:
+            if not start:
+                logger.info(
+                    "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
+                )
             inputs = {name: tensor.to(model.device) for name, tensor in collator.image_inputs(rows).items()}
             counts.extend([1] * len(rows))
             found.append(model.get_pooled_image_features(**inputs).cpu())
-        texts = [retrieval_caption(row) for row in rows]
-        captions += [text if isinstance(text, (list, tuple)) else [text] for text in texts]
+        captions += retrieval_captions(rows)
     starts = itertools.accumulate(counts, initial=0)
     views_of = Choices(range(start, end) for start, end in itertools.pairwise(starts))
     return as_stored(torch.cat(found)), views_of, captions
@@ -164,4 +173,4 @@ def statistics_of(rows: torch.Tensor) -> Statistics:
     return rows.double().mean(0).float(), scale.float()
 
 
-__all__ = ["Choices", "PairStates", "read_pairs", "statistics_of"]
+__all__ = ["Choices", "PairStates", "read_pairs", "retrieval_captions", "statistics_of"]

@@ -61,7 +61,7 @@ class FromageTrainer(Trainer):
         args ([`TrainingArguments`], *optional*): As in transformers.
         data_collator ([`FromageDataCollator`], *optional*): Defaults to one of `processing_class`.
         more, kwargs: As in transformers: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...; and the
-            fields of [`TrainerOptions`]: `retrieval_warm_start_steps`, `learning_rates`, ...
+            fields of [`TrainerOptions`]: `retrieval_warm_start_steps`, `learning_rates`, `on_bad_example`, ...
 
     Raises:
         ValueError: An argument would train something other than the model's losses (`label_smoothing_factor`,
@@ -122,7 +122,7 @@ class FromageTrainer(Trainer):
             processor.check_config(config)
         if isinstance(self.data_collator, FromageDataCollator) and isinstance(self.processing_class, FromageProcessor):
             self.data_collator.check_format(self.processing_class)
-        self._data = DirtyData(
+        self.dirty_data = DirtyData(
             self.data_collator, args, self.options.on_bad_example == "skip", self.options.max_bad_share
         )
         self.data_names: dict[str, Any] = {}  # for the model card: see `CardFacts`
@@ -141,22 +141,25 @@ class FromageTrainer(Trainer):
             self._unwrapped.refuse_unsaved_peft()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:  # pushes during the run
             self._refuse_local_backbones()
-        with watched_processes(self.args), self._data.run(keep=bool(resume_from_checkpoint)):
+        with watched_processes(self.args), self.dirty_data.run(keep=bool(resume_from_checkpoint)):
             if self.options.retrieval_warm_start_steps and not resume_from_checkpoint:
                 self._train_retrieval(resumes)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
-        output.metrics.update(self._data.metrics())
+        output.metrics.update(self.dirty_data.metrics())
         return output
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         split = "train" if kwargs.get("is_training") else kwargs.get("dataloader_key") or description.lower()
-        return super()._get_dataloader(self._data.reading(dataset, split), description, *args, **kwargs)
+        return super()._get_dataloader(self.dirty_data.reading(dataset, split), description, *args, **kwargs)
 
     def _train_retrieval(self, resume: bool) -> None:
         """The warm start, from its last checkpoint with `resume`. Its metrics are `warm_start_metrics` afterwards."""
         checkpoint = last_complete_checkpoint(self.options.folder(self.args)) if resume else None
         model, collator = cast(Any, self.model), cast(Any, self.data_collator)
-        train, held_out = self._data.reading(self.train_dataset, "train"), self._data.reading(self.eval_dataset, "eval")
+        train, held_out = (
+            self.dirty_data.reading(self.train_dataset, "train"),
+            self.dirty_data.reading(self.eval_dataset, "eval"),
+        )
         self.warm_start_metrics = self.options.run(model, collator, self.args, train, held_out, checkpoint)
         self.options.warn_where_undone(self.args.learning_rate, self.options.learning_rates or {})
 
@@ -196,7 +199,7 @@ class FromageTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As in the Trainer, but backbones are named, if need be by a path of this machine, rather than copied."""
-        self._data.save()
+        self.dirty_data.save()
         unwrapped = self._unwrapped
         with unwrapped.absolute_paths() if hasattr(unwrapped, "absolute_paths") else nullcontext():
             super()._save_checkpoint(*args, **kwargs)
@@ -238,7 +241,7 @@ class FromageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = self._data.logged({**logs, **self.monitor.means(self.accelerator, self._unwrapped)})
+            logs = self.dirty_data.logged({**logs, **self.monitor.means(self.accelerator, self._unwrapped)})
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(

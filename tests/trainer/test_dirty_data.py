@@ -184,14 +184,17 @@ def train_in_two(rank: int, folder: str, port: int):
     trainer = make_trainer(Path(folder, "out"), dirty(24), options=options, eval_dataset=dirty(21), **SKIP)
     trainer.train()
     stream = Dataset.from_list(examples(8)).to_iterable_dataset(num_shards=2)
-    own = [row["caption"] for row in DataLoader(trainer._data.reading(stream, "train").shard(2, rank), batch_size=None)]
+    own = [
+        row["caption"]
+        for row in DataLoader(trainer.dirty_data.reading(stream, "train").shard(2, rank), batch_size=None)
+    ]
     told = ""
     try:
-        trainer._data.reading(Stream(good(8)), "train")
+        trainer.dirty_data.reading(Stream(good(8)), "train")
     except ValueError as error:
         told = str(error)
     found = {
-        "metrics": trainer._data.metrics(),
+        "metrics": trainer.dirty_data.metrics(),
         "pairs": trainer.evaluate()["eval_num_pairs"],
         "own": own,
         "told": told,

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_fromage import FromageDataCollator
+from tests.helpers.backbones import make_processor
 from tests.helpers.paths import PARITY, ROOT
 from training import benchmark, benchmark_answers, benchmark_index, benchmark_warm_start
-from training.benchmarks import answers, index, kills, processes, step, warm_start
+from training.benchmarks import answers, dirty_data, index, kills, processes, step, warm_start
 from training.benchmarks.presets import MAX_LENGTH, PRESETS
 from training.publishing.results import read_results, replace_between
 
@@ -90,6 +92,33 @@ def test_warm_start_benchmark_runs(tmp_path, capsys):
     assert own["seconds"]["cpu"] > found["pass"]["cpu"] > 0 and len(results["step_seconds"]) == 3
     assert own["share"]["cpu"] == pytest.approx(own["seconds"]["cpu"] / found["joint"][0]["seconds"]["cpu"])
     assert "the original's algorithm" in capsys.readouterr().out
+
+
+def test_each_way_to_break_an_example_is_found(tmp_path):
+    """And every example of the benchmark is accounted for, by the texts that reach the model."""
+    plan = dirty_data.Plan(60, 25, 1 / 3, 32, batch_size=4, workers=0, processes=1)
+    kinds = dirty_data.write_shards(tmp_path / "shards", plan, plan.broken)
+    assert len(kinds) == 20 and set(kinds.values()) == set(dirty_data.BREAKS)
+    found, collator = {}, FromageDataCollator(make_processor())
+    for path in sorted((tmp_path / "shards").iterdir()):
+        with tarfile.open(path) as shard:
+            files = {member.name: shard.extractfile(member).read() for member in shard}
+        for key in {name.split(".")[0] for name in files}:
+            image = {"bytes": files.get(f"{key}.jpg"), "path": None}
+            try:
+                example = collator.prepare({"image": image, "caption": files.get(f"{key}.txt", b"").decode()})
+                found[int(key)] = example["caption"]
+            except ValueError:
+                pass
+    assert found.keys() == set(range(60)) - kinds.keys()
+    ids = collator.retrieval_inputs([found[number] for number in sorted(found)])["retrieval_input_ids"]
+    (tmp_path / "trained-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ids.tolist()))
+    rows = [{"place": f"00000.tar, {number:09d}", "reason": "broken"} for number in kinds]
+    (tmp_path / "bad_examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = dirty_data.account(tmp_path, str(PARITY / "case_a_opt_tied" / "language_model"), kinds, 60)
+    assert (result["trained_on"], result["listed"], result["trained_on_or_listed"]) == (40, 20, 60)
+    assert result["trained_on_and_listed"] == result["broken_but_not_listed"] == result["listed_twice"] == 0
+    assert dirty_data.growth([(float(i), 100 if i < 10 else 200) for i in range(50)], 40) == 1
 
 
 def test_equal_captions_are_all_trained_on_or_all_held_out(tmp_path):

@@ -201,11 +201,11 @@ def account(folder: Path, language_model: str, kinds: dict[int, str], count: int
     }
 
 
-def growth(samples: list[tuple[float, int]]) -> float:
-    """Memory of the last quarter of a run over that of its second, without its start and end."""
-    values = [size for _, size in samples]
+def growth(samples: list[tuple[float, int]], seconds: float) -> float:
+    """Memory in the last quarter of the `seconds` of training, with which a run ends, over that in their second."""
+    values = [size for when, size in samples if when > samples[-1][0] - seconds]
     quarter = max(1, len(values) // 4)
-    return statistics.median(values[-quarter - 1 : -1] or values) / statistics.median(values[quarter : 2 * quarter])
+    return statistics.median(values[-quarter:]) / statistics.median(values[quarter : 2 * quarter] or values)
 
 
 def measure(language_model: str, vision_model: str, plan: Plan) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def measure(language_model: str, vision_model: str, plan: Plan) -> dict[str, Any
                 "seconds": metrics["train_runtime"],
                 "examples_a_second": plan.count / metrics["train_runtime"],
                 "account": account(folder, language_model, kinds, plan.count),
-                "memory_growth": growth(samples),
+                "memory_growth": growth(samples, metrics["train_runtime"]),
                 "memory": [{"seconds": seconds, "megabytes": size >> 20} for seconds, size in samples[::every]],
             }
     runs = results["runs"]

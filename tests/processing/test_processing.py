@@ -160,8 +160,8 @@ def test_collator_bad_input(processor):
     collate = FromageDataCollator(processor)
     for caption, message in [
         ("  ", "Example 1 .*empty"),
-        ("a [RET]", r"example 1 .*\[RET\]"),
-        ("<|image|>", "example 1"),
+        ("a [RET]", r"Example 1 .*\[RET\]"),
+        ("<|image|>", "Example 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             collate([{"image": IMAGE, "caption": "a cat"}, {"image": IMAGE, "caption": caption}])

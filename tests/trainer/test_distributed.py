@@ -83,7 +83,7 @@ def test_two_processes_train_as_one(case, in_two, tmp_path):
         for step in (1, 3):
             for column in (0, 3):
                 found["logs"][step][column] -= math.log(2)
-    assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert_close(found, expected, rtol=1e-7, atol=1e-8)  # AdamW divides by gradients that may be tiny
 
 
 def test_the_last_batch_is_shared_out():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import TrainerState
 
@@ -126,7 +127,8 @@ def describe_run(trainer: FromageTrainer, rehearsal: Rehearsal) -> list[str]:
 
 
 def describe_memory(trainer: FromageTrainer, rehearsal: Rehearsal) -> list[str]:
-    weights = sum(t.numel() * t.element_size() for t in (*trainer.model.parameters(), *trainer.model.buffers()))
+    tensors = (*trainer.model.parameters(), *trainer.model.buffers())
+    weights = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)  # of this process
     on_gpu = trainer.args.device.type == "cuda"
     where = f"on {trainer.args.device}" if on_gpu else "resident in this process, the loader's workers not counted"
     lines = [

@@ -203,7 +203,7 @@ def _length(collator: Any, dataset: Any, number: int, draw: random.Random) -> in
         texts = retrieval_caption(dataset[number])
         text = texts if isinstance(texts, str) or not texts else draw.choice(texts)
         return collator.retrieval_inputs([text])["retrieval_attention_mask"].sum().item()
-    except ValueError:
+    except Exception:  # whatever a data set raises for a row; the run itself will say so, or skip it
         return 0
 
 

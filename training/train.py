@@ -94,13 +94,11 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: RunArgum
         callbacks=args.callbacks(),
         **args.trainer_options(),
     )
-    held_out = (
-        (data_args.train_data, "held out") if data_args.eval_fraction else (data_args.eval_data, data_args.eval_split)
-    )
-    trainer.data_names = {
-        "train": name_sources(data_args.train_data, data_args.train_split),
-        "eval": name_sources(*held_out) if trainer.eval_dataset is not None else [],
-    }
+    names = name_sources(data_args.train_data, data_args.train_split)
+    held_out = name_sources(data_args.eval_data, data_args.eval_split)
+    if data_args.eval_fraction:
+        held_out = [{**name, "split": f"held out of {name['split'] or 'it'}"} for name in names]
+    trainer.data_names = {"train": names, "eval": held_out}
     return trainer
 
 
@@ -171,6 +169,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         arguments = parse_config(options.config, options.overrides)
         if not options.dry_run:
             return train(*arguments)
+        arguments[2].push_to_hub = False  # the Trainer would make the repository now
         trainer = prepare(*arguments)
         told = dry_run(trainer)
         if trainer.is_world_process_zero():

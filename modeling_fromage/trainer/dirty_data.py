@@ -62,6 +62,16 @@ class DirtyData:
         good = GoodExamples(dataset, reader, self.args.seed, self.args.world_size)
         return good if is_training or not self.skips else self._only_good(collator, good, split)
 
+    @staticmethod
+    def as_given(dataset: Any) -> Any:
+        """The user's own data set behind [`reading`], for samplers that know its columns."""
+        if isinstance(dataset, GoodExamples):
+            return dataset.dataset
+        if isinstance(dataset, Subset) and isinstance(dataset.dataset, GoodExamples):
+            given: Any = dataset.dataset.dataset
+            return given.select(dataset.indices) if hasattr(given, "select") else dataset
+        return dataset
+
     def _stream(
         self, collator: FromageDataCollator, dataset: Any, reader: ExampleReader, is_training: bool
     ) -> GoodStream:

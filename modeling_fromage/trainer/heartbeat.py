@@ -43,7 +43,9 @@ def watched_processes(args: TrainingArguments) -> Iterator[None]:
     # A client of its own: that of the process group is locked while the main thread waits in it.
     patience = timedelta(seconds=SILENCE)
     client = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
-    watch = Watch(dist.PrefixStore(f"fromage/{run}", client), args.process_index, args.world_size)
+    # A run that torchrun has started again has the same store.
+    prefix = f"fromage/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{run}"
+    watch = Watch(dist.PrefixStore(prefix, client), args.process_index, args.world_size)
     watch.sign()
     dist.barrier()  # all have signed
     watch.start()
@@ -66,16 +68,16 @@ class Watch(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        last, since = "", time.monotonic()
+        last, looks = "", 0  # in vain: seconds would include those in which this process was suspended itself
         while not self.stopped.wait(INTERVAL):
             failure = None
             try:
                 self.sign()
                 failure = self._failure()
                 sign = self._sign_of((self.rank + 1) % self.world_size)
-                if sign != last:
-                    last, since = sign, time.monotonic()
-                elif not failure and time.monotonic() - since > SILENCE:
+                looks = looks + 1 if sign == last else 0
+                last = sign
+                if not failure and looks * INTERVAL > SILENCE:
                     failure = f"The process {_name(sign)} has been silent for {SILENCE:.0f} seconds."
                     self.store.compare_set("failure", "", failure)
             except RuntimeError as error:

@@ -16,7 +16,8 @@ class RankBatches(BatchSamplerShard):
 
     accelerate fills the last, smaller batch up with the first examples, which would count twice. Here each process gets
     an equal share of it, give or take one. Of fewer examples than processes, all of them get all: the gradients are
-    those of one process, and the contrastive loss is larger by the logarithm of the number of processes.
+    those of one process (nearly, with `mask_duplicate_images`), and the contrastive loss is larger by the logarithm of
+    the number of processes.
     """
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
-from transformers.trainer_utils import has_length
 
 from ..images_fromage import load_rgb_image
 from .data_collator import FromageDataCollator, retrieval_caption
@@ -40,13 +40,15 @@ class EvaluationSamples(TrainerCallback):
 
     def __init__(self, count: int, collator: Any, callbacks: Sequence[TrainerCallback]):
         self.count, self.callbacks = count, callbacks
-        self.collator: Any = copy.copy(collator) if isinstance(collator, FromageDataCollator) else None
+        # A subclass with a `__call__` of its own may take examples of its own.
+        is_ours = isinstance(collator, FromageDataCollator) and type(collator).__call__ is FromageDataCollator.__call__
+        self.collator: Any = copy.copy(collator) if is_ours else None
         self.embeds: Mapping[str, Any] = {}  # of the evaluation that has ended: image_embeds and text_embeds, (N, q)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         embeds, self.embeds = self.embeds, {}
         dataset = kwargs["eval_dataloader"].dataset
-        if not self.count or self.collator is None or not has_length(dataset):
+        if not self.count or self.collator is None or isinstance(dataset, IterableDataset):
             return
         self.collator.training = False
         generator = torch.Generator().manual_seed(args.seed)

@@ -110,13 +110,7 @@ class FromageTrainer(Trainer):
                 "(`captioning_loss_weight`, ...), or override `compute_loss` in a subclass."
             )
         if data_collator is None:
-            if not isinstance(self.processing_class, FromageProcessor):
-                raise ValueError(
-                    f"Without a `data_collator`, `processing_class` must be a FromageProcessor, got "
-                    f"{type(self.processing_class).__name__}. Give `data_collator=FromageDataCollator(processor)` or "
-                    "`processing_class=processor`."
-                )
-            self.data_collator = FromageDataCollator(self.processing_class, seed=args.seed)
+            self.data_collator = _default_collator(self.processing_class, args.seed)
         processor, config = getattr(self.data_collator, "processor", None), getattr(self.model, "config", None)
         if processor is not None and config is not None:
             processor.check_config(config)
@@ -165,7 +159,11 @@ class FromageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return epoch_order_sampler(dataset, self.args) or super()._get_train_sampler(train_dataset)
+        given = self.dirty_data.as_given(dataset)
+        return epoch_order_sampler(dataset, self.args) or super()._get_train_sampler(given)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return super()._get_eval_sampler(self.dirty_data.as_given(eval_dataset))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in the Trainer, with the rates of `learning_rates` in parameter groups of their own."""
@@ -292,6 +290,16 @@ class FromageTrainer(Trainer):
         predictions = [outputs[name].detach() for name in self._output_names]
         repeated = tuple(p.repeat(count) if p.dim() == 0 else p for p in predictions)  # a loss counts once a row
         return loss.detach(), repeated, inputs.get("labels")
+
+
+def _default_collator(processor: Any, seed: int) -> FromageDataCollator:
+    if not isinstance(processor, FromageProcessor):
+        raise ValueError(
+            f"Without a `data_collator`, `processing_class` must be a FromageProcessor, got "
+            f"{type(processor).__name__}. Give `data_collator=FromageDataCollator(processor)` or "
+            "`processing_class=processor`."
+        )
+    return FromageDataCollator(processor, seed=seed)
 
 
 __all__ = ["FromageTrainer"]

@@ -139,3 +139,26 @@ def test_long_words_and_many_lines_fit():
     margin = sheet.crop((sheet.width - 4, 0, sheet.width, sheet.height))
     lines = ImageChops.difference(margin, Image.new("RGB", margin.size, "white")).convert("L").histogram()
     assert sheet.height > 20 * 12 and sum(lines[60:]) == 0  # nothing but light lines at the right edge
+
+
+class OwnCollator(FromageDataCollator):
+    """Takes examples of its own."""
+
+    def __call__(self, rows):
+        return super().__call__([{"image": row["img"], "caption": row["text"]} for row in rows])
+
+
+def test_collators_and_data_that_samples_cannot_read_are_left_alone(tmp_path):
+    rows = [{"img": row["image"], "text": row["caption"]} for row in pictures(4)]
+    collator = OwnCollator(make_processor(), max_length=16)
+    trainer = FromageTrainer(make_model("opt_clip"), arguments(tmp_path), collator, eval_dataset=rows)
+    assert trainer.evaluate()["eval_num_pairs"] == 4 and not (tmp_path / "samples").exists()
+
+    class Sized(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(pictures(4))
+
+        def __len__(self):
+            return 4
+
+    assert make_trainer(tmp_path, Sized()).evaluate()["eval_num_pairs"] == 4 and not (tmp_path / "samples").exists()

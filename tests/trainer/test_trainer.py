@@ -11,6 +11,7 @@ from datasets import Dataset
 from datasets import IterableDataset as StreamedDataset
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_fromage import FromageDataCollator, FromageTrainer, NormalizeRetEmbeddingCallback
 from tests.helpers.backbones import make_model, make_processor
@@ -31,6 +32,15 @@ def make_trainer(folder, trainer_class=FromageTrainer, data=None, options=None, 
 
 def logged(trainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_batches_are_grouped_by_a_column_of_lengths(tmp_path):
+    rows = Dataset.from_list([{**row, "length": len(row["caption"])} for row in examples(8)])
+    options = {"train_sampling_strategy": "group_by_length", "eval_strategy": "no"}
+    trainer = make_trainer(tmp_path, data=rows, options=options, eval_dataset=rows)
+    assert isinstance(trainer.get_train_dataloader().batch_sampler.sampler, LengthGroupedSampler)
+    trainer.train()
+    assert trainer.evaluate()["eval_num_pairs"] == 8
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

@@ -119,14 +119,15 @@ def killed_run(folder: Path, output: str, plan: Plan, startup: float, training: 
                 f"The run ended by itself after {len(kills)} kills, see {folder / output}.log. Give more --epochs."
             )
         finally:
-            _end(process)
+            _end(process, folder)
     return kills
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, folder: Path) -> None:
     """Kill what is left of a run's session: torchrun puts its processes into sessions of their own."""
     for left in psutil.process_iter(["cmdline", "cwd"]):
-        if left.info["cmdline"] and f"output_dir={process.args[-1].partition('=')[2]}" in left.info["cmdline"]:
+        own = f"output_dir={process.args[-1].partition('=')[2]}"
+        if own in (left.info["cmdline"] or []) and left.info["cwd"] == str(folder.resolve()):
             left.kill()
 
 

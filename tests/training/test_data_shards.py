@@ -67,6 +67,34 @@ def test_damage_within_a_tar(tmp_path):
     assert told(tar(joined)) == ["joined.tar: the tar is damaged, or cut off, from byte 0 on"]
 
 
+def resized(data: bytearray, start: int, size: bytes) -> None:
+    """Let the header at `start` tell another size, with the sum that belongs to it."""
+    data[start + 124 : start + 136] = size.ljust(12, b"\0")
+    data[start + 148 : start + 156] = b" " * 8
+    data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+
+
+@pytest.mark.parametrize("damaged", [0, 2])
+@pytest.mark.parametrize("size", [b"-0000002000", b"-0000000001", b"\xff" * 12])
+def test_headers_of_negative_sizes(damaged, size, tmp_path):
+    """Followed, they lead back to what was read already, for ever."""
+    path = write_tar(tmp_path / "a.tar", tar_members(range(3)))
+    data = bytearray(path.read_bytes())
+    resized(data, [member.offset for member in tarfile.open(path)][damaged], size)
+    path.write_bytes(data)
+    found = told(tar(path))
+    assert "a.tar: the tar is damaged" in " ".join(map(str, found)) and "picture 2" in found and len(found) < 6
+
+
+@pytest.mark.parametrize("size", [b"00000000001", b"-0000002000", b"77777777777", b"\x80" + b"\x7f" * 11])
+def test_headers_that_belong_to_each_other(size, tmp_path):
+    header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = tarfile.GNUTYPE_LONGNAME
+    resized(header, 0, size)
+    (tmp_path / "a.tar").write_bytes((bytes(header) + bytes(512)) * 1500)
+    assert told(tar(tmp_path / "a.tar")) == ["a.tar: the tar is damaged, or cut off, from byte 0 on"]
+
+
 def test_samples_of_a_tar(tmp_path):
     members = [
         ("a.png", picture(0)), ("a.txt", b" first \n"),

@@ -21,6 +21,8 @@ from .shard_files import Shard
 _SLOTS = ("image", "txt", "json")  # of a row of the index: first and last byte of each member, -1 where it has none
 _DAMAGED = -2  # in the place of the first; the second tells where the damage begins
 _BLOCK = tarfile.BLOCKSIZE
+# Of `tarfile`, from headers that lie: about their size, or of thousands that each belong to the next.
+_BROKEN = (tarfile.TarError, ValueError, ArithmeticError, RecursionError, MemoryError)
 
 
 class TarShard(Shard):
@@ -48,13 +50,14 @@ class TarShard(Shard):
 
     def read(self, number: int, with_image: bool = True) -> dict[str, Any]:
         spans = self.index[number].reshape(-1, 2).tolist()
-        if spans[0][0] == _DAMAGED:
-            return bad_row(self.path.name, f"the tar is damaged, or cut off, from byte {spans[0][1]:,} on")
-        found = {
-            slot: self._member(*span)
-            for slot, span in zip(_SLOTS, spans, strict=True)
-            if span[0] >= 0 and (with_image or slot != "image")
-        }
+        wanted = [i for i, span in enumerate(spans) if span[0] >= 0 and (with_image or _SLOTS[i] != "image")]
+        try:
+            damage = spans[0][1] if spans[0][0] == _DAMAGED else None
+            found = {_SLOTS[i]: self._member(*spans[i]) for i in wanted}
+        except _BROKEN:
+            damage = spans[wanted[0]][0]
+        if damage is not None:
+            return bad_row(self.path.name, f"the tar is damaged, or cut off, from byte {damage:,} on")
         name = next((name for name, _ in found.values()), f"example {number}")
         place = f"{self.path.name}, {printable(name.rpartition('.')[0] or name)}"
         try:
@@ -122,8 +125,12 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 file.seek(end)
                 try:  # of any kind; it goes on behind damage, and in tars that were laid end to end
                     member = tarfile.TarFile(fileobj=file, ignore_zeros=True).firstmember
-                except tarfile.TarError:
+                except _BROKEN:
                     member = None
+                if member is not None and member.size < 0:
+                    yield "", end, -1
+                    end = member.offset_data
+                    continue
                 start = size if member is None else member.offset
                 if _has_contents(file, end, start):
                     yield "", end, -1
@@ -167,10 +174,13 @@ def _plain_header(blocks: bytes) -> tuple[str, int, int] | None:
 
 
 def _checked_size(header: bytes) -> int:
-    """The size that a header tells; a `ValueError` where its sum is another, or the size is no octal number."""
+    """The size that a header tells; a `ValueError` where its sum is another, or the size is no octal number from 0."""
     if sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(header[148:156].strip(b" \0"), 8):
         raise ValueError
-    return int(header[124:136].strip(b" \0") or b"0", 8)
+    size = int(header[124:136].strip(b" \0") or b"0", 8)
+    if size < 0:
+        raise ValueError
+    return size
 
 
 def _has_contents(file: Any, start: int, end: int) -> bool:

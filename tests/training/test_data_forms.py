@@ -12,7 +12,7 @@ from tests.helpers.paths import ROOT
 from training.arguments import DataArguments
 from training.config import to_dataclasses
 from training.data.captioned_images import load_captioned_images
-from training.data.sources import expand_braces, find_files
+from training.data.sources import expand_braces, find_files, paths_of_split
 from training.data.training_data import DataLoading
 
 
@@ -111,3 +111,46 @@ def test_rows_with_one_caption_and_with_several(tmp_path):
     table.write_text('{"image": "a.png", "caption": "one"}\n{"image": "b.png", "caption": ["two", "three"]}\n')
     assert load_captioned_images(str(table))["caption"] == [["one"], ["two", "three"]]
     assert load_captioned_images(str(table), streaming=True)["caption"] == ["one", ["two", "three"]]
+
+
+def write_split(folder, form: str, split: str) -> None:
+    """One example whose caption is the split's name."""
+    if form == "tars":
+        write_tar(folder / f"cc3m-{split}-0000.tar", [("a.png", picture(0)), ("a.txt", split.encode())])
+        return
+    (folder / split).mkdir()
+    (folder / split / "a.png").write_bytes(picture(0))
+    if form == "metadata":
+        (folder / split / "metadata.csv").write_text(f"file_name,caption\na.png,{split}\n")
+    else:
+        (folder / split / "a.txt").write_text(split)
+
+
+@pytest.mark.parametrize("form", ["tars", "metadata", "texts"])
+@pytest.mark.parametrize("options", [{}, {"streaming": True}, {"keep_problems": True}])
+def test_a_split_is_never_another(form, options, tmp_path):
+    def captions(split: str) -> list[str]:
+        return [row["caption"] for row in load_captioned_images(str(tmp_path), split, **options)]
+
+    for split in ("train", "validation"):
+        write_split(tmp_path, form, split)
+        assert captions(split) == [split]
+    with pytest.raises(ValueError, match="test"):
+        captions("test")
+    with pytest.raises(ValueError, match="extra"):
+        captions("extra")
+
+
+def test_splits_by_other_words(tmp_path):
+    def of(split: str, *names: str, by_name: bool = True) -> list[str]:
+        files = [tmp_path / name for name in names]
+        return [str(file.relative_to(tmp_path)) for file in paths_of_split(tmp_path, files, split, by_name)]
+
+    assert of("train", "0.tar", "restraint.tar", "latest-0.tar") == ["0.tar", "restraint.tar", "latest-0.tar"]
+    assert of("validation", "Train-0.tar", "val2014/train.tar", "x_dev_0.tar") == ["val2014/train.tar", "x_dev_0.tar"]
+    assert of("my-split", "my-split-0.tar", "train-0.tar") == ["my-split-0.tar"]
+    assert of("train", "a/dev.png", "b/1.png", by_name=False) == ["a/dev.png", "b/1.png"]  # pictures may be of anything
+    with pytest.raises(ValueError, match="no files of split 'train'.*it has validation"):
+        of("train", "val-0.tar", "0.tar")
+    with pytest.raises(ValueError, match="no splits: all of it is the split train"):
+        of("validation", "0.tar")

@@ -11,7 +11,7 @@ from modeling_fromage.io.tables import is_table, read_rows
 
 from .columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_columns, image_suffixes
 from .sharded_examples import SHARD_SUFFIXES, SHUFFLE_WINDOW, ShardedExamples
-from .sources import files_of_split, find_files, tars_of_split
+from .sources import files_of_split, find_files, paths_of_split
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -81,8 +81,8 @@ def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Datase
             saved = saved[split]
         return _named(source, saved, image_column, caption_column)
     metadata = [file for name in _METADATA for file in sorted(path.rglob(name))]
-    if next(path.rglob("*.tar"), None) is not None:
-        return ShardedExamples(tars_of_split(path, split), *options)
+    if tars := sorted(path.rglob("*.tar")):
+        return ShardedExamples(paths_of_split(path, tars, split, by_name=True), *options)
     has_parquet = any(file.name not in _METADATA for file in path.rglob("*.parquet"))
     if has_parquet and in_place:
         return ShardedExamples(files_of_split(source, split), *options)
@@ -90,18 +90,17 @@ def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Datase
         if has_parquet:
             dataset = load_dataset(source, split=split)
         elif metadata and in_place:
-            of_split = [file for file in metadata if file.is_relative_to(path / split)]
-            return ShardedExamples(of_split or metadata, *options)
+            return ShardedExamples(paths_of_split(path, metadata, split), *options)
         elif metadata:
             dataset = load_dataset("imagefolder", data_dir=source, split=split)
         else:
-            return _load_images_with_texts(path / split if (path / split).is_dir() else path, in_place)
+            return _load_images_with_texts(path, split, in_place)
     except DatasetGenerationError as error:
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
     return _named(source, dataset, image_column, caption_column)
 
 
-def _load_images_with_texts(folder: Path, keep_problems: bool) -> Dataset:
+def _load_images_with_texts(folder: Path, split: str, keep_problems: bool) -> Dataset:
     """Images with captions in text files beside them."""
     suffixes = image_suffixes()
     images = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
@@ -112,7 +111,7 @@ def _load_images_with_texts(folder: Path, keep_problems: bool) -> Dataset:
             f"each NAME.jpg. Tables in it are named by a pattern: {folder}/*.tsv."
         )
     rows = []
-    for image in images:
+    for image in paths_of_split(folder, images, split):
         row = {"image": str(image), "caption": None, "place": str(image.relative_to(folder)), "problem": None}
         try:
             row["caption"] = image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()

@@ -4,6 +4,7 @@ import glob
 import itertools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import load_dataset_builder
@@ -11,6 +12,11 @@ from huggingface_hub import HfFileSystem, hf_hub_download
 
 from .sharded_examples import SHARD_SUFFIXES
 
+_SPLITS = {  # the words for each, as in `datasets`
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 _BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
 
 
@@ -70,20 +76,44 @@ def files_of_split(source: str, split: str) -> list[Path]:
     return [_local(name) for name in names]
 
 
-def tars_of_split(folder: Path, split: str) -> list[Path]:
-    """The tar shards of a folder: those in a folder called as the split, or whose names begin like it; all of them for
-    the split "train" where none are.
+def paths_of_split(folder: Path, files: Iterable[Path], split: str, by_name: bool = False) -> list[Path]:
+    """Those files in a folder that are of a split: by the first of their subfolders whose name tells of one, or
+    `by_name` by their own names too. Where no name tells of any, all are of the split "train".
+
+    A name tells of a split where it has that as a word of its own, as `cc3m-train-0000.tar` and `val2014/` have.
 
     Raises:
         ValueError: There are none of that split.
     """
-    files = sorted(folder.rglob("*.tar"))
-    own = [file for file in files if split in file.relative_to(folder).parts[:-1] or file.name.startswith(split)]
-    if not own and split != "train":
-        raise ValueError(
-            f"{folder} has no tar shards of split {split!r}, in a folder {split}/ or called {split}-*.tar."
-        )
-    return own or files
+    by_split: dict[str, list[Path]] = {}
+    wanted = _canonical(split)
+    for file in files:
+        parts = file.relative_to(folder).parts
+        told = (_splits_in(part, wanted) for part in (parts if by_name else parts[:-1]))
+        for name in next(filter(None, told), {""}):
+            by_split.setdefault(name, []).append(file)
+    unnamed = by_split.pop("", [])
+    if not by_split and wanted == "train":
+        return unnamed
+    if wanted not in by_split:
+        there = ", ".join(sorted(by_split)) or "no splits: all of it is the split train"
+        called = f" or called {split}-*" if by_name else ""
+        raise ValueError(f"{folder} has no files of split {split!r}, in a folder {split}/{called}; it has {there}.")
+    return by_split[wanted]
+
+
+def _canonical(split: str) -> str:
+    return next((name for name, words in _SPLITS.items() if split.lower() in words), split)
+
+
+def _splits_in(name: str, wanted: str) -> set[str]:
+    """The splits that a name tells of: those that folders commonly have, and the one that is wanted."""
+    known = {wanted: (wanted,)} | _SPLITS
+    return {
+        split
+        for split, words in known.items()
+        if re.search(rf"(?<![^\W\d_])(?:{'|'.join(map(re.escape, words))})(?![^\W\d_])", name, re.IGNORECASE)
+    }
 
 
 def _local(name: str) -> Path:
@@ -94,4 +124,4 @@ def _local(name: str) -> Path:
     return Path(hf_hub_download(filename=found.path_in_repo, **where))
 
 
-__all__ = ["expand_braces", "files_of_split", "find_files", "tars_of_split"]
+__all__ = ["expand_braces", "files_of_split", "find_files", "paths_of_split"]

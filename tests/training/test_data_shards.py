@@ -233,6 +233,15 @@ def test_indexes_are_kept_and_made_anew(tmp_path):
     assert len(ShardedExamples([path], index_dir=kept)) == 5 and len(list(kept.iterdir())) == 2
 
 
+def test_many_shards_hold_few_descriptors(tmp_path):
+    paths = [write_tar(tmp_path / f"{number}.tar", tar_members(range(1))) for number in range(150)]
+    before = len(os.listdir("/proc/self/fd"))
+    dataset = ShardedExamples(paths, index_dir=tmp_path / "indexes")
+    assert sorted(dataset.epoch_order(0, 0)) == list(range(150))
+    assert told(dataset) == ["picture 0"] * 150
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 64
+
+
 def test_loader_workers_read_what_this_process_reads(tmp_path):
     write_tar(tmp_path / "a.tar", tar_members(range(20)))
     rows = [{"image": f"{n}.png", "caption": f"row {n}"} for n in range(20)]

@@ -34,8 +34,9 @@ class Shard(ABC):
         self.path, self.image_column, self.caption_column = path, image_column, caption_column
         found = path.stat()
         self._stamp = (str(path.absolute()), found.st_size, found.st_mtime_ns)
+        self._kept: str | None = None
         if index_dir is None:
-            self.index = self.make_index()
+            self._held = self.make_index()
             return
         digest = hashlib.sha256(repr((self._stamp, type(self).__name__, image_column, caption_column)).encode())
         kept = index_dir / f"{path.name[:100]}.{digest.hexdigest()[:16]}.npy"
@@ -44,7 +45,12 @@ class Shard(ABC):
             np.save(contents, self.make_index())
             index_dir.mkdir(parents=True, exist_ok=True)
             replace_file(kept, contents.getvalue())
-        self.index = np.load(kept, mmap_mode="r")
+        self._kept = str(kept)
+        self._count = len(_map(self._kept))
+
+    @property
+    def index(self) -> np.ndarray:
+        return self._held if self._kept is None else _map(self._kept)
 
     @abstractmethod
     def make_index(self) -> np.ndarray:
@@ -55,7 +61,7 @@ class Shard(ABC):
         """An example: `image`, `caption`, `place`; and `problem` where its row cannot be read."""
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self._held) if self._kept is None else self._count
 
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         """`(rows, bytes to keep)` of the pieces that are read in one go, one after the other, of about `rows` rows."""
@@ -64,16 +70,11 @@ class Shard(ABC):
     def pread(self, start: int, end: int) -> bytes:
         return os.pread(_open(*self._stamp).fileno(), end - start, start)  # leaves no position that a fork could share
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        if isinstance(self.index, np.memmap):  # would be copied
-            state["index"] = self.index.filename
-        return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if not isinstance(self.index, np.ndarray):
-            self.index = np.load(self.index, mmap_mode="r")
+@functools.lru_cache(maxsize=64)
+def _map(path: str) -> np.ndarray:
+    """An index that is kept: as few are mapped at a time as shards are open, since each holds a descriptor."""
+    return np.load(path, mmap_mode="r")
 
 
 @functools.lru_cache(maxsize=64)

@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-private-addresses", action="store_true", help="let URLs be of this machine or its network"
     )
+    parser.add_argument("--allow-outside-paths", action="store_true", help="let paths lead out of the table's folder")
     parser.add_argument("--retry-failed", action="store_true", help="fetch again what failed in earlier runs")
     return parser
 
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict:
             options.format,
             options.shard_size,
             options.size,
+            options.allow_outside_paths,
         )
         report = preparation.run(fetcher, options.retry_failed)
         print(describe_report(report))

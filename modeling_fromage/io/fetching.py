@@ -1,7 +1,6 @@
 """Fetch image files from the web, where a URL may be hostile: within limits on time, bytes and hosts."""
 
 import base64
-import binascii
 import contextlib
 import http.client
 import ipaddress
@@ -163,7 +162,7 @@ def _decode_data_url(url: str, name: str, limits: ImageLimits) -> bytes:
     try:
         raw = unquote_to_bytes(data)
         raw = base64.b64decode(raw, validate=True) if header.lower().endswith(";base64") else raw
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and UnicodeEncodeError of a lone surrogate
         raise UnreadableImageError(name, "broken data: URL") from error
     if not comma or len(raw) > limits.max_bytes:
         raise UnreadableImageError(name, "too large" if comma else "broken data: URL")

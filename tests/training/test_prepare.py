@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from modeling_fromage.images_fromage import load_rgb_image
+from modeling_fromage.images_fromage import UnreadableImageError, load_rgb_image
+from modeling_fromage.io.fetching import fetch
 from tests.helpers.captioned_data import number_in, picture
 from training.data import fetching
 from training.data.captioned_images import load_captioned_images
@@ -184,3 +185,64 @@ def test_limits_hold(server, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "none.tsv"), folder])
     assert "There is no file" in capsys.readouterr().err
+
+
+def write_rows(path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_hostile_rows_fail_alone(kind, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    cut = "cut \ud83d"
+    hostile = {
+        "caption is not Unicode": {"image": "a.png", "caption": [cut, 5]},
+        "empty caption": {"image": "a.png", "caption": [5, None, " "]},
+        "malformed URL": {"image": "a\0.png", "caption": "x"},
+        "not found": {"image": "none.png", "caption": "x"},
+    }
+    rows = [
+        *hostile.values(),
+        {"image": "a.png", "caption": cut},
+        {"image": f"{cut}.png", "caption": "x"},
+        {"image": "data:image/png,\ud83d", "caption": "x"},
+        {"image": "a.png", "caption": ["a", 5, cut]},
+    ]
+    table = write_rows(tmp_path / "t.jsonl", rows)
+    report = main([table, str(tmp_path / "out"), f"--format={kind}"])
+    assert report["images"] == 1 and report["failures"] == {
+        "caption is not Unicode": 2,
+        "malformed URL": 3,
+        "empty caption": 1,
+        "not found": 1,
+    }
+    assert captions_of(tmp_path / "out") == {1: ["a"]}
+
+
+def test_local_files_keep_to_the_limits(tmp_path):
+    folder = tmp_path / "table"
+    folder.mkdir()
+    for place in (folder / "a.png", tmp_path / "secret.png"):
+        place.write_bytes(picture(1))
+    os.mkfifo(folder / "fifo.png")
+    (folder / "large.png").write_bytes(picture(1) + bytes(5000))
+    images = ("a.png", "fifo.png", "large.png", "../secret.png", str(tmp_path / "secret.png"), str(folder / "a.png"))
+    table = write_rows(folder / "t.jsonl", [{"image": image, "caption": "x"} for image in images])
+    report = main([table, str(tmp_path / "out"), "--max-bytes=4000"])
+    expected = {"not a regular file": 1, "too large": 1}
+    assert report["images"] == 2 and report["failures"] == {"outside the table's folder": 2, **expected}
+    report = main([table, str(tmp_path / "out"), "--max-bytes=4000", "--retry-failed", "--allow-outside-paths"])
+    assert report["images"] == 4 and report["failures"] == expected
+
+
+def test_whatever_reading_an_image_raises_is_about_that_image(tmp_path, monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError("of a decoder")
+
+    monkeypatch.setattr(fetching, "load_rgb_image", broken)
+    (tmp_path / "a.png").write_bytes(picture(1))
+    table = write_rows(tmp_path / "t.jsonl", [{"image": "a.png", "caption": "x"}])
+    assert main([table, str(tmp_path / "out")])["failures"] == {"broken": 1}
+    with pytest.raises(UnreadableImageError, match="broken data: URL"):
+        fetch("data:image/png,\ud83d")

@@ -1,12 +1,13 @@
 """Fetch many images at once without asking too much of any host."""
 
 import io
+import os
+import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from modeling_fromage.images_fromage import ImageLimits, UnreadableImageError, is_url, load_rgb_image
@@ -83,10 +84,15 @@ class Fetcher:
 
     def _image(self, url: str) -> bytes | UnreadableImageError:
         try:
-            data = fetch(url, self.limits) if is_url(url) else _read(url)
-            image = load_rgb_image({"bytes": data, "path": url[:200]} if data else {"path": None}, self.limits)
+            return self._bytes_of(url)
         except UnreadableImageError as error:
             return error
+        except Exception as error:  # whatever a hostile URL, path or image leads to is about this row alone
+            return UnreadableImageError(url[:200], "broken", f"{type(error).__name__}: {error}"[:500])
+
+    def _bytes_of(self, url: str) -> bytes:
+        data = fetch(url, self.limits) if is_url(url) else _read(url, self.limits)
+        image = load_rgb_image({"bytes": data, "path": url[:200]} if data else {"path": None}, self.limits)
         if self.size is None or min(image.size) <= self.size:
             return data
         scale = self.size / min(image.size)
@@ -96,12 +102,18 @@ class Fetcher:
         return contents.getvalue()
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, limits: ImageLimits) -> bytes:
     try:
-        return Path(path).read_bytes()
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would block
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnreadableImageError(path, "not a regular file")
+            data = file.read(limits.max_bytes + 1)
     except OSError as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else "not readable"
         raise UnreadableImageError(path, reason, error.strerror or "") from error
+    if len(data) > limits.max_bytes:
+        raise UnreadableImageError(path, "too large", f"more than {limits.max_bytes:,} bytes")
+    return data
 
 
 class _Queue:

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from tqdm.auto import tqdm
 
 from modeling_fromage.file_writing_fromage import replace_file, replacing
-from modeling_fromage.images_fromage import UnreadableImageError
+from modeling_fromage.images_fromage import UnreadableImageError, is_url
 
 from .fetching import Fetcher
 from .sharded_examples import ShardedExamples
@@ -107,6 +107,8 @@ class Preparation:
         format: "tar" or "parquet".
         shard_size: Rows of the table in a shard.
         size: Pixels that the fetcher reduces the shorter side to; the folder remembers it.
+        allow_outside_paths: Whether paths may lead out of the folder of the table. By default a table cannot have any
+            picture of this machine copied into shards that are meant to be published.
     """
 
     table: str
@@ -116,6 +118,7 @@ class Preparation:
     format: str = "tar"
     shard_size: int = 10_000
     size: int | None = None
+    allow_outside_paths: bool = False
 
     def run(self, fetcher: Fetcher, retry_failed: bool = False) -> dict[str, Any]:
         """Make the shards that are missing; with `retry_failed` fetch again what the others lack.
@@ -168,6 +171,7 @@ class Preparation:
     def _make_shard(self, shard: int, numbers: range, rows: ShardedExamples, fetcher: Fetcher) -> dict[str, Any]:
         """Write a shard, with what an earlier one has, and return its report."""
         path, failures = self._shard(shard), []
+        folders = {os.path.abspath(table.path.parent) for table in rows.shards}
         for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed
             left.unlink()
         with replacing(path) as temporary:
@@ -177,7 +181,7 @@ class Preparation:
             for number in numbers:
                 if number not in there:
                     row = rows[number]
-                    if (reason := _what_is_wrong(row)) is None:
+                    if (reason := self._what_is_wrong(row, folders)) is None:
                         wanted[number] = row
                     else:
                         failures.append(_failure(number, row, reason, row.get("problem", "")))
@@ -202,19 +206,36 @@ class Preparation:
         failures.sort(key=lambda failure: failure["row"])
         return {"rows": len(numbers), "images": made, "failures": failures}
 
+    def _what_is_wrong(self, row: dict[str, Any], folders: set[str]) -> str | None:
+        """Why a row cannot be had, in a few words; `None` where it may be, with its captions alone in it."""
+        if "problem" in row:
+            return "malformed row"
+        image, is_list = row["image"], isinstance(row["caption"], list)
+        if not isinstance(image, str):
+            return "no URL"
+        if not _is_unicode(image) or "\0" in image:
+            return "malformed URL"
+        texts = [text for text in (row["caption"] if is_list else [row["caption"]]) if isinstance(text, str)]
+        texts = [text for text in texts if text.strip()]
+        captions = [text for text in texts if _is_unicode(text)]
+        if not captions:
+            return "caption is not Unicode" if texts else "empty caption"
+        row["caption"] = captions if is_list else captions[0]
+        if not is_url(image) and not self.allow_outside_paths:
+            row["image"] = os.path.normpath(image)  # as it is checked: behind a link, ".." is another folder
+            if not any(Path(os.path.abspath(row["image"])).is_relative_to(folder) for folder in folders):
+                return "outside the table's folder"
+        return None
+
 
 def _read_report(path: Path, shard: Path) -> dict[str, Any] | None:
     """The report of a shard; `None` where one of them is missing."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and shard.is_file() else None
 
 
-def _what_is_wrong(row: dict[str, Any]) -> str | None:
-    if "problem" in row:
-        return "malformed row"
-    if not isinstance(row["image"], str):
-        return "no URL"
-    captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-    return None if any(isinstance(text, str) and text.strip() for text in captions) else "empty caption"
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON may have half of a pair of surrogates, where a text was cut."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _failure(number: int, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:

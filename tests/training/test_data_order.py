@@ -1,6 +1,8 @@
 """The order of epochs, sources by weight, and what is held out."""
 
+import itertools
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -153,3 +155,29 @@ def test_training_on_a_mixture_with_cached_features(tmp_path, monkeypatch):
         assert cached[name] == pytest.approx(live[name], rel=1e-2)
     for folder in ("live", "cached"):
         assert torch.isfinite(FromageForConditionalGeneration.from_pretrained(folder).adapter.logit_scale)
+
+
+class Numbers:
+    def __len__(self):
+        return 2_000_000
+
+
+@pytest.mark.parametrize("chosen", [range(0, 2_000_000, 2), np.arange(0, 2_000_000, 2), np.arange(1_999_998, -1, -2)])
+def test_substitutes_cost_nothing_that_grows_with_the_data(chosen):
+    """One is asked for at every example that cannot be read."""
+    part = Selected(Numbers(), chosen)
+    tracemalloc.start()
+    first = list(itertools.islice(part.substitutes(5), 3))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert first == ([6, 7, 8] if chosen[0] == 0 else [4, 3, 2])
+    assert most < 100_000
+
+
+def test_substitutes_of_a_part_are_of_that_part():
+    for chosen in ([1, 4, 5], [5, 1, 4], range(1, 6, 2)):
+        part = Selected(list("abcdef"), chosen)
+        for number in range(3):
+            after = [other % 6 for other in range(chosen[number] + 1, chosen[number] + 6)]
+            expected = [list(chosen).index(other) for other in after if other in chosen]
+            assert list(part.substitutes(number)) == expected

@@ -60,6 +60,8 @@ class Selected(Examples):
     def __init__(self, dataset: Any, numbers: Iterable[int], columns: Sequence[str] | None = None):
         self.dataset, self.columns = dataset, columns
         self.numbers = numbers if isinstance(numbers, range) else np.fromiter(numbers, dtype=np.int64)
+        ascending = isinstance(self.numbers, range) or bool(np.all(self.numbers[1:] > self.numbers[:-1]))
+        self._sorter = None if ascending else np.argsort(self.numbers)
         self.column_names = columns or getattr(dataset, "column_names", Examples.column_names)
 
     def __len__(self) -> int:
@@ -73,9 +75,18 @@ class Selected(Examples):
         return positions[positions >= 0]
 
     def substitutes(self, number: int) -> Iterator[int]:
-        positions = self._positions()
-        found = substitutes(self.dataset, int(self.numbers[number]))
-        return (int(positions[other]) for other in found if positions[other] >= 0)
+        found = map(self._position, substitutes(self.dataset, int(self.numbers[number])))
+        return (position for position in found if position is not None)
+
+    def _position(self, number: int) -> int | None:
+        """The number here of an example of the dataset, `None` where it is not here."""
+        if isinstance(self.numbers, range):
+            return self.numbers.index(int(number)) if int(number) in self.numbers else None
+        place = int(np.searchsorted(self.numbers, number, sorter=self._sorter))
+        if place == len(self.numbers):
+            return None
+        position = place if self._sorter is None else int(self._sorter[place])
+        return position if self.numbers[position] == number else None
 
     def _positions(self) -> np.ndarray:
         """By its number in the dataset, the number of an example here; -1 where it is not here."""

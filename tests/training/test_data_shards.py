@@ -20,6 +20,7 @@ from modeling_fromage.io.tables import read_rows
 from tests.helpers.captioned_data import number_in, picture, tar_members, write_tar
 from training.data import parquet_shards, shard_files, sharded_examples
 from training.data.captioned_images import load_captioned_images
+from training.data.examples import Mixture
 from training.data.sharded_examples import ShardedExamples
 from training.data.table_shards import TableShard
 
@@ -208,17 +209,27 @@ def test_little_of_a_parquet_file_is_held(tmp_path, monkeypatch):
     limit = 18_000  # three groups
     for module in (parquet_shards, sharded_examples):
         monkeypatch.setattr(module, "MOST_BYTES", limit)
-    monkeypatch.setattr(parquet_shards, "_groups", groups := parquet_shards._Groups())
     reads = []
     whole = parquet.ParquetFile.read_row_group
     monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda *a, **k: reads.append(a[1]) or whole(*a, **k))
     dataset = ShardedExamples([tmp_path / "a.parquet"])
+    groups = dataset.shards[0].groups
     order = dataset.epoch_order(0, 0)
     for number in order:
         assert dataset[number]["image"]["bytes"] == images[number]
         assert sum(size for _, size in groups._held.values()) <= limit
     assert sorted(reads) == list(range(12))  # each once: the order mixes no more than are held
     assert dataset.select_columns(["caption"])[7] == {"caption": "7"}
+    assert len(pickle.dumps(dataset)) < 5_000  # without what is held
+
+    reads.clear()
+    sources = [ShardedExamples([tmp_path / "a.parquet"]) for _ in range(3)]
+    mixture = Mixture(sources)
+    for number in mixture.epoch_order(0, 0):
+        assert mixture[number]["image"]["bytes"] == images[number % 60]
+    assert len(reads) == 3 * 12  # each once, though the windows of the three are read in turns
+    two = ShardedExamples([tmp_path / "a.parquet"] * 2).shards
+    assert two[0].groups is two[1].groups
 
 
 def test_indexes_are_kept_and_made_anew(tmp_path):

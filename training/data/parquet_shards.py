@@ -11,7 +11,7 @@ from pyarrow import ArrowException, Table, parquet
 from .columns import as_image, bad_row, find_columns
 from .shard_files import Shard
 
-MOST_BYTES = 256_000_000  # of row groups that a process holds at a time, without compression
+MOST_BYTES = 256_000_000  # of row groups of a source that a process holds at a time, without compression
 
 
 class ParquetShard(Shard):
@@ -45,6 +45,7 @@ class ParquetShard(Shard):
         self, path: Path, image_column: str | None = None, caption_column: str | None = None, index_dir: Any = None
     ):
         super().__init__(path, image_column, caption_column)  # its index is not kept: a footer is read in no time
+        self.groups = RowGroups()
 
     def __len__(self) -> int:
         return int(self.index[-1, 0]) if len(self.index) else 0
@@ -60,7 +61,7 @@ class ParquetShard(Shard):
         group = int(np.searchsorted(self.index[:, 0], number, side="right"))
         columns = self.columns if with_image else self.columns[1:]
         try:
-            table = _groups.read(self._stamp, group, columns, int(self.index[group, 1]))
+            table = self.groups.read(self._stamp, group, columns, int(self.index[group, 1]))
             first = int(self.index[group - 1, 0]) if group else 0
             row = table.slice(number - first, 1).to_pylist()[0]
         except (ArrowException, OSError, UnicodeDecodeError) as error:
@@ -75,12 +76,15 @@ def _bytes_of(group: Any, columns: tuple[str, str]) -> int:
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
 
 
-class _Groups:
-    """The row groups that a process holds: those read last, of `MOST_BYTES` together."""
+class RowGroups:
+    """The row groups that a process holds of the shards that share these: those read last, of `MOST_BYTES` together."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[Any, tuple[Table, int]] = OrderedDict()
         self._process = os.getpid()
+
+    def __reduce__(self) -> tuple:  # another process reads its own
+        return RowGroups, ()
 
     def read(self, stamp: tuple, group: int, columns: tuple[str, ...], size: int) -> Table:
         if self._process != os.getpid():  # forked: what the parent holds is not this process's to keep alive
@@ -95,6 +99,4 @@ class _Groups:
         return self._held[key][0]
 
 
-_groups = _Groups()
-
-__all__ = ["MOST_BYTES", "ParquetShard"]
+__all__ = ["MOST_BYTES", "ParquetShard", "RowGroups"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .examples import Examples
-from .parquet_shards import MOST_BYTES, ParquetShard
+from .parquet_shards import MOST_BYTES, ParquetShard, RowGroups
 from .shard_files import Shard
 from .table_shards import TableShard
 from .tar_shards import TarShard
@@ -48,6 +48,10 @@ class ShardedExamples(Examples):
         self.keep_problems, self.shuffle_window = keep_problems, shuffle_window
         index_dir = None if index_dir is None else Path(index_dir)
         self.shards = [_open_shard(Path(path), image_column, caption_column, index_dir) for path in paths]
+        groups = RowGroups()  # of this source alone: a window of another, read in turns with it, would drive them out
+        for shard in self.shards:
+            if isinstance(shard, ParquetShard):
+                shard.groups = groups
         self._ends = np.cumsum([len(shard) for shard in self.shards])
         if not len(self):
             raise ValueError(f"{', '.join(map(str, paths[:3]))}{' ...' * (len(paths) > 3)} has no examples.")

@@ -62,13 +62,14 @@ class BadExampleList:
         from the list of the run that is resumed, and what that one noted last."""
         self._entries = {key: entry for key, entry in self._entries.items() if entry["split"] != "train"}
         self._noted, self._read_so_far = set(self._entries), {}
+        if keep:
+            self._take(self.path)  # each process may have to write the whole list, if the run stops
         if self.process_index == 0:
             if keep:
-                self._take(self.path)
                 self.read_parts()
-            shutil.rmtree(self.parts, ignore_errors=True)
             if self._entries or self.path.exists():
                 self.write()
+            shutil.rmtree(self.parts, ignore_errors=True)  # now that what they had is in the list
             self._read_so_far = {}
         elif not keep:  # on another disk, perhaps
             self._remove_own_parts()

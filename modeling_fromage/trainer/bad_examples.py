@@ -139,8 +139,8 @@ class ExampleReader:
 
 
 def are_too_many(bad: int, seen: int, max_share: float, whole: float) -> bool:
-    """Whether a share of more than `max_share` is bad, judged by those that were seen: from 256 on, or all. Until all
-    are seen, by three standard deviations, so that chance does not stop a run."""
+    """Whether a share of more than `max_share` of `whole` is bad, judged by those that were seen: from 256 on, or all.
+    Until all are seen, by three standard deviations, so that chance does not stop a run."""
     if seen < min(ENOUGH, whole):
         return False
     deviation = 0.0 if seen >= whole else math.sqrt(seen * max_share * (1 - max_share))
@@ -229,7 +229,8 @@ class GoodExamples(Dataset):
         if number == index:
             worker = get_worker_info()
             readers = self.world_size * (1 if worker is None else worker.num_workers)
-            self.reader.count_bad(whole=max(1, len(self) // readers))
+            # One that reads a part of the data alone sees a sample.
+            self.reader.count_bad(whole=len(self) if readers == 1 else math.inf)
 
     def _substitutes(self, index: int) -> Iterator[int]:
         """The numbers of what may stand in for an example."""

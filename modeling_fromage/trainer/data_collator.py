@@ -189,6 +189,10 @@ class FromageDataCollator:
     def _check(self, caption: Any) -> None:
         if not isinstance(caption, str) or not caption.strip():
             raise BadExampleError("empty caption", repr(caption)[:100])
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:  # half of an emoji, as JSON may have it; tokenizers refuse it
+            raise BadExampleError("caption is not Unicode", ascii(caption)[:100]) from error
         for token in (self.processor.image_token, self.processor.ret_token):
             if token in caption:
                 raise BadExampleError("caption with a special token", f"{token} in {caption!r}")

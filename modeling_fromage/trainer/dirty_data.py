@@ -36,6 +36,7 @@ class DirtyData:
         self.list = BadExampleList(args.output_dir or "", args.process_index)
         self._checked: list[tuple[Any, str, Dataset]] = []
         self._is_running = False
+        self._count: int | None = None  # of the training data
         # A subclass with a `__call__` of its own may take examples of its own.
         is_ours = isinstance(collator, FromageDataCollator) and type(collator).__call__ is FromageDataCollator.__call__
         self._collator: FromageDataCollator | None = collator if is_ours else None
@@ -60,6 +61,7 @@ class DirtyData:
         if isinstance(dataset, IterableDataset):
             return self._stream(collator, dataset, reader, is_training) if self.skips else dataset
         good = GoodExamples(dataset, reader, self.args.seed, self.args.world_size)
+        self._count = len(good) if is_training else self._count
         return good if is_training or not self.skips else self._only_good(collator, good, split)
 
     @staticmethod
@@ -143,6 +145,12 @@ class DirtyData:
         if new and self.args.process_index == 0:
             told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
             logger.warning("%d more bad examples; so far %s. %s lists them.", len(new), told, self.list.path)
+        bad = reasons.total()
+        if self._count and bad > self.max_share * self._count:  # whatever the rest may be; in all processes alike
+            raise TooManyBadExamplesError(
+                f"{bad:,} of the {self._count:,} examples of the train data are bad, more than "
+                f"`max_bad_share={self.max_share:g}` of them."
+            )
         return {**logs, "bad_examples": reasons.total()}
 
     def metrics(self) -> dict[str, int]:

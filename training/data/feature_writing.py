@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections import Counter
@@ -210,10 +211,14 @@ def write_features(
     shards = {start: dataset.select(range(start, min(len(dataset), start + shard_size))) for start in starts}
     paths = {start: directory / shard_name(start // shard_size) for start in starts}
     missing = [start for start in starts if not is_whole(paths[start], len(shards[start]))]
+    skips = max_bad_share is not None
+    # Of several processes each sees a sample.
+    share = BadShare(max_bad_share, len(dataset) if world_size == 1 else math.inf) if skips else None
     for start in sorted(set(starts) - set(missing)):
         check_images(images_of(shards[start]), paths[start], start)
-    skips = max_bad_share is not None
-    share = BadShare(max_bad_share, sum(len(shards[start]) for start in missing)) if skips else None
+        if share is not None:
+            known = read_problems(paths[start])
+            share.add([known.get(row) for row in range(len(shards[start]))])
     for start in tqdm(missing, desc="Encoding shards", disable=rank > 0):
         loader = DataLoader(
             ReadImages(shards[start], skips), batch_size=batch_size, num_workers=num_workers,
@@ -229,7 +234,7 @@ def write_features(
 class BadShare:
     """Judges how many of the images so far are bad."""
 
-    def __init__(self, most: float, count: int):
+    def __init__(self, most: float, count: float):
         self.most, self.count = most, count
         self.seen, self.problems = 0, list[Problem]()
 

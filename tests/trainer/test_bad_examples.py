@@ -1,5 +1,6 @@
 """What is a bad example, and what is given in its place."""
 
+import math
 import pickle
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from modeling_fromage import FromageDataCollator
+from modeling_fromage.trainer.bad_example_list import BadExampleList
 from modeling_fromage.trainer.bad_examples import (
     BadExampleError,
     ExampleReader,
@@ -201,3 +203,29 @@ def test_a_worker_that_is_spawned_does_the_same(collator, tmp_path):
     assert captions_of(spawned[i] for i in range(24)) == captions_of(dataset[i] for i in range(24))
     dataset.reader.noted.merge()
     assert [row["number"] for row in listed(tmp_path)] == NUMBERS
+
+
+def test_half_an_emoji_is_no_caption(collator, tmp_path):
+    rows = good(6)
+    rows[2] = {**rows[2], "caption": "cut \ud83d"}
+    dataset = reading(collator, tmp_path, rows)
+    collator([dataset[i] for i in range(6)])
+    dataset.reader.noted.merge(write=True)
+    (entry,) = listed(tmp_path)
+    assert (entry["number"], entry["reason"]) == (2, "caption is not Unicode")
+
+
+def test_a_part_of_the_data_is_judged_as_a_sample():
+    assert not are_too_many(1, 10, 0.05, math.inf) and are_too_many(1, 10, 0.05, 10)
+    assert not are_too_many(20, 300, 0.05, math.inf) and are_too_many(60, 300, 0.05, math.inf)
+
+
+def test_every_process_that_resumes_knows_the_whole_list(tmp_path):
+    first = BadExampleList(tmp_path)
+    first.add({"split": "train", "number": 1, "place": None, "reason": "broken", "detail": ""})
+    first.write()
+    for process_index in (0, 1):
+        resumed = BadExampleList(tmp_path, process_index)
+        resumed.begin(keep=True)
+        resumed.write()
+        assert len((tmp_path / "bad_examples.jsonl").read_text().splitlines()) == 1

@@ -81,7 +81,8 @@ class DirtyData:
         stream = good_stream(
             dataset, reader=reader, check=check, process_index=self.args.process_index, leaves_out=not is_training
         )
-        if self.args.world_size > 1 and type(stream) is GoodStream:
+        too_few = getattr(stream, "n_shards", 0) < self.args.world_size  # then accelerate has all read all
+        if self.args.world_size > 1 and too_few:
             raise ValueError(
                 f"`on_bad_example=skip` on a {type(dataset).__name__} in {self.args.world_size} processes would have "
                 "each of them read all of it. Give a data set with a length, or a stream of `datasets` with a shard "

@@ -75,6 +75,9 @@ def good_stream(dataset: Any, **kwargs: Any) -> GoodStream:
 
     if not isinstance(dataset, datasets.IterableDataset):
         return GoodStream(dataset, **kwargs)
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image) and feature.decode:  # the reader decodes, which knows what to do then
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
 
     class ShardedGoodStream(GoodStream, datasets.IterableDataset):  # by this type accelerate knows it
         @property
@@ -83,6 +86,9 @@ def good_stream(dataset: Any, **kwargs: Any) -> GoodStream:
 
         def shard(self, *args: Any, **options: Any) -> GoodStream:
             return good_stream(self.dataset.shard(*args, **options), **kwargs)
+
+        def __reduce__(self) -> tuple[Any, ...]:  # for a worker that is spawned
+            return partial(good_stream, **kwargs), (self.dataset,)
 
     return ShardedGoodStream(dataset, **kwargs)
 

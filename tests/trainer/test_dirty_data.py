@@ -2,12 +2,13 @@
 
 import json
 import os
+import pickle
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
 from datasets import IterableDataset as StreamedDataset
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
@@ -17,7 +18,19 @@ from modeling_fromage.trainer.bad_examples import BadExampleError, TooManyBadExa
 from modeling_fromage.trainer.dirty_data import DirtyData
 from modeling_fromage.trainer.good_streams import GoodStream
 from tests.helpers.backbones import make_processor
-from tests.helpers.dirty_data import NUMBERS, SKIP, Refusing, dirty, good, listed, make_trainer, picture, reading
+from tests.helpers.dirty_data import (
+    NUMBERS,
+    SKIP,
+    Refusing,
+    captions_of,
+    dirty,
+    good,
+    listed,
+    make_trainer,
+    picture,
+    png,
+    reading,
+)
 from tests.helpers.processes import run_ranks
 from tests.helpers.training_runs import arguments, examples
 
@@ -171,6 +184,17 @@ def test_a_stream_gives_the_next_good_one(collator, tmp_path, kind):
     assert trainer.evaluate()["eval_num_pairs"] == 4
     with pytest.raises(TooManyBadExamplesError, match="All 3 examples of this stream"):
         list(data.reading(Stream([{"caption": ""}] * 3), "train"))
+
+
+def test_a_stream_of_pictures_that_decode_themselves(collator, tmp_path):
+    """The one that is broken is noted; and such a stream reaches workers that are spawned."""
+    rows = [{"image": {"bytes": png(i), "path": None}, "caption": f"number {i}"} for i in range(4)]
+    rows[1]["image"]["bytes"] = b"no picture"
+    features = Features({"image": Image(), "caption": Value("string")})
+    stream = Dataset.from_list(rows, features=features).to_iterable_dataset(num_shards=2)
+    trainer = make_trainer(tmp_path, stream, collator, **SKIP)
+    wrapped = pickle.loads(pickle.dumps(trainer.dirty_data.reading(stream, "train")))
+    assert captions_of(wrapped) == ["number 0", "number 2", "number 2", "number 3"]
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ def watched_processes(args: TrainingArguments) -> Iterator[None]:
         raise
     finally:
         watch.stopped.set()
+        watch.end()
+    dist.barrier()  # none closes the store while another still signs in it
 
 
 class Watch(threading.Thread):
@@ -86,6 +88,11 @@ class Watch(threading.Thread):
             if failure and not self.stopped.wait(2 * INTERVAL):
                 logger.error("This run ends. %s %s", failure, _WHAT_TO_DO)
                 os._exit(1)
+
+    def end(self) -> None:
+        """Wait for the thread, so that it uses no store that is being closed; one that hangs in a call is left."""
+        if self.is_alive():
+            self.join(2 * INTERVAL)
 
     def sign(self) -> None:
         self.store.set(str(self.rank), f"of rank {self.rank} ({socket.gethostname()}, {os.getpid()}) {time.time()}")

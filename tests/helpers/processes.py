@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+PATIENCE = 240  # seconds for ranks, on a busy machine
 _one_at_a_time = threading.Lock()
 
 
@@ -46,7 +48,13 @@ def run_ranks(function: Callable, *arguments: object, world_size: int = 2):
     from torch.multiprocessing import start_processes
 
     forkserver()
-    start_processes(function, arguments, world_size, start_method="forkserver")
+    ranks = start_processes(function, arguments, world_size, start_method="forkserver", join=False)
+    end = time.monotonic() + PATIENCE
+    while not ranks.join(1):
+        if time.monotonic() > end:
+            for process in ranks.processes:
+                process.kill()
+            raise TimeoutError(f"Some of {world_size} processes have not ended within {PATIENCE} seconds.")
 
 
 def forkserver() -> multiprocessing.context.BaseContext:

@@ -10,7 +10,7 @@ import argparse
 from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .benchmarks import dirty_data
-from .publishing.results import results_file, results_folder, write_results
+from .publishing.results import add_output_option, write_results
 
 
 def _share(text: str) -> float:
@@ -31,8 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=at_least(2), default=50, help="per process")
     parser.add_argument("--workers", type=at_least(0), default=1, help="per process")
     parser.add_argument("--processes", type=at_least(1), default=2)
-    default = f"{results_folder()}/dirty_data_cpu.json"
-    parser.add_argument("--output", type=results_file, help=f"JSON file; by default {default}")
+    add_output_option(parser, "dirty_data_cpu.json")
     return parser
 
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             options.processes,
         )  # fmt: skip
         results = dirty_data.measure(options.language_model, options.vision_model, plan)
-        write_results(options.output or results_folder() / "dirty_data_cpu.json", results)
+        write_results(options.output, results)
         print(dirty_data.table(results))
 
 

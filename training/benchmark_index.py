@@ -12,7 +12,7 @@ from modeling_fromage.io.command_line import at_least, command_parser, errors_in
 
 from .benchmarks import index
 from .benchmarks.presets import PRESETS
-from .publishing.results import results_file, results_folder, write_results
+from .publishing.results import add_output_option, write_results
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lists", type=at_least(1), default=1024, help="lists of the IVF index")
     parser.add_argument("--images", type=at_least(32), default=320, help="in the build")
     parser.add_argument("--rounds", type=at_least(1), default=7)
-    parser.add_argument("--output", type=results_file, help=f"JSON file; by default {results_folder()}/index_cpu.json")
+    add_output_option(parser, "index_cpu.json")
     return parser
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with errors_in_one_line(parser):
         results = index.measure(options.count, options.preset, options.lists, options.images, options.rounds)
-        write_results(options.output or results_folder() / "index_cpu.json", results)
+        write_results(options.output, results)
         print(index.table(results))
 
 

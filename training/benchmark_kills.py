@@ -12,7 +12,7 @@ from pathlib import Path
 from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .benchmarks import kills
-from .publishing.results import results_file, results_folder, write_results
+from .publishing.results import add_output_option, write_results
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,8 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save-steps", type=at_least(1), default=5, help="from one checkpoint to the next")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for data, logs and checkpoints; by default a temporary one")
-    default = f"{results_folder()}/kills_cpu.json"
-    parser.add_argument("--output", type=results_file, help=f"JSON file; by default {default}")
+    add_output_option(parser, "kills_cpu.json")
     return parser
 
 
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             options.kills, options.examples, options.shards, options.epochs, options.save_steps, options.seed
         )
         results = kills.measure(plan, options.keep)
-        write_results(options.output or results_folder() / "kills_cpu.json", results)
+        write_results(options.output, results)
         print(kills.table(results))
 
 

@@ -9,7 +9,7 @@ import argparse
 from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .benchmarks import processes
-from .publishing.results import results_file, results_folder, write_results
+from .publishing.results import add_output_option, write_results
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -18,8 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers", type=at_least(1), default=8, help="of 50 MB each, in the model whose memory is measured"
     )
-    default = f"{results_folder()}/processes_cpu.json"
-    parser.add_argument("--output", type=results_file, help=f"JSON file; by default {default}")
+    add_output_option(parser, "processes_cpu.json")
     return parser
 
 
@@ -28,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with errors_in_one_line(parser):
         results = processes.measure(options.dtypes, options.layers)
-        write_results(options.output or results_folder() / "processes_cpu.json", results)
+        write_results(options.output, results)
         print(processes.table(results))
 
 

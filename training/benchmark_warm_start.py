@@ -10,7 +10,7 @@ import logging
 from modeling_fromage.io.command_line import at_least, command_parser, errors_in_one_line
 
 from .benchmarks import warm_start
-from .publishing.results import results_file, results_folder, write_results
+from .publishing.results import add_output_option, write_results
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,8 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--joint-seeds", type=at_least(1), default=1)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="of warm starts")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="in which single steps are timed")
-    default = f"{results_folder()}/warm_start_cpu.json"
-    parser.add_argument("--output", type=results_file, help=f"JSON file; by default {default}")
+    add_output_option(parser, "warm_start_cpu.json")
     return parser
 
 
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             options.rounds,
         )  # fmt: skip
         for results in warm_start.measure(options.language_model, options.vision_model, options.data, plan):
-            write_results(options.output or results_folder() / "warm_start_cpu.json", results)  # after each set
+            write_results(options.output, results)  # after each set
         print(warm_start.table(results))
 
 

@@ -253,6 +253,12 @@ def _pooled(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"pooled_image_features": torch.stack([torch.as_tensor(e["pooled_image_features"]) for e in examples])}
 
 
+def takes_common_examples(collator: Any) -> bool:
+    """Whether a collator is a [`FromageDataCollator`] whose examples are those: a subclass with a `__call__` of its own
+    may take others."""
+    return isinstance(collator, FromageDataCollator) and type(collator).__call__ is FromageDataCollator.__call__
+
+
 def retrieval_caption(example: dict[str, Any]) -> Any:
     """The text, or the texts, that an example's image is found by."""
     return example.get("retrieval_caption", example["caption"])

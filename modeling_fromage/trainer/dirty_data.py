@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from .bad_example_list import BadExampleList
 from .bad_examples import BadExampleError, ExampleReader, GoodExamples, PreparedExample, TooManyBadExamplesError
-from .data_collator import FromageDataCollator
+from .data_collator import FromageDataCollator, takes_common_examples
 from .good_streams import GoodStream, good_stream
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,8 @@ class DirtyData:
         self._checked: list[tuple[Any, str, Dataset]] = []
         self._is_running = False
         self._count: int | None = None  # of the training data
-        # A subclass with a `__call__` of its own may take examples of its own.
-        is_ours = isinstance(collator, FromageDataCollator) and type(collator).__call__ is FromageDataCollator.__call__
-        self._collator: FromageDataCollator | None = collator if is_ours else None
-        if skips and not is_ours:
+        self._collator: FromageDataCollator | None = collator if takes_common_examples(collator) else None
+        if skips and self._collator is None:
             raise ValueError(
                 f"`on_bad_example=skip` needs a FromageDataCollator, got {type(collator).__name__}, which cannot say "
                 "what is bad before it has a whole batch. Override its `prepare`, not its `__call__`."

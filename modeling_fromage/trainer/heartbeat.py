@@ -56,7 +56,6 @@ def watched_processes(args: TrainingArguments) -> Iterator[None]:
         watch.explain(error)
         raise
     finally:
-        watch.stopped.set()
         watch.end()
     dist.barrier()  # none closes the store while another still signs in it
 
@@ -90,9 +89,9 @@ class Watch(threading.Thread):
                 os._exit(1)
 
     def end(self) -> None:
-        """Wait for the thread, so that it uses no store that is being closed; one that hangs in a call is left."""
-        if self.is_alive():
-            self.join(2 * INTERVAL)
+        """Stop, and wait for the thread, so that it uses no store that is being closed; one that hangs is left."""
+        self.stopped.set()
+        self.join(2 * INTERVAL)
 
     def sign(self) -> None:
         self.store.set(str(self.rank), f"of rank {self.rank} ({socket.gethostname()}, {os.getpid()}) {time.time()}")

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from ..images_fromage import load_rgb_image
-from .data_collator import FromageDataCollator, retrieval_caption
+from .data_collator import FromageDataCollator, retrieval_caption, takes_common_examples
 from .evaluation import generate_captions
 from .pictures import Cell, Word, draw_sheet, words_of
 
@@ -40,9 +40,7 @@ class EvaluationSamples(TrainerCallback):
 
     def __init__(self, count: int, collator: Any, callbacks: Sequence[TrainerCallback]):
         self.count, self.callbacks = count, callbacks
-        # A subclass with a `__call__` of its own may take examples of its own.
-        is_ours = isinstance(collator, FromageDataCollator) and type(collator).__call__ is FromageDataCollator.__call__
-        self.collator: Any = copy.copy(collator) if is_ours else None
+        self.collator: Any = copy.copy(collator) if takes_common_examples(collator) else None
         self.embeds: Mapping[str, Any] = {}  # of the evaluation that has ended: image_embeds and text_embeds, (N, q)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,9 +1,7 @@
 """Runs on data with errors in it: the list, when a run stops, evaluations, the warm start, streams, two processes."""
 
 import json
-import os
 import pickle
-import socket
 from pathlib import Path
 
 import pytest
@@ -31,7 +29,7 @@ from tests.helpers.dirty_data import (
     png,
     reading,
 )
-from tests.helpers.processes import run_ranks
+from tests.helpers.distributed import in_two_processes
 from tests.helpers.training_runs import arguments, examples
 
 
@@ -200,10 +198,7 @@ def test_a_stream_of_pictures_that_decode_themselves(collator, tmp_path):
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 
-def train_in_two(rank: int, folder: str, port: int):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
+def train_in_two(rank: int, folder: str):
     options = {"ddp_backend": "gloo", "num_train_epochs": 1, "max_steps": -1, "per_device_train_batch_size": 2}
     trainer = make_trainer(Path(folder, "out"), dirty(24), options=options, eval_dataset=dirty(21), **SKIP)
     trainer.train()
@@ -224,14 +219,10 @@ def train_in_two(rank: int, folder: str, port: int):
         "told": told,
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_make_one_list(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run_ranks(train_in_two, str(tmp_path), port)
+    in_two_processes(train_in_two, str(tmp_path))
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [row["metrics"]["bad_examples"] for row in found] == [7, 7]
     assert found[0]["pairs"] == 14

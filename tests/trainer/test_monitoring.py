@@ -1,8 +1,6 @@
 """What a run logs beside its loss, and what it says of the time that it waits for data."""
 
 import json
-import os
-import socket
 import time
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ from modeling_fromage import FromageDataCollator, FromageTrainer
 from modeling_fromage.trainer import monitoring
 from modeling_fromage.trainer.monitoring import TrainingMonitor, in_batch_accuracies
 from tests.helpers.backbones import make_model, make_processor
-from tests.helpers.processes import run_ranks
+from tests.helpers.distributed import in_two_processes
 from tests.helpers.training_runs import arguments, examples
 
 ACCURACIES = ("text_to_image_accuracy", "image_to_text_accuracy")
@@ -102,22 +100,15 @@ def test_accuracies_are_means_under_accumulation(tmp_path):
         assert entry[name] == pytest.approx(((one[name] + two[name]) / 2 + three[name]) / 2)
 
 
-def run_in_two(rank: int, folder: str, port: int):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
+def run_in_two(rank: int, folder: str):
     trainer = make_trainer(folder, examples(16), ddp_backend="gloo", max_steps=2, **FIXED)
     trainer.train()
     with open(f"{folder}/{rank}.json", "w", encoding="utf-8") as file:
         json.dump(logged(trainer), file)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_log_what_one_does_with_their_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run_ranks(run_in_two, str(tmp_path), port)
+    in_two_processes(run_in_two, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     alone = make_trainer(tmp_path, examples(16), per_device_train_batch_size=8, max_steps=2, **FIXED)
     alone.train()

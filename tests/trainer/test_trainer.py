@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_fromage import FromageDataCollator, FromageTrainer, NormalizeRetEmbeddingCallback
 from tests.helpers.backbones import make_model, make_processor
-from tests.helpers.processes import run_ranks
+from tests.helpers.distributed import in_two_processes
 from tests.helpers.training_runs import arguments, examples
 
 PARTS = ("captioning_loss", "ret_token_loss", "contrastive_loss")
@@ -213,10 +212,7 @@ class Recorder(FromageDataCollator):
         return super().__call__(batch)
 
 
-def train_in_two(rank: int, folder: str, port: int):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
+def train_in_two(rank: int, folder: str):
     options = {"ddp_backend": "gloo", "max_steps": 3, "per_device_train_batch_size": 4}
     result = {}
     for kind in ("torch", "datasets"):
@@ -242,14 +238,10 @@ def train_in_two(rank: int, folder: str, port: int):
     result["refused"] = str(refused.value)
     with open(f"{folder}/{rank}.json", "w", encoding="utf-8") as file:
         json.dump(result, file)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run_ranks(train_in_two, str(tmp_path), port)
+    in_two_processes(train_in_two, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for kind in ("torch", "datasets"):
         assert len(first[kind]["seen"]) == len(second[kind]["seen"]) == 12

@@ -6,7 +6,6 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from modeling_fromage import FromageTrainer
 from ..publishing.provenance import provenance
 from .presets import PRESETS, Preset, join, make_backbones
 from .step import make_batch, our_inputs
-from .timing import memory_counter
+from .timing import memory_counter, reset_peak_memory
 
 GLOBAL_BATCH, EXAMPLES, EPOCHS = 8, 45, 2  # an epoch ends with a batch of 5
 LARGE = {"hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 4096, "num_hidden_layers": 8,
@@ -92,7 +91,7 @@ def _measure_memory(rank: int, preset: Preset, run: Run, folder: str) -> None:
     trainer = _make_trainer(preset, run, folder)
     gc.collect()
     found = {"at rest": memory_counter("VmRSS") - before}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    reset_peak_memory()
     trainer.train()
     found["peak"] = memory_counter("VmHWM") - before
     torch.save(found, f"{folder}/memory{rank}.pt")

@@ -7,7 +7,6 @@ taking turns.
 import ctypes
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from modeling_fromage.packing_fromage import PackedRows
 from ..publishing.provenance import provenance
 from .baseline import PlainFromage
 from .presets import MAX_LENGTH, PRESETS, Preset, join, make_backbones
-from .timing import in_new_process, memory_counter, product_rate, seconds_of
+from .timing import in_new_process, memory_counter, product_rate, reset_peak_memory, seconds_of
 
 MODES = ("baseline", "live", "cached")
 
@@ -168,7 +167,7 @@ def measure_memory(mode: str, preset_name: str, device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL(None).malloc_trim(0)  # return what building the model freed
-        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        reset_peak_memory()
         before = memory_counter("VmRSS")
     for _ in range(3):
         step()

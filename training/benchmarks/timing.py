@@ -34,6 +34,11 @@ def fastest_dtype() -> torch.dtype:
     return torch.bfloat16 if rates[torch.bfloat16] > 1.5 * rates[torch.float32] else torch.float32
 
 
+def reset_peak_memory() -> None:
+    """Let the peak of this process's memory (VmHWM) start anew, from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def memory_counter(name: str) -> int:
     """Bytes of a Linux memory counter of this process: resident now (VmRSS), or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from modeling_fromage.io.command_line import did_you_mean
 
 from .captioned_images import load_captioned_images
 from .examples import Mixture, Selected, hold_out
@@ -42,8 +43,7 @@ def read_sources(data: Any, split: str, image_column: str | None, caption_column
         if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
             raise ValueError(f"A source of data is a text, or a mapping with `source: ...`, got {entry!r}.")
         if unknown := [str(key) for key in entry if key not in known]:
-            close = get_close_matches(unknown[0], known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
+            hint = did_you_mean(unknown[0], known) or f"There are {', '.join(known)}."
             raise ValueError(f"The source {entry['source']} has no key {unknown[0]!r}. {hint}")
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):

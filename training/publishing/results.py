@@ -28,6 +28,12 @@ def results_file(text: str) -> Path:
     return path
 
 
+def add_output_option(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add `--output`, by default the file of this name in the folder of results."""
+    path = results_folder() / name
+    parser.add_argument("--output", type=results_file, default=path, help=f"JSON file; by default {path}")
+
+
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)

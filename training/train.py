@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
+from modeling_fromage.trainer.heartbeat import watched_processes
 
 from .arguments import (
     DataArguments,
@@ -109,16 +110,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RunArgumen
     Returns:
         The metrics, also written to `all_results.json` in that folder.
     """
-    trainer = prepare(model_args, data_args, args)
-    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
-    if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
-    trainer.save_state()
-    trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without entries of an earlier run
-    if trainer.is_world_process_zero():
-        plot_curves(trainer.state.log_history, Path(args.output_dir or ""))
-    trainer.save_model()  # after what it uploads with push_to_hub
-    trainer.create_model_card()
+    with watched_processes(args):
+        trainer = prepare(model_args, data_args, args)
+        metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+        if trainer.eval_dataset is not None:
+            metrics |= trainer.evaluate()
+        trainer.save_state()
+        trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without entries of an earlier run
+        if trainer.is_world_process_zero():
+            plot_curves(trainer.state.log_history, Path(args.output_dir or ""))
+        trainer.save_model()  # after what it uploads with push_to_hub
+        trainer.create_model_card()
     return metrics
 
 
@@ -170,8 +172,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if not options.dry_run:
             return train(*arguments)
         arguments[2].push_to_hub = False  # the Trainer would make the repository now
-        trainer = prepare(*arguments)
-        told = dry_run(trainer)
+        with watched_processes(arguments[2]):
+            trainer = prepare(*arguments)
+            told = dry_run(trainer)
         if trainer.is_world_process_zero():
             print(told)
         return {}

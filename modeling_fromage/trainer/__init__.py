@@ -2,6 +2,7 @@
 
 from .callbacks import NormalizeRetEmbeddingCallback
 from .data_collator import FromageDataCollator
+from .heartbeat import watched_processes
 from .trainer import FromageTrainer
 
-__all__ = ["FromageDataCollator", "FromageTrainer", "NormalizeRetEmbeddingCallback"]
+__all__ = ["FromageDataCollator", "FromageTrainer", "NormalizeRetEmbeddingCallback", "watched_processes"]

@@ -26,6 +26,7 @@ _WHAT_TO_DO = (
     "`dmesg`), or its machine is gone. With `resume_from_checkpoint=true` the same command continues the run."
 )
 _runs = itertools.count()
+_is_watched = threading.Event()
 
 
 @contextmanager
@@ -34,12 +35,34 @@ def watched_processes(args: TrainingArguments) -> Iterator[None]:
 
     Where the next one falls silent, or says that it has failed, each process logs which one that is and exits at once:
     its main thread may be in a collective that nothing else ends. An error that a lost process has caused is given a
-    note with its name. Without `MASTER_ADDR`, as where processes meet by a file, nothing is watched.
+    note with its name. All processes enter and leave together; within another `watched_processes` one does nothing.
+    Without `MASTER_ADDR`, as where processes meet by a file, nothing is watched.
+
+    Args:
+        args (`TrainingArguments`): Of the run. Making them has joined its processes.
+
+    Example:
+
+        with watched_processes(args):
+            trainer = FromageTrainer(model, args, train_dataset=pairs, processing_class=processor)
+            trainer.train()
+            trainer.evaluate()
+            trainer.save_model()
     """
-    run, address = next(_runs), os.environ.get("MASTER_ADDR")
-    if args.world_size == 1 or not address:
+    address = os.environ.get("MASTER_ADDR")
+    if args.world_size == 1 or not address or _is_watched.is_set():
         yield
         return
+    _is_watched.set()
+    try:
+        with _watched(args, address, next(_runs)):
+            yield
+    finally:
+        _is_watched.clear()
+
+
+@contextmanager
+def _watched(args: TrainingArguments, address: str, run: int) -> Iterator[None]:
     # A client of its own: that of the process group is locked while the main thread waits in it.
     patience = timedelta(seconds=SILENCE)
     client = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
@@ -51,7 +74,7 @@ def watched_processes(args: TrainingArguments) -> Iterator[None]:
     watch.start()
     try:
         yield
-        dist.barrier()  # the last one is watched, too
+        watch.wait_for_all()  # the last one is watched, too
     except BaseException as error:
         watch.explain(error)
         raise
@@ -95,6 +118,13 @@ class Watch(threading.Thread):
 
     def sign(self) -> None:
         self.store.set(str(self.rank), f"of rank {self.rank} ({socket.gethostname()}, {os.getpid()}) {time.time()}")
+
+    def wait_for_all(self) -> None:
+        """Wait until all processes have come so far: one may be uploading for longer than a collective waits."""
+        self.store.set(f"end of {self.rank}", "")
+        ends = [f"end of {rank}" for rank in range(self.world_size)]
+        while not self.store.check(ends):
+            time.sleep(INTERVAL / 10)
 
     def explain(self, error: BaseException) -> None:
         """Tell `error` which lost process has caused it, or tell the others of it."""

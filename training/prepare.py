@@ -34,6 +34,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-host", type=at_least(1), default=2, help="connections to a host at a time")
     parser.add_argument("--pause", type=at_least(0, float), default=0.0, help="seconds between two requests to a host")
     parser.add_argument("--retries", type=at_least(0), default=3, help="of a host that is busy or fails (429, 5xx)")
+    parser.add_argument(
+        "--max-wait",
+        type=at_least(0, float),
+        default=300.0,
+        help="seconds to wait for a host that is busy or asks to be left alone (Retry-After); then its images fail",
+    )
     parser.add_argument("--timeout", type=at_least(0.1, float), default=limits.timeout, help="seconds for an image")
     parser.add_argument("--max-bytes", type=at_least(1), default=limits.max_bytes, help="size of a file")
     parser.add_argument(
@@ -53,7 +59,15 @@ def main(argv: list[str] | None = None) -> dict:
             max_bytes=options.max_bytes,
             allow_private_addresses=options.allow_private_addresses,
         )
-        fetcher = Fetcher(limits, options.threads, options.per_host, options.pause, options.retries, options.size)
+        fetcher = Fetcher(
+            limits,
+            options.threads,
+            options.per_host,
+            options.pause,
+            options.retries,
+            options.max_wait,
+            options.size,
+        )
         preparation = Preparation(
             options.table,
             Path(options.directory),

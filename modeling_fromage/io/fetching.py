@@ -10,15 +10,30 @@ import socket
 import string
 import threading
 import time
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
 from ..images_fromage import DEFAULT_LIMITS, ImageLimits, UnreadableImageError
 
 _REDIRECTS = 5
+_BUSY = (429, 500, 502, 503, 504)
 _CHUNK = 1 << 16
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are the IPv4 address
 _UNICAST = ipaddress.ip_network("2000::/3")  # the public IPv6 addresses that are allocated
 _HEADERS = {"User-Agent": "modeling-fromage", "Accept": "image/*,*/*;q=0.5", "Connection": "close"}
+
+
+class BusyHostError(UnreadableImageError):
+    """A host asks for fewer requests, or is out of order (HTTP 429, 5xx).
+
+    Attributes:
+        retry_after (`float`, *optional*): Seconds for which it asks to be left alone (HTTP 429 and 503).
+    """
+
+    def __init__(self, name: str, reason: str, retry_after: float | None = None):
+        super().__init__(name, reason, "" if retry_after is None else f"to be asked again in {retry_after:,.0f} s")
+        self.retry_after = retry_after
 
 
 def fetch(url: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -27,7 +42,8 @@ def fetch(url: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
     The host of each redirect is checked before connecting, by the very address that is then connected to.
 
     Raises:
-        UnreadableImageError: A limit is passed, a host is private, or the server answers with an error.
+        UnreadableImageError: A limit is passed, a host is private, or the server answers with an error: a
+            [`BusyHostError`] where another try may help.
     """
     name = re.sub("//[^/@]*@", "//", url if len(url) < 200 else f"{url[:100]}...")  # without a password
     if url.lower().startswith("data:"):
@@ -71,6 +87,9 @@ def _get(url: str, name: str, limits: ImageLimits, deadline: float) -> bytes | s
         response = connection.getresponse()
         if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
             return quote(response.headers["Location"], safe=string.punctuation, encoding="latin-1")
+        if response.status in _BUSY:
+            wait = _retry_after(response.headers.get("Retry-After", "")) if response.status in (429, 503) else None
+            raise BusyHostError(name, f"HTTP {response.status}", wait)
         if response.status != 200:
             raise UnreadableImageError(name, f"HTTP {response.status}")
         if int(response.headers.get("Content-Length") or 0) > limits.max_bytes:
@@ -84,6 +103,16 @@ def _get(url: str, name: str, limits: ImageLimits, deadline: float) -> bytes | s
         connection.close()
         if response is not None:  # it holds the socket, and an error's traceback holds it
             response.close()
+
+
+def _retry_after(header: str) -> float | None:
+    """The seconds that a `Retry-After` means, which is a number of them or a date; `None` where it is neither."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if header.strip().isdecimal():
+            return float(header)
+        date = parsedate_to_datetime(header)
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return None
 
 
 def _read(response: http.client.HTTPResponse, name: str, limits: ImageLimits) -> bytes:
@@ -169,4 +198,4 @@ def _decode_data_url(url: str, name: str, limits: ImageLimits) -> bytes:
     return raw
 
 
-__all__ = ["fetch"]
+__all__ = ["BusyHostError", "fetch"]

@@ -1,18 +1,21 @@
 """`fromage prepare`: what it fetches, how politely, what it reports, and how it goes on after a kill."""
 
 import json
+import math
 import os
 import signal
 import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from modeling_fromage.images_fromage import UnreadableImageError, load_rgb_image
-from modeling_fromage.io.fetching import fetch
+from modeling_fromage.images_fromage import ImageLimits, UnreadableImageError, load_rgb_image
+from modeling_fromage.io.fetching import BusyHostError, fetch
 from tests.helpers.captioned_data import number_in, picture
 from training.data import fetching
 from training.data.captioned_images import load_captioned_images
@@ -22,18 +25,19 @@ COUNT = 24
 
 
 class Server(ThreadingHTTPServer):
-    """Pictures by number under /N; `answers` gives other numbers what they say, a status or contents, once each."""
+    """Pictures by number under /N; `answers` gives other numbers what they say, once each: a status, one with a
+    `Retry-After`, or contents."""
 
     daemon_threads = True
 
     def __init__(self, delay: float = 0.0):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.delay, self.answers, self.asked = delay, {}, []
+        self.delay, self.answers, self.asked, self.times = delay, {}, [], []
         self.active = self.most = 0
         self.lock = threading.Lock()
 
-    def url(self, number: int) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{number}"
+    def url(self, number: int, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.server_port}/{number}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,12 +48,16 @@ class Handler(BaseHTTPRequestHandler):
         server, number = self.server, int(self.path[1:])
         with server.lock:
             server.asked.append(number)
+            server.times.append(time.monotonic())
             server.active += 1
             server.most = max(server.most, server.active)
         time.sleep(server.delay)
         answer = server.answers.get(number, [picture(number)])
         answer = answer.pop(0) if len(answer) > 1 else answer[0]
-        self.send_response(answer if isinstance(answer, int) else 200)
+        status, retry_after = answer if isinstance(answer, tuple) else (answer, None)
+        self.send_response(status if isinstance(status, int) else 200)
+        if retry_after is not None:
+            self.send_header("Retry-After", retry_after)
         with server.lock:
             server.active -= 1
         self.end_headers()
@@ -167,6 +175,74 @@ def test_no_host_is_asked_for_too_much(server, tmp_path):
     start = time.monotonic()
     prepare(tmp_path / "other", "--pause=0.1")
     assert time.monotonic() - start >= 0.3
+
+
+def in_seconds(seconds: float) -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_a_host_is_left_alone_for_as_long_as_it_asks(kind, server, tmp_path):
+    """And no other one waits for it."""
+    urls = [server.url(0), server.url(1), *(server.url(number, "localhost") for number in range(2, 6))]
+    table = tmp_path / "Train_GCC.tsv"
+    table.write_text("".join(f"picture {number}\t{url}\n" for number, url in enumerate(urls)))
+    server.answers[0] = [(429, "1" if kind == "seconds" else in_seconds(2)), picture(0)]
+    report = prepare(tmp_path, "--threads=2", "--per-host=1", "--pause=0.05")
+    assert report["images"] == 6
+    first = server.asked.index(0)
+    asked = list(zip(server.asked, server.times, strict=True))
+    assert all(when - server.times[first] >= 0.9 for number, when in asked[first + 1 :] if number < 2)
+    assert all(when - server.times[first] < 0.9 for number, when in asked if number >= 2)
+
+
+def test_a_host_that_asks_for_too_long_is_not_asked_again(server, tmp_path):
+    write_table(tmp_path / "Train_GCC.tsv", server)
+    server.answers = {number: [(503, in_seconds(7200))] for number in range(COUNT)}
+    start = time.monotonic()
+    report = prepare(tmp_path, "--per-host=1")
+    assert report["failures"] == {"HTTP 503": COUNT} and time.monotonic() - start < 5
+    assert len(server.asked) == 1  # of all three shards
+    rows = [json.loads(line) for line in (tmp_path / "shards/.reports/failures.jsonl").read_text().splitlines()]
+    assert all("not waited for beyond 300 s" in row["detail"] for row in rows)
+    server.answers = {}
+    assert prepare(tmp_path, "--retry-failed")["images"] == COUNT
+
+
+def test_a_host_that_is_always_busy_is_given_up(server, tmp_path):
+    """Each wait is short, all of them are not."""
+    write_table(tmp_path / "Train_GCC.tsv", server, 10)
+    server.answers = {number: [(429, "1")] for number in range(10)}
+    report = prepare(tmp_path, "--per-host=1", "--max-wait=1.5")
+    assert report["failures"] == {"HTTP 429": 10} and len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("120", 120), ("9" * 5000, math.inf), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 21 Oct 2015 07:28:00", 0)]
+    + [(header, None) for header in ("", "soon", "-5", "\u00b2", "Wed, 21 Oct 99999 07:28:00 GMT")],
+)
+def test_what_a_host_may_ask_for(header, seconds, server):
+    server.answers[0] = [(429, header)]
+    with pytest.raises(BusyHostError, match="HTTP 429") as caught:
+        fetch(server.url(0), ImageLimits(allow_private_addresses=True))
+    assert caught.value.retry_after == seconds
+
+
+def test_a_second_run_into_a_folder_is_refused(server, tmp_path, capsys):
+    write_table(tmp_path / "Train_GCC.tsv", server, 2)
+    server.delay = 0.5
+    first = threading.Thread(target=prepare, args=[tmp_path])
+    first.start()
+    while not server.asked:
+        time.sleep(0.01)
+    with pytest.raises(SystemExit):
+        prepare(tmp_path)
+    message = f"Another `fromage prepare` is writing into {tmp_path / 'shards'}. Wait for it or end it"
+    assert message in capsys.readouterr().err
+    first.join()
+    assert Counter(server.asked) == {0: 1, 1: 1}
+    assert prepare(tmp_path)["images"] == 2
 
 
 def test_larger_images_are_made_smaller(server, tmp_path):

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from modeling_fromage.images_fromage import ImageLimits, UnreadableImageError, is_url, load_rgb_image
-from modeling_fromage.io.fetching import fetch
+from modeling_fromage.io.fetching import BusyHostError, fetch
 
-_BUSY = ("HTTP 429", "HTTP 500", "HTTP 502", "HTTP 503", "HTTP 504")
 _FIRST_WAIT = 1.0  # seconds; doubled with every retry
 
 
@@ -27,6 +26,15 @@ class _Host:
 
 
 @dataclass
+class _Busy:
+    """A host that is busy: its last answer, since when it has given no other, and until when it is left alone."""
+
+    reason: str
+    since: float
+    until: float
+
+
+@dataclass
 class Fetcher:
     """Fetches images in threads.
 
@@ -36,7 +44,10 @@ class Fetcher:
         per_host: Requests at a time to one host.
         pause: Seconds between the beginnings of two requests to one host.
         retries: How often an image is asked for again whose host is busy or fails (HTTP 429 and 5xx); the whole host
-            is left alone for a second before the first retry, and twice as long before each other.
+            is left alone for a second before the first retry, twice as long before each other, and at least for as long
+            as it asks for (`Retry-After`).
+        max_wait: Seconds that a host is waited for which says only that it is busy. Where it has done so, or asks to be
+            left alone, for longer, the images that are left of it fail without being asked for.
         size: Pixels that the shorter side of a larger image is reduced to.
     """
 
@@ -45,7 +56,9 @@ class Fetcher:
     per_host: int = 2
     pause: float = 0.0
     retries: int = 3
+    max_wait: float = 300.0
     size: int | None = None
+    busy: dict[str, _Busy] = field(default_factory=dict, init=False, repr=False)  # from one call to the next
 
     def fetch_all(
         self, urls: Sequence[tuple[int, str]], receive: Callable[[int, bytes | UnreadableImageError], None]
@@ -58,9 +71,8 @@ class Fetcher:
             try:
                 while (task := queue.take()) is not None:
                     host, number, url, attempt = task
-                    image = self._image(url)
-                    again = isinstance(image, UnreadableImageError) and image.reason in _BUSY
-                    if again and attempt < self.retries:
+                    image = self._ask(queue, host, url, attempt)
+                    if image is None:
                         queue.put_back(host, number, url, attempt)
                         continue
                     with queue.changed:
@@ -81,6 +93,18 @@ class Fetcher:
             raise
         if failures:
             raise failures[0]
+
+    def _ask(self, queue: "_Queue", host: str, url: str, attempt: int) -> bytes | UnreadableImageError | None:
+        """An image, or why there is none; `None` if it is to be asked for again."""
+        if (refusal := queue.refusal(host, url)) is not None:
+            return refusal
+        image = self._image(url)
+        queue.note(host, image, attempt)
+        if not isinstance(image, BusyHostError):
+            return image
+        if (refusal := queue.refusal(host, url)) is not None:
+            return refusal
+        return None if attempt < self.retries else image
 
     def _image(self, url: str) -> bytes | UnreadableImageError:
         try:
@@ -140,8 +164,9 @@ class _Queue:
                     self._turns.append(name)
                     if host.active >= self.fetcher.per_host:
                         continue
-                    if host.not_before > now:
-                        wake = min(wake or host.not_before, host.not_before)
+                    ready = self._ready(name)
+                    if ready > now:
+                        wake = min(wake or ready, ready)
                         continue
                     host.active += 1
                     host.not_before = max(host.not_before, now + self.fetcher.pause)
@@ -156,8 +181,42 @@ class _Queue:
                 self._turns.append(name)
             host.waiting.append((number, url, attempt + 1))
             host.active -= 1
-            host.not_before = max(host.not_before, time.monotonic() + _FIRST_WAIT * 2**attempt)
             self.changed.notify_all()
+
+    def note(self, name: str, answer: bytes | UnreadableImageError, attempt: int) -> None:
+        """Keep for how long a host is to be left alone after what it has answered."""
+        with self.changed:
+            now, known = time.monotonic(), self.fetcher.busy
+            if not isinstance(answer, BusyHostError):
+                if name in known and known[name].until > now:
+                    known[name].since = now  # it was asked before it said so
+                else:
+                    known.pop(name, None)
+                return
+            busy = known.setdefault(name, _Busy(answer.reason, now, now))
+            wait = _FIRST_WAIT * 2**attempt if attempt < self.fetcher.retries else 0.0
+            busy.reason, busy.until = answer.reason, max(busy.until, now + max(wait, answer.retry_after or 0.0))
+            self.changed.notify_all()
+
+    def refusal(self, name: str, url: str) -> UnreadableImageError | None:
+        """Why a host is not asked for `url`, if it is busy for too long."""
+        with self.changed:
+            busy = self.fetcher.busy.get(name)
+            if busy is None or not self._is_given_up(busy):
+                return None
+            wait, most = max(busy.until - time.monotonic(), 0.0), self.fetcher.max_wait
+            detail = f"its host is to be left alone for {wait:,.0f} s, and is not waited for beyond {most:g} s"
+            return UnreadableImageError(url[:200], busy.reason, detail)
+
+    def _ready(self, name: str) -> float:
+        """When the next URL of a host is to be taken."""
+        busy, not_before = self.fetcher.busy.get(name), self.hosts[name].not_before
+        if busy is None:
+            return not_before
+        return 0.0 if self._is_given_up(busy) else max(not_before, busy.until)
+
+    def _is_given_up(self, busy: _Busy) -> bool:
+        return busy.until > time.monotonic() and busy.until - busy.since > self.fetcher.max_wait
 
     def done(self, name: str) -> None:
         with self.changed:

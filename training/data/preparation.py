@@ -5,6 +5,8 @@ import json
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Features, Value
 from datasets import Image as ImageFeature
+from filelock import FileLock, Timeout
 from PIL import Image
 from pyarrow import parquet
 from tqdm.auto import tqdm
@@ -127,13 +130,33 @@ class Preparation:
             The report: `rows`, `images`, `shards`, `failures` by reason, and `list`, the file that names them.
 
         Raises:
-            ValueError: The table cannot be read, or the folder has shards of another table or of other options.
+            ValueError: The table cannot be read; or the folder has shards of another table or of other options, or
+                another run writes into it.
         """
         files = find_files(self.table)
         if not files:
             raise ValueError(f"There is no file {self.table}. Check the path.")
         reports = self.directory / REPORTS
         reports.mkdir(parents=True, exist_ok=True)
+        with self._locked(reports):
+            return self._make_shards(files, reports, fetcher, retry_failed)
+
+    @contextmanager
+    def _locked(self, reports: Path) -> Iterator[None]:
+        lock = FileLock(reports / "lock")  # the system's: a process that is killed holds it no longer
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"Another `fromage prepare` is writing into {self.directory}. Wait for it or end it, or give another "
+                "folder."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _make_shards(self, files: list[Path], reports: Path, fetcher: Fetcher, retry_failed: bool) -> dict[str, Any]:
         self._check_manifest(reports / "prepare.json", files)
         rows = ShardedExamples(
             files, self.image_column, self.caption_column, keep_problems=True, index_dir=reports / "shard_indexes"

@@ -141,6 +141,14 @@ class BadExampleList:
             lines.append(f"  {count:,} {reason} ({'; '.join(places[:_FIRST])}{'; ...' if count > _FIRST else ''})")
         return "\n".join(lines)
 
+    def why_stopped(self, why: str) -> str:
+        """The message of a run that stops because of `why`: with the table and what to do. The list is written."""
+        self.write()
+        return (
+            f"{why} Those that were found so far:\n{self.table()}\nThey are listed in {self.path}. Correct them or "
+            "take them out, or allow more: `max_bad_share`."
+        )
+
     def _own_part(self, pid: str) -> Path:
         return self.parts / f"{self.process_index:05d}-{pid}.jsonl"
 

@@ -108,7 +108,7 @@ class ExampleReader:
 
     def told(self, error: BadExampleError, row: Any, number: int | None, place: str | None = None) -> BadExampleError:
         """`error`, noted or with the place of the example."""
-        place = _place(row) or error.where or place
+        place = example_place(row) or error.where or place
         if self.noted is None:
             where = f"the {self.split} data" if number is None else f"example {number} of the {self.split} data"
             where = f"Cannot use {where}{f' ({place})' if place else ''}"
@@ -131,11 +131,19 @@ class ExampleReader:
             TooManyBadExamplesError: Too many were.
         """
         self.bad += 1
-        if are_too_many(self.bad, self.visited, self.max_share, whole):
-            raise TooManyBadExamplesError(
-                f"{self.bad:,} of the {self.visited:,} examples of the {self.split} data that this process has visited "
-                f"are bad, more than `max_bad_share={self.max_share:g}` of them."
-            )
+        what = f"examples of the {self.split} data that this process has visited"
+        refuse_too_many(self.bad, self.visited, self.max_share, whole, what)
+
+
+def refuse_too_many(bad: int, seen: int, max_share: float, whole: float, what: str) -> None:
+    """
+    Raises:
+        TooManyBadExamplesError: [`are_too_many`] of `seen` examples, which `what` says in words, are bad.
+    """
+    if are_too_many(bad, seen, max_share, whole):
+        raise TooManyBadExamplesError(
+            f"{bad:,} of the {seen:,} {what} are bad, more than `max_bad_share={max_share:g}` of them."
+        )
 
 
 def are_too_many(bad: int, seen: int, max_share: float, whole: float) -> bool:
@@ -257,7 +265,7 @@ def _check_features(example: PreparedExample) -> None:
         raise BadExampleError("features not finite")
 
 
-def _place(row: Any) -> str | None:
+def example_place(row: Any) -> str | None:
     """Where an example stands: as it says itself, else the file or address of its image."""
     if not isinstance(row, dict):
         return None
@@ -274,4 +282,6 @@ __all__ = [
     "TooManyBadExamplesError",
     "are_too_many",
     "as_bad",
+    "example_place",
+    "refuse_too_many",
 ]

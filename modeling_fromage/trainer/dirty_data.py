@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import TrainingArguments
 
 from .bad_example_list import BadExampleList
-from .bad_examples import BadExampleError, ExampleReader, GoodExamples, PreparedExample, TooManyBadExamplesError
+from .bad_examples import (
+    BadExampleError,
+    ExampleReader,
+    GoodExamples,
+    PreparedExample,
+    TooManyBadExamplesError,
+    refuse_too_many,
+)
 from .data_collator import FromageDataCollator, takes_common_examples
 from .good_streams import GoodStream, good_stream
 
@@ -123,11 +130,7 @@ class DirtyData:
             yield
         except TooManyBadExamplesError as error:
             self.list.read_parts()
-            self.list.write()
-            raise TooManyBadExamplesError(
-                f"{_own_words(error)} Those that were found so far:\n{self.list.table()}\nThey are listed in "
-                f"{self.list.path}. Correct them or take them out, or allow more: `max_bad_share`."
-            ) from None
+            raise TooManyBadExamplesError(self.list.why_stopped(_own_words(error))) from None
         except BadExampleError as error:
             if (told := _own_words(error)) == str(error):
                 raise
@@ -145,12 +148,9 @@ class DirtyData:
             told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
             logger.warning("%d more bad examples; so far %s. %s lists them.", len(new), told, self.list.path)
         bad = reasons.total()
-        if self._count and bad > self.max_share * self._count:  # whatever the rest may be; in all processes alike
-            raise TooManyBadExamplesError(
-                f"{bad:,} of the {self._count:,} examples of the train data are bad, more than "
-                f"`max_bad_share={self.max_share:g}` of them."
-            )
-        return {**logs, "bad_examples": reasons.total()}
+        if self._count:  # whatever the rest may be; in all processes alike
+            refuse_too_many(bad, self._count, self.max_share, self._count, "examples of the train data")
+        return {**logs, "bad_examples": bad}
 
     def metrics(self) -> dict[str, int]:
         """How many examples were bad, and for which reasons."""

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from modeling_fromage import FromageDataCollator
-from modeling_fromage.trainer.bad_examples import BadExampleError
+from modeling_fromage.trainer.bad_examples import BadExampleError, TooManyBadExamplesError
 from tests.helpers.backbones import PARITY, make_processor
 from tests.helpers.open_clip import write_vit
 from tests.helpers.training import losses
@@ -350,8 +350,43 @@ def test_training_on_a_cache_with_dead_images(config, tmp_path):
 
 def test_too_many_dead_images_stop_the_cache(config, tmp_path):
     damage(tmp_path)
-    with pytest.raises(ValueError, match="5 of the first 22 images are bad.*max_bad_share=0.2(?s:.*)3 No such file"):
+    message = "5 of the 22 images that were read so far are bad.*=0.2(?s:.*)  3 No such file.*train.tsv, line 3;"
+    with pytest.raises(TooManyBadExamplesError, match=message):
         run(config, tmp_path / "cache", "on_bad_example=skip", "max_bad_share=0.2")
+
+
+def test_the_share_is_that_of_all_processes(config, tmp_path):
+    """Of 3 bad images among 12 and 2 among 10. What is listed is what all have found."""
+    damage(tmp_path)
+    cache = tmp_path / "cache"
+
+    def encode(rank: int, share: float) -> int:
+        return run(config, cache, "on_bad_example=skip", f"max_bad_share={share}", f"--rank={rank}", "--world-size=2")
+
+    assert encode(0, 0.2) == 3
+    assert not list(cache.glob("*.jsonl"))
+    with pytest.raises(TooManyBadExamplesError, match="5 of the 22 images(?s:.*)1 broken .train.tsv, line 9"):
+        encode(1, 0.2)
+    assert encode(1, 0.23) == 1
+    rows = [json.loads(line) for line in (cache / "bad_examples.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in rows] == [1, 7, 8, 20, 21]
+    assert json.loads((cache / "manifest.json").read_text())["num_bad_images"] == 5
+    assert encode(0, 0.23) == 0
+    with pytest.raises(TooManyBadExamplesError):  # of what is there, by a process that has nothing to do
+        encode(0, 0.2)
+
+
+def test_shards_that_another_process_finishes_meanwhile_count(config, tmp_path, monkeypatch):
+    damage(tmp_path)
+    cache, whole = tmp_path / "cache", feature_writing._encode_shard
+    run(config, cache, *SKIP)
+    for name in ("features-00001.safetensors", "bad_examples.jsonl"):
+        (cache / name).unlink()
+    theirs = cache / "features-00004.safetensors"
+    away = theirs.rename(tmp_path / theirs.name)
+    monkeypatch.setattr(feature_writing, "_encode_shard", lambda *inputs: (away.rename(theirs), whole(*inputs))[1])
+    assert run(config, cache, *SKIP, "--rank=1", "--world-size=2") == 1
+    assert len((cache / "bad_examples.jsonl").read_text().splitlines()) == 5
 
 
 def test_images_that_a_processor_or_an_encoder_refuses(config, tmp_path, monkeypatch):

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +24,13 @@ from modeling_fromage.file_writing_fromage import replace_file
 from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
 from modeling_fromage.io.fetching import fetch
 from modeling_fromage.trainer.bad_example_list import BadExampleList
-from modeling_fromage.trainer.bad_examples import BadExampleError, TooManyBadExamplesError, are_too_many, as_bad
+from modeling_fromage.trainer.bad_examples import (
+    BadExampleError,
+    TooManyBadExamplesError,
+    as_bad,
+    example_place,
+    refuse_too_many,
+)
 from modeling_fromage.trainer.ret_states import as_stored
 from modeling_fromage.vision_fromage import check_vision_model, pool_vision_output
 from modeling_fromage.vision_libraries_fromage import load_image_processor, split_library
@@ -161,11 +165,11 @@ class ReadImages(torch.utils.data.Dataset):
         row: dict[str, Any] = {}
         try:
             row = self.rows[index]
-            return ReadImage(*read_image(row["image"]), row.get("place"))
+            return ReadImage(*read_image(row["image"]), example_place(row))
         except Exception as error:  # whatever a data set or a decoder raises for this row
             if not self.skips:
                 raise
-            place, problem = row.get("place"), row.get("problem")
+            place, problem = example_place(row), row.get("problem")
             known = BadExampleError("malformed row", problem) if problem else as_bad(error)
             unread = ImageRecord(bytes(32), 0, 0, source_digest(None))
             return ReadImage(None, unread, place, Problem(known.reason, known.detail, place))
@@ -194,6 +198,7 @@ def write_features(
         rank, world_size: This process writes every `world_size`-th shard, starting with shard `rank`.
         max_bad_share: With it, an image that cannot be read or encoded costs its row alone: shards say which rows are
             valid. Once all are there, the manifest has the number of bad images, and `bad_examples.jsonl` lists them.
+            A process judges by its own images and by the shards that others have finished.
 
     Returns:
         The number of shards written.
@@ -212,13 +217,9 @@ def write_features(
     paths = {start: directory / shard_name(start // shard_size) for start in starts}
     missing = [start for start in starts if not is_whole(paths[start], len(shards[start]))]
     skips = max_bad_share is not None
-    # Of several processes each sees a sample.
-    share = BadShare(max_bad_share, len(dataset) if world_size == 1 else math.inf) if skips else None
     for start in sorted(set(starts) - set(missing)):
         check_images(images_of(shards[start]), paths[start], start)
-        if share is not None:
-            known = read_problems(paths[start])
-            share.add([known.get(row) for row in range(len(shards[start]))])
+    share = BadShare(directory, max_bad_share, shard_size, len(dataset), missing) if skips else None
     for start in tqdm(missing, desc="Encoding shards", disable=rank > 0):
         loader = DataLoader(
             ReadImages(shards[start], skips), batch_size=batch_size, num_workers=num_workers,
@@ -226,50 +227,71 @@ def write_features(
         )  # fmt: skip
         progress = tqdm(loader, desc="Encoding images", leave=False, disable=rank > 0)
         replace_file(paths[start], _encode_shard(encoder, shards[start], progress, start, share))
-    if skips:
-        _list_bad_images(directory, shard_size, len(dataset))
+        if share is not None:
+            share.add_finished()
+    if share is not None:
+        share.finish()
     return len(missing)
 
 
 class BadShare:
-    """Judges how many of the images so far are bad."""
+    """Judges how many of the images so far are bad, and lists them in the end: of the images that this process encodes,
+    and of the shards that earlier runs and other processes have finished.
 
-    def __init__(self, most: float, count: float):
-        self.most, self.count = most, count
-        self.seen, self.problems = 0, list[Problem]()
+    Args:
+        directory: Folder of the cache.
+        most: `max_bad_share`.
+        shard_size, count: Images in a shard, and in all.
+        own: First images of the shards that this process encodes.
 
-    def add(self, problems: list[Problem | None]) -> None:
-        """
+    Raises:
+        TooManyBadExamplesError: Too many of the images of the finished shards are bad.
+    """
+
+    def __init__(self, directory: Path, most: float, shard_size: int, count: int, own: list[int]):
+        self.directory, self.most, self.shard_size, self.count = directory, most, shard_size, count
+        self.found = BadExampleList(directory)
+        self.seen = self.bad = 0
+        self._others = sorted({*range(0, count, shard_size)} - {*own})
+        self.add_finished()
+
+    def add_finished(self) -> None:
+        """Add the shards that others have finished since.
+
         Raises:
-            TooManyBadExamplesError: Too many are.
+            TooManyBadExamplesError: Too many of the images so far are bad.
+        """
+        for start in list(self._others):
+            shard = self.directory / shard_name(start // self.shard_size)
+            size = min(self.shard_size, self.count - start)
+            if is_whole(shard, size):
+                self._others.remove(start)
+                known = read_problems(shard)
+                self.add(start, [known.get(row) for row in range(size)])
+
+    def add(self, first: int, problems: list[Problem | None]) -> None:
+        """Add images, from number `first` on.
+
+        Raises:
+            TooManyBadExamplesError: Too many of the images so far are bad.
         """
         self.seen += len(problems)
-        self.problems += [problem for problem in problems if problem is not None]
-        bad = len(self.problems)
-        if are_too_many(bad, self.seen, self.most, self.count):
-            reasons = Counter(problem.reason for problem in self.problems)
-            first = {reason: next(p.detail for p in self.problems if p.reason == reason) for reason in reasons}
-            told = "\n".join(f"  {count:,} {reason} ({first[reason]}, ...)" for reason, count in reasons.most_common())
-            raise TooManyBadExamplesError(
-                f"{bad:,} of the first {self.seen:,} images are bad, more than `max_bad_share={self.most:g}` of them:\n"
-                f"{told}\nCorrect them or take them out, or allow more."
-            )
+        for number, problem in enumerate(problems, start=first):
+            if problem is not None:
+                self.bad += 1
+                self.found.add({"split": "train", "number": number, **problem._asdict()})
+        try:
+            refuse_too_many(self.bad, self.seen, self.most, self.count, "images that were read so far")
+        except TooManyBadExamplesError as error:
+            raise TooManyBadExamplesError(self.found.why_stopped(str(error))) from None
 
-
-def _list_bad_images(directory: Path, shard_size: int, count: int) -> None:
-    """Write the list of bad images and put their number into the manifest, once all shards are there: the last process
-    finds that they are."""
-    found = BadExampleList(directory)
-    for start in range(0, count, shard_size):
-        shard = directory / shard_name(start // shard_size)
-        if not is_whole(shard, min(shard_size, count - start)):
-            return
-        for row, (reason, detail, place) in read_problems(shard).items():
-            entry = {"number": start + row, "place": place, "reason": reason, "detail": detail}
-            found.add({"split": "train", **entry})
-    found.write()
-    manifest = {**read_manifest(directory), "num_bad_images": found.reasons().total()}
-    replace_file(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+    def finish(self) -> None:
+        """Write the list of bad images and put their number into the manifest, once all shards are there: the last
+        process finds that they are."""
+        if not self._others:
+            self.found.write()
+            manifest = {**read_manifest(self.directory), "num_bad_images": self.bad}
+            replace_file(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -311,12 +333,14 @@ def _encode_shard(
                         f"The features of image {first + good[row]}, {name}, are not finite in {dtype}. Leave the "
                         "image out, or encode with dtype=float32."
                     )
-                problems[good[row]] = Problem("features not finite", f"{name}, in {dtype}", None)
+                place = example_place(rows[good[row]])
+                problems[good[row]] = Problem("features not finite", f"{name}, in {dtype}", place)
                 pooled[row] = 0
             features.append(pooled)
             encoded += good
         if share is not None:
-            share.add(problems[-len(batch.problems) :])
+            before = len(problems) - len(batch.problems)
+            share.add(first + before, problems[before:])
     if share is None:
         return save({"features": as_stored(torch.cat(features)), **record_tensors(records)})
     stored = as_stored(torch.cat(features) if features else encoder.encode_blank()[:0])

@@ -111,7 +111,8 @@ def load_as_a_stranger(folder: Path, repo_id: str) -> str:
 def upload(
     folder: Path, repo_id: str, options: argparse.Namespace, revision: str | None = None, **repository: Any
 ) -> str:
-    """Create the repository if it is missing, upload `folder` in a single commit and return the commit's URL.
+    """Create the repository if it is missing, upload `folder` in a single commit and return the commit's URL. Files and
+    folders whose names begin with "_" stay here.
 
     Args:
         options: With `token`, `private` and `message`.
@@ -129,6 +130,7 @@ def upload(
             folder_path=folder,
             revision=revision,
             commit_message=options.message,
+            ignore_patterns=["_*"],  # as the Trainer: a run's list of bad examples names files of this machine
         )
     except (HTTPError, OSError, RuntimeError) as error:
         raise ConnectionError(

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         source = data_args.eval_data if options.eval else data_args.train_data
         print(f"Wrote {written} shards; {options.directory} is for {len(dataset)} images of {source}.")
         if bad := read_manifest(Path(options.directory)).get("num_bad_images"):
-            print(f"{bad} of them are bad and have no features: bad_examples.jsonl in that folder lists them.")
+            print(f"{bad} of them are bad and have no features: _bad_examples.jsonl in that folder lists them.")
         return written
 
 

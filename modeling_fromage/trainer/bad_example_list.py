@@ -1,4 +1,4 @@
-"""The list of a run's bad examples: `bad_examples.jsonl` in its output folder, one line an example."""
+"""The list of a run's bad examples: `_bad_examples.jsonl` in its output folder, one line an example."""
 
 import json
 import os
@@ -12,8 +12,7 @@ from typing import Any
 from ..file_writing_fromage import replace_file
 from ..images_fromage import printable
 
-NAME = "bad_examples.jsonl"
-_PARTS = "_bad_examples"  # the Trainer pushes nothing whose name begins so
+NAME, _PARTS = "_bad_examples.jsonl", "_bad_examples"  # the Trainer pushes nothing whose name begins with "_"
 _FIRST = 3  # places that a table names of each reason
 
 Entry = dict[str, Any]

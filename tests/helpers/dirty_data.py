@@ -58,7 +58,7 @@ def make_trainer(folder, data, collator=None, options=None, **kwargs):
 
 
 def listed(folder) -> list[dict]:
-    return [json.loads(line) for line in Path(folder, "bad_examples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(folder, "_bad_examples.jsonl").read_text().splitlines()]
 
 
 def captions_of(rows):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from hub_scripts import push_to_hub
 from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from modeling_fromage import FromageForConditionalGeneration
+from tests.helpers.hub import uploaded
 from tests.helpers.source_code import flat_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -48,7 +49,7 @@ class Hub:
     def upload_folder(self, folder_path, **options):
         if self.fault:
             raise self.fault
-        self.uploads.append({path.name for path in Path(folder_path).iterdir()})
+        self.uploads.append(uploaded(folder_path, options["ignore_patterns"]))
         return SimpleNamespace(commit_url=f"https://hub/{options['repo_id']}/commit/{COMMIT}")
 
 
@@ -148,6 +149,15 @@ def test_one_commit(checkpoint, hub, capsys):
     assert {"README.md", "model.safetensors", "pipeline_fromage.py"} <= hub.uploads[0]
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == f"https://hub/org/fromage/commit/{COMMIT}" and "hf_secret" not in printed
+
+
+def test_what_names_files_of_this_machine_stays_here(checkpoint, hub, tmp_path):
+    """Even where the folder of a run is staged in."""
+    for name in ("_bad_examples.jsonl", "_bad_examples/00000-7.jsonl", "_shard_indexes/a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"place": str(tmp_path)}))
+    push(checkpoint, "--save-backbones", "--staging-dir", tmp_path)
+    assert "README.md" in hub.uploads[0] and not any("_bad" in name or "_shard" in name for name in hub.uploads[0])
 
 
 def test_an_upload_that_breaks_off(checkpoint, hub, capsys):

@@ -228,4 +228,4 @@ def test_every_process_that_resumes_knows_the_whole_list(tmp_path):
         resumed = BadExampleList(tmp_path, process_index)
         resumed.begin(keep=True)
         resumed.write()
-        assert len((tmp_path / "bad_examples.jsonl").read_text().splitlines()) == 1
+        assert len((tmp_path / "_bad_examples.jsonl").read_text().splitlines()) == 1

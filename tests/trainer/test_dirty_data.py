@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests.helpers.dirty_data import (
     reading,
 )
 from tests.helpers.distributed import in_two_processes
+from tests.helpers.hub import uploaded
 from tests.helpers.training_runs import arguments, examples
 
 
@@ -97,7 +99,7 @@ def test_a_run_stops_above_the_share(tmp_path, workers):
         trainer.train()
     told = str(caught.value)
     assert "max_bad_share=0.1" in told and "Traceback" not in told and "Caught" not in told
-    assert " 1 " in told and str(tmp_path / "bad_examples.jsonl") in told
+    assert " 1 " in told and str(tmp_path / "_bad_examples.jsonl") in told
     for row in listed(tmp_path):
         assert row["reason"] in told and (row["place"] or f"example {row['number']}") in told
 
@@ -114,6 +116,31 @@ def test_collators_of_another_kind(tmp_path):
     for options in ({"on_bad_example": "ignore"}, {"max_bad_share": 5}):
         with pytest.raises(ValueError, match=next(iter(options))):
             make_trainer(tmp_path, good(4), **options)
+
+
+class Hub:
+    """Takes the calls of `HfApi`."""
+
+    uploads: ClassVar[list[set[str]]] = []
+
+    def upload_folder(self, folder_path, ignore_patterns, **kwargs):
+        self.uploads.append(uploaded(folder_path, ignore_patterns))
+
+
+def test_the_list_is_never_pushed(tmp_path, monkeypatch):
+    """Nor what a killed run has noted: both may name files of this machine."""
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = make_trainer(tmp_path, dirty(24), options={"num_train_epochs": 1, "max_steps": -1}, **SKIP)
+    monkeypatch.setattr(trainer, "_refuse_local_backbones", lambda: None)
+    trainer.hub_model_id, trainer.push_in_progress = "org/run", None
+    trainer.train()
+    (tmp_path / "_bad_examples").mkdir()
+    (tmp_path / "_bad_examples" / "00000-77.jsonl").write_text("{}")
+    trainer.push_to_hub()
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-6"))
+    assert len(listed(tmp_path)) == 7 and len(Hub.uploads) == 2
+    for names in Hub.uploads:
+        assert "config.json" in names and not any("bad_examples" in name for name in names)
 
 
 # ---- evaluation and the warm start ----------------------------------------------------------------------------------

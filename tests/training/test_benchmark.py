@@ -114,7 +114,7 @@ def test_each_way_to_break_an_example_is_found(tmp_path):
     ids = collator.retrieval_inputs([found[number] for number in sorted(found)])["retrieval_input_ids"]
     (tmp_path / "trained-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ids.tolist()))
     rows = [{"place": f"00000.tar, {number:09d}", "reason": "broken"} for number in kinds]
-    (tmp_path / "bad_examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "_bad_examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = dirty_data.account(tmp_path, str(PARITY / "case_a_opt_tied" / "language_model"), kinds, 60)
     assert (result["trained_on"], result["listed"], result["trained_on_or_listed"]) == (40, 20, 60)
     assert result["trained_on_and_listed"] == result["broken_but_not_listed"] == result["listed_twice"] == 0

@@ -316,7 +316,7 @@ def test_a_dead_image_costs_its_row_alone(config, tmp_path, capsys):
     bad = [1, 7, 8, 20, 21]
     manifest = json.loads((cache / "manifest.json").read_text())
     assert manifest["num_bad_images"] == 5 and "5 of them are bad" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (cache / "bad_examples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (cache / "_bad_examples.jsonl").read_text().splitlines()]
     assert [row["number"] for row in rows] == bad
     assert [row["reason"] for row in rows][:3] == ["No such file or directory", "broken", "no image"]
     for shard in range(5):
@@ -344,7 +344,7 @@ def test_training_on_a_cache_with_dead_images(config, tmp_path):
         train.main(arguments)
     metrics = train.main([*arguments, *SKIP, "max_steps=-1", "num_train_epochs=1", "per_device_train_batch_size=4"])
     assert metrics["bad_examples"] == 5
-    rows = [json.loads(line) for line in (tmp_path / "out" / "bad_examples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "_bad_examples.jsonl").read_text().splitlines()]
     assert [row["number"] for row in rows] == [1, 7, 8, 20, 21]
 
 
@@ -368,7 +368,7 @@ def test_the_share_is_that_of_all_processes(config, tmp_path):
     with pytest.raises(TooManyBadExamplesError, match="5 of the 22 images(?s:.*)1 broken .train.tsv, line 9"):
         encode(1, 0.2)
     assert encode(1, 0.23) == 1
-    rows = [json.loads(line) for line in (cache / "bad_examples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (cache / "_bad_examples.jsonl").read_text().splitlines()]
     assert [row["number"] for row in rows] == [1, 7, 8, 20, 21]
     assert json.loads((cache / "manifest.json").read_text())["num_bad_images"] == 5
     assert encode(0, 0.23) == 0
@@ -380,13 +380,13 @@ def test_shards_that_another_process_finishes_meanwhile_count(config, tmp_path, 
     damage(tmp_path)
     cache, whole = tmp_path / "cache", feature_writing._encode_shard
     run(config, cache, *SKIP)
-    for name in ("features-00001.safetensors", "bad_examples.jsonl"):
+    for name in ("features-00001.safetensors", "_bad_examples.jsonl"):
         (cache / name).unlink()
     theirs = cache / "features-00004.safetensors"
     away = theirs.rename(tmp_path / theirs.name)
     monkeypatch.setattr(feature_writing, "_encode_shard", lambda *inputs: (away.rename(theirs), whole(*inputs))[1])
     assert run(config, cache, *SKIP, "--rank=1", "--world-size=2") == 1
-    assert len((cache / "bad_examples.jsonl").read_text().splitlines()) == 5
+    assert len((cache / "_bad_examples.jsonl").read_text().splitlines()) == 5
 
 
 def test_images_that_a_processor_or_an_encoder_refuses(config, tmp_path, monkeypatch):
@@ -412,7 +412,7 @@ def test_images_that_a_processor_or_an_encoder_refuses(config, tmp_path, monkeyp
     monkeypatch.setattr(encoder.image_processor, "preprocess", refusing)
     monkeypatch.setattr(VisionEncoder, "encode", overflowing)
     write_features(encoder, dataset, tmp_path / "cache", shard_size=4, batch_size=4, max_bad_share=1.0)
-    found = [json.loads(line) for line in (tmp_path / "cache" / "bad_examples.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (tmp_path / "cache" / "_bad_examples.jsonl").read_text().splitlines()]
     reasons = {row["number"]: row["reason"] for row in found}
     assert reasons[2] == "image processor raises" and reasons[5] == "malformed row"
     assert set(reasons.values()) == {"image processor raises", "malformed row", "features not finite"}

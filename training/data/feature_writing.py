@@ -197,7 +197,7 @@ def write_features(
         num_workers: Processes that decode images.
         rank, world_size: This process writes every `world_size`-th shard, starting with shard `rank`.
         max_bad_share: With it, an image that cannot be read or encoded costs its row alone: shards say which rows are
-            valid. Once all are there, the manifest has the number of bad images, and `bad_examples.jsonl` lists them.
+            valid. Once all are there, the manifest has the number of bad images, and `_bad_examples.jsonl` lists them.
             A process judges by its own images and by the shards that others have finished.
 
     Returns:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from modeling_fromage import FromageDataCollator
 from modeling_fromage.trainer.bad_example_list import BadExampleList
 from modeling_fromage.trainer.bad_examples import (
     BadExampleError,
@@ -17,7 +16,6 @@ from modeling_fromage.trainer.bad_examples import (
     TooManyBadExamplesError,
     are_too_many,
 )
-from tests.helpers.backbones import make_processor
 from tests.helpers.dirty_data import (
     BAD,
     NUMBERS,
@@ -36,11 +34,6 @@ from tests.helpers.training_runs import examples
 def seen(dataset, **loading) -> list[str]:
     loader = DataLoader(dataset, batch_size=4, collate_fn=captions_of, **loading)
     return [caption for batch in loader for caption in batch]
-
-
-@pytest.fixture
-def collator():
-    return FromageDataCollator(make_processor())
 
 
 # ---- what is bad, and what comes in its place -----------------------------------------------------------------------

@@ -39,11 +39,6 @@ def weights(trainer) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
-@pytest.fixture
-def collator():
-    return FromageDataCollator(make_processor())
-
-
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 

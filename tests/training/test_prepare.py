@@ -19,6 +19,7 @@ from modeling_fromage.io.fetching import BusyHostError, fetch
 from tests.helpers.captioned_data import number_in, picture
 from training.data import fetching
 from training.data.captioned_images import load_captioned_images
+from training.data.fetching import Fetcher
 from training.prepare import main
 
 COUNT = 24
@@ -215,6 +216,17 @@ def test_a_host_that_is_always_busy_is_given_up(server, tmp_path):
     server.answers = {number: [(429, "1")] for number in range(10)}
     report = prepare(tmp_path, "--per-host=1", "--max-wait=1.5")
     assert report["failures"] == {"HTTP 429": 10} and len(server.asked) == 2
+
+
+def test_failures_that_lie_far_apart_give_no_host_up():
+    fetcher = Fetcher(ImageLimits(), max_wait=10.0)
+    queue = fetching._Queue([(0, "http://a.example/0")], fetcher)
+    queue.note("a.example", BusyHostError("0", "HTTP 500"), attempt=0)
+    fetcher.busy["a.example"].until -= 1000
+    queue.note("a.example", BusyHostError("0", "HTTP 500"), attempt=0)
+    assert queue.refusal("a.example", "http://a.example/0") is None
+    queue.note("a.example", b"a picture", attempt=0)  # that was asked for before
+    assert fetcher.busy["a.example"].until > time.monotonic()
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ class _Host:
 
 @dataclass
 class _Busy:
-    """A host that is busy: its last answer, since when it has given no other, and until when it is left alone."""
+    """A host that is busy: its last answer, until when it is left alone, and the seconds of all waits up to then."""
 
     reason: str
-    since: float
     until: float
+    waits: float = 0.0
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Fetcher:
         retries: How often an image is asked for again whose host is busy or fails (HTTP 429 and 5xx); the whole host
             is left alone for a second before the first retry, twice as long before each other, and at least for as long
             as it asks for (`Retry-After`).
-        max_wait: Seconds that a host is waited for which says only that it is busy. Where it has done so, or asks to be
-            left alone, for longer, the images that are left of it fail without being asked for.
+        max_wait: Seconds that a host is waited for, in all until it is no longer busy. While it is to be left alone for
+            longer, its images fail without being asked for.
         size: Pixels that the shorter side of a larger image is reduced to.
     """
 
@@ -171,7 +171,7 @@ class _Queue:
                     host.active += 1
                     host.not_before = max(host.not_before, now + self.fetcher.pause)
                     return name, *host.waiting.popleft()
-                self.changed.wait(None if wake is None else max(wake - now, 0.001))
+                self.changed.wait(None if wake is None else min(max(wake - now, 0.001), threading.TIMEOUT_MAX))
         return None
 
     def put_back(self, name: str, number: int, url: str, attempt: int) -> None:
@@ -189,13 +189,16 @@ class _Queue:
             now, known = time.monotonic(), self.fetcher.busy
             if not isinstance(answer, BusyHostError):
                 if name in known and known[name].until > now:
-                    known[name].since = now  # it was asked before it said so
+                    known[name].waits = known[name].until - now  # it was asked before it said so
                 else:
                     known.pop(name, None)
                 return
-            busy = known.setdefault(name, _Busy(answer.reason, now, now))
-            wait = _FIRST_WAIT * 2**attempt if attempt < self.fetcher.retries else 0.0
-            busy.reason, busy.until = answer.reason, max(busy.until, now + max(wait, answer.retry_after or 0.0))
+            busy = known.setdefault(name, _Busy(answer.reason, now))
+            backoff = _FIRST_WAIT * 2**attempt if attempt < self.fetcher.retries else 0.0
+            begin, end = max(busy.until, now), now + max(backoff, answer.retry_after or 0.0)
+            if end > begin:
+                busy.waits, busy.until = busy.waits + end - begin, end
+            busy.reason = answer.reason
             self.changed.notify_all()
 
     def refusal(self, name: str, url: str) -> UnreadableImageError | None:
@@ -216,7 +219,7 @@ class _Queue:
         return 0.0 if self._is_given_up(busy) else max(not_before, busy.until)
 
     def _is_given_up(self, busy: _Busy) -> bool:
-        return busy.until > time.monotonic() and busy.until - busy.since > self.fetcher.max_wait
+        return busy.until > time.monotonic() and busy.waits > self.fetcher.max_wait
 
     def done(self, name: str) -> None:
         with self.changed:

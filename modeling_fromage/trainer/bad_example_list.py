@@ -42,7 +42,8 @@ class BadExampleList:
         return {**self.__dict__, "_entries": {}, "_read_so_far": {}, "_noted": set()}  # for a worker that is spawned
 
     def note(self, entry: Entry) -> None:
-        """Append an example, unless this process has done so: its `split`, `number`, `place`, `reason`, `detail`."""
+        """Append an example, unless this process has done so: its `split`, `number`, `place`, `reason`, `detail`; of a
+        stream, instead of a number, a hash of its `contents`, and which `copy` of them it is in its pass."""
         if self._pid != os.getpid():  # a worker that was forked
             self._noted, self._pid = set(self._entries), os.getpid()
         if (key := _key(entry)) in self._noted:
@@ -169,8 +170,10 @@ class BadExampleList:
 
 
 def _key(entry: Entry) -> tuple:
-    number = entry["number"]
-    return (entry["split"], number if number is not None else entry["place"])  # streams have no numbers
+    if entry["number"] is not None:
+        return entry["split"], entry["number"]
+    # Of a stream, which may be shuffled: neither where an example was met nor its file, which others may share, holds.
+    return entry["split"], entry["contents"], entry["copy"]
 
 
 def _order(entry: Entry) -> list:

@@ -8,6 +8,7 @@ import itertools
 import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ..images_fromage import UnreadableImageError, printable
 from .bad_example_list import BadExampleList
 from .draws import number_of
+from .row_contents import contents_of
 
 ENOUGH = 256  # examples to judge by how many are bad
 _NEIGHBOURS, _ATTEMPTS = 64, 512  # substitutes that are tried: those that the data set names, and all
@@ -76,6 +78,11 @@ class ExampleReader:
     ):
         self.prepare, self.noted, self.split, self.max_share = prepare, noted, split, max_share
         self._pid, self.visited, self.bad = os.getpid(), 0, 0
+        self._copies: Counter[str] = Counter()  # of bad examples without a number, in this pass
+
+    def begin_pass(self) -> None:
+        """Begin with the first example of a stream."""
+        self._copies.clear()
 
     def read(
         self,
@@ -114,9 +121,13 @@ class ExampleReader:
             where = f"Cannot use {where}{f' ({place})' if place else ''}"
             detail = f"{error.detail.rstrip('.')}. {_ADVICE}" if error.detail else _ADVICE
             return BadExampleError(error.reason, detail, where)
-        source = {"source": row["source"]} if isinstance(row, dict) and isinstance(row.get("source"), str) else {}
+        more = {"source": row["source"]} if isinstance(row, dict) and isinstance(row.get("source"), str) else {}
+        if number is None:
+            more["contents"] = contents = contents_of(row)
+            self._copies[contents] += 1
+            more["copy"] = self._copies[contents]
         entry = {"split": self.split, "number": number, "place": place, "reason": error.reason, "detail": error.detail}
-        self.noted.note({**entry, **source})
+        self.noted.note({**entry, **more})
         return error
 
     def visit(self) -> None:

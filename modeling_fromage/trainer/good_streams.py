@@ -39,6 +39,11 @@ class GoodStream(IterableDataset):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
+    def __len__(self) -> int:
+        if self.leaves_out:
+            raise TypeError("How many examples are good is not known.")
+        return len(self.dataset)
+
     def __iter__(self) -> Iterator[PreparedExample]:
         last, owed = None, 0
         for example in self._prepared():
@@ -55,6 +60,7 @@ class GoodStream(IterableDataset):
         """Each example; `None` for a bad one."""
         worker = get_worker_info()
         where = f"process {self.process_index}, worker {0 if worker is None else worker.id}"
+        self.reader.begin_pass()
         for number, row in enumerate(self.dataset):
             self.reader.visit()
             try:

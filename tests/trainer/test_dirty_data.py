@@ -1,10 +1,13 @@
 """Runs on data with errors in it: the list, when a run stops, evaluations, the warm start, streams, two processes."""
 
+import io
 import json
 import pickle
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -16,6 +19,7 @@ from modeling_fromage import FromageDataCollator
 from modeling_fromage.trainer.bad_examples import BadExampleError, TooManyBadExamplesError
 from modeling_fromage.trainer.dirty_data import DirtyData
 from modeling_fromage.trainer.good_streams import GoodStream
+from modeling_fromage.trainer.row_contents import contents_of
 from tests.helpers.backbones import make_processor
 from tests.helpers.dirty_data import (
     NUMBERS,
@@ -204,6 +208,54 @@ def test_a_stream_gives_the_next_good_one(collator, tmp_path, kind):
     assert trainer.evaluate()["eval_num_pairs"] == 4
     with pytest.raises(TooManyBadExamplesError, match="All 3 examples of this stream"):
         list(data.reading(Stream([{"caption": ""}] * 3), "train"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shuffled_stream_lists_each_bad_example_once(collator, tmp_path, workers):
+    """Wherever later epochs come across it; of two that are equal, both."""
+    rows = examples(12)
+    for i, caption in ((0, ""), (4, "a [RET]"), (5, "a [RET]"), (6, " "), (9, "")):
+        rows[i]["caption"] = caption
+    rows[5] |= rows[4]
+    stream = Dataset.from_list(rows).to_iterable_dataset(num_shards=2).shuffle(seed=2, buffer_size=6)
+    options = {"max_steps": 9, "dataloader_num_workers": workers, "save_strategy": "steps", "save_steps": 5}
+    places = []
+    for resume in (None, str(tmp_path / "checkpoint-5")):
+        trainer = make_trainer(tmp_path, stream, collator, options=options, **SKIP)
+        assert trainer.train(resume_from_checkpoint=resume).metrics["bad_examples"] == 5
+        places.append([row["place"] for row in listed(tmp_path)])
+    assert places[0] == places[1] and sorted(row["copy"] for row in listed(tmp_path)) == [1, 1, 1, 1, 2]
+
+
+def test_a_stream_whose_pictures_share_a_file(collator, tmp_path):
+    """A file with two captions that are bad stands twice."""
+    rows = [{"image": {"bytes": png(0), "path": "0.png"}, "caption": caption} for caption in ("a", "", " ", "b")]
+    make_trainer(tmp_path, Stream(rows), collator, options={"max_steps": 2}, **SKIP).train()
+    assert [(row["place"], row["detail"]) for row in listed(tmp_path)] == [("0.png", "''"), ("0.png", "' '")]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        picture(1),
+        torch.arange(6).view(2, 3).bfloat16(),
+        np.arange(6, dtype=np.int8),
+        np.array(["a", None], dtype=object),
+        {"b": [1.5, "\ud800"], "a": (b"x", None)},
+    ],
+)
+def test_contents_of_an_example(value):
+    copied = pickle.loads(pickle.dumps(value))
+    assert contents_of({"image": value}) == contents_of({"image": copied})
+    others = [picture(2), torch.arange(6).view(3, 2).bfloat16(), np.arange(6, dtype=np.uint8), {"a": 1}, object()]
+    assert contents_of({"image": value}) not in [contents_of({"image": other}) for other in others]
+
+
+def test_contents_that_cannot_be_seen():
+    """Of an object whose `repr` is its address, and of a picture that is cut off."""
+    assert contents_of(object()) == contents_of(object()) != contents_of(None)
+    cut = [PIL.Image.open(io.BytesIO(png(1)[:60])) for _ in range(2)]
+    assert contents_of(cut[0]) == contents_of(cut[1]) != contents_of(picture(1))
 
 
 def test_a_stream_of_pictures_that_decode_themselves(collator, tmp_path):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import TrainingArguments
 
@@ -102,8 +103,9 @@ class DirtyData:
                 return found
         rank, world_size, workers = self.args.process_index, self.args.world_size, self.args.dataloader_num_workers
         numbers = range(rank, len(good), world_size)
+        # With a generator of its own: a run that resumes later checks later, and its draws are to be the same.
         loader = DataLoader(_Checks(good, partial(_process, collator)), batch_size=64, sampler=numbers,
-                            num_workers=workers, collate_fn=list)  # fmt: skip
+                            num_workers=workers, collate_fn=list, generator=torch.Generator())  # fmt: skip
         is_good = itertools.chain.from_iterable(loader)
         kept = sorted(self.list.gather([number for number, fine in zip(numbers, is_good, strict=True) if fine]))
         self._merge(write=True)

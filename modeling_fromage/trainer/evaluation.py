@@ -1,5 +1,7 @@
 """What an evaluation reports: the mean of each loss, recall among all pairs, and captions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,20 @@ from ..modeling_fromage import FromageForConditionalGeneration
 from ..processing_fromage import FromageProcessor
 from ..training_losses_fromage import LOSS_WEIGHTS
 from .ranking import recall_in_both_directions
+
+
+@contextmanager
+def evaluating(collator: Any) -> Iterator[None]:
+    """Without what a `collator` does in training alone, if it is one of ours: captions are not concatenated."""
+    was_training = getattr(collator, "training", None)
+    if was_training is None:
+        yield
+        return
+    collator.training = False
+    try:
+        yield
+    finally:
+        collator.training = was_training
 
 
 def mean_losses_and_recall(predictions: dict[str, Any]) -> dict[str, float]:
@@ -59,4 +75,4 @@ def generate_captions(
     return texts
 
 
-__all__ = ["generate_captions", "mean_losses_and_recall"]
+__all__ = ["evaluating", "generate_captions", "mean_losses_and_recall"]

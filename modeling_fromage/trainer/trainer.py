@@ -30,7 +30,7 @@ from .checkpoints import last_complete_checkpoint, restore_trained, where_to_res
 from .data_collator import FromageDataCollator
 from .dirty_data import DirtyData
 from .epoch_order import SetEpochCallback, epoch_order_sampler
-from .evaluation import mean_losses_and_recall
+from .evaluation import evaluating, mean_losses_and_recall
 from .heartbeat import watched_processes
 from .monitoring import TrainingMonitor
 from .options import TrainerOptions, set_learning_rates
@@ -38,6 +38,7 @@ from .rank_batches import share_last_batch
 from .run_card import write_model_card
 from .samples import EvaluationSamples
 from .sharding import data_parallel, gathered, is_sharded, shard_for
+from .stream_position import StreamPosition
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,10 @@ class FromageTrainer(Trainer):
             self.data_collator, args, self.options.on_bad_example == "skip", self.options.max_bad_share
         )
         self.data_names: dict[str, Any] = {}  # for the model card: see `CardFacts`
-        self.monitor = TrainingMonitor()
+        self.monitor, self.stream_position = TrainingMonitor(), StreamPosition()
         self.samples = EvaluationSamples(self.options.eval_samples, self.data_collator, self.callback_handler.callbacks)
-        for callback in (NormalizeRetEmbeddingCallback(), SetEpochCallback(), self.monitor, self.samples):
+        own = (NormalizeRetEmbeddingCallback(), SetEpochCallback(), self.stream_position, self.monitor, self.samples)
+        for callback in own:
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -184,7 +186,10 @@ class FromageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in the Trainer; the last, smaller batch of an epoch is shared out rather than filled up."""
-        return share_last_batch(super().get_train_dataloader())
+        return self.stream_position.count(share_last_batch(super().get_train_dataloader()))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        return self.stream_position.start(super()._init_training_state(*args, **kwargs), self.state, self.args)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As in the Trainer: all processes call it."""
@@ -198,6 +203,7 @@ class FromageTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As in the Trainer, but backbones are named, if need be by a path of this machine, rather than copied."""
         self.dirty_data.save()
+        self.stream_position.save(self.state, self.args)
         unwrapped = self._unwrapped
         with unwrapped.absolute_paths() if hasattr(unwrapped, "absolute_paths") else nullcontext():
             super()._save_checkpoint(*args, **kwargs)
@@ -234,8 +240,9 @@ class FromageTrainer(Trainer):
         self.monitor.add(1 / self.current_gradient_accumulation_steps)
         return loss
 
-    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().get_batch_samples(self.monitor.watch(epoch_iterator), *args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
+        batches, *count = super().get_batch_samples(self.monitor.watch(epoch_iterator), num_batches, *args, **kwargs)
+        return self.stream_position.take(batches, num_batches), *count
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -261,15 +268,8 @@ class FromageTrainer(Trainer):
                 f"{description} on a streamed data set in {self.args.world_size} processes would count examples twice. "
                 "Give a data set with a length, or evaluate in one process."
             )
-        collator: Any = self.data_collator
-        was_training = getattr(collator, "training", None)
-        if was_training is not None:
-            collator.training = False  # no concatenated captions
-        try:
+        with evaluating(self.data_collator):
             output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        finally:
-            if was_training is not None:
-                collator.training = was_training
         self.samples.embeds = values = dict(zip(self._output_names, output.predictions, strict=True))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_losses_and_recall(values).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})

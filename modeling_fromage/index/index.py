@@ -5,21 +5,20 @@ Axes: N images, Q queries, k results a query, q the width of the shared image-te
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import ArrayLike
-from PIL import Image
 
 from ..images_fromage import DEFAULT_LIMITS, ImageLimits
 from .backends import make_backend
 from .backends.base import Hits
 from .builder import EmbeddingModel, ImageProcessorHolder, build_index
+from .contents import IndexContents, IndexEntry
 from .datasets_bridge import store_from_dataset, store_to_dataset
-from .images import ImageAccess, ImageLoader
+from .images import ImageAccess
 from .reading import open_index
 from .saving import index_folder, push_index, save_index
 from .store import IndexStore
@@ -29,15 +28,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-class IndexEntry(NamedTuple):
-    """One image of an index: its id, its metadata, and its embedding (q,) as it is stored."""
-
-    id: str
-    metadata: dict[str, Any]
-    embedding: torch.Tensor
-
-
-class FromageImageIndex:
+class FromageImageIndex(IndexContents):
     """Images by their unit-norm embeddings, with a string id and a metadata dict each.
 
     Threads may search, change and save an index at once. They see each change as a whole or not at all, and a search
@@ -87,102 +78,6 @@ class FromageImageIndex:
 
     def __copy__(self) -> "FromageImageIndex":
         return self._of(copy.copy(self._store), copy.copy(self._access), self.model_fingerprint)
-
-    # ---- what is in it --------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        now = self._store.now
-        return now.count - now.removed
-
-    def __contains__(self, image_id: object) -> bool:
-        try:
-            return bool(self._store.positions([image_id]))
-        except ValueError:  # it is not an id
-            return False
-
-    def __iter__(self) -> Iterator[IndexEntry]:
-        for rows, entries in self._store.pieces(self._store.now):
-            for row, (_, image_id, metadata) in zip(rows, entries, strict=True):
-                yield IndexEntry(image_id, metadata, row.clone())  # the caller's own, not a view of the index
-
-    def __repr__(self) -> str:
-        return f"FromageImageIndex({len(self):,} images, {self.dim} dimensions, {self.dtype}, {self.backend})"
-
-    @property
-    def dim(self) -> int:
-        """Width of the embeddings, q."""
-        return self._store.dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored embeddings."""
-        return self._store.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the embeddings are; see [`to`]."""
-        return self._store.device
-
-    @property
-    def backend(self) -> str:
-        """What searches: `"flat"` or `"faiss"`."""
-        return self._store.now.backend.name
-
-    @property
-    def ids(self) -> list[str]:
-        """All ids, in order."""
-        return [image_id for entries in self._store.kept_entries(self._store.now) for _, image_id, _ in entries]
-
-    @property
-    def metadata(self) -> list[dict[str, Any]]:
-        """All metadata, in order."""
-        return [metadata for entries in self._store.kept_entries(self._store.now) for _, _, metadata in entries]
-
-    @property
-    def embeds(self) -> torch.Tensor:
-        """All embeddings (N, q), in order, as they are stored."""
-        return torch.cat([torch.empty(0, self.dim, dtype=self.dtype), *self._store.now.kept_rows()])
-
-    @property
-    def skipped(self) -> list[dict[str, str]]:
-        """Images that a build left out: "id", "source" and "reason" of each."""
-        return self._store.entries.skipped
-
-    @property
-    def image_root(self) -> Path | None:
-        """The folder that relative paths in the metadata start from. Files below it may be read."""
-        return self._access.image_root
-
-    @image_root.setter
-    def image_root(self, folder: str | os.PathLike[str] | None) -> None:
-        self._access.image_root = None if folder is None else Path(folder)
-
-    @property
-    def image_loader(self) -> ImageLoader | None:
-        """A function of an id and its metadata that returns a PIL image, a path, a URL or `{"bytes": ...}`."""
-        return self._access.loader
-
-    @image_loader.setter
-    def image_loader(self, loader: ImageLoader | None) -> None:
-        self._access.loader = loader
-
-    def get(self, image_id: str) -> dict[str, Any]:
-        """The metadata of one image. Raises a `KeyError` if there is no such image."""
-        return self._store.find(image_id)[1]
-
-    def load_image(self, image_id: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-        """The image itself, as RGB: the one that the index keeps, or the one at its metadata's "url" or "path".
-
-        For images that are elsewhere (in a database, say), set `image_loader`. Relative paths are relative to
-        `image_root`. An index that was opened, from a folder or from the Hub, reads only files below its own folder and
-        below the `image_root` that [`from_pretrained`] was given, so it cannot name any file of this machine.
-
-        Raises:
-            UnreadableImageError: It cannot be read, or may not.
-            KeyError: There is no such image.
-        """
-        position, metadata = self._store.find(image_id)
-        return self._access.load(image_id, metadata, self._store.images.get(position), limits)
 
     # ---- making and changing it -----------------------------------------------------------------------------------
 

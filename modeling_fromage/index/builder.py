@@ -15,12 +15,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..images_fromage import ImageLimits, load_rgb_image
-from .backends import make_backend
 from .folder import INDEX_FILE
 from .reading import UNFINISHED_FILE, IndexParts, open_index, read_listing
 from .saving import save_index
 from .sources import ImageSource, SourceDigest, image_sources, read_ahead
 from .store import check_dtype
+from .stores import check_backend, has_backend, on_this_machine, with_backend
 from .writer import IndexWriter
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def build_index(
     """Build an index of `images`, or open the one that `save_directory` holds. Arguments and errors as for
     [`FromageImageIndex.build`]."""
     check_dtype(dtype)
+    check_backend(backend, backend_options)
     sources, total, root = image_sources(images, ids, metadata)
     if shard is not None:
         first, step = shard
@@ -109,14 +110,16 @@ def build_index(
         if not _is_built(directory, sources, header):
             keep, embedder = in_memory and save_directory is not None, ImageEmbedder(model, processor, limits)
             _write_index(directory, header, sources, total, embedder, batch_size, num_workers, show_progress, keep)
-        parts = open_index(directory, root)
+        parts = open_index(directory, root, backend_options.get("token"))
         parts.access.may_read_files = True  # as the caller says
         if save_directory is None:
             held = image_sources(images, ids, metadata)[0] if in_memory else ()
-            parts.store.into_memory((row.id, row.image) for row in held if isinstance(row.image, Image.Image))
+            on_this_machine(parts.store).into_memory(
+                (row.id, row.image) for row in held if isinstance(row.image, Image.Image)
+            )
             parts.access.folder = None
-    if backend != parts.store.now.backend.name or backend_options:
-        parts.store.use_backend(make_backend(backend, backend_options))
+    if not has_backend(parts.store, backend, backend_options):
+        parts = parts._replace(store=with_backend(parts.store, backend, backend_options))
         if save_directory is not None:
             progress = read_listing(directory, INDEX_FILE)[0]["progress"]  # the next call is to open it
             save_index(directory, *parts, progress=progress)

@@ -39,7 +39,7 @@ class MetadataColumns:
         mask = np.ones(count, dtype=bool)
         with self._lock:
             for name, wanted in where.items():
-                values = {_comparable(value) for value in wanted}
+                values = {comparable(value) for value in wanted}
                 mask &= self._mask_of(name, values, count, read)
         return mask
 
@@ -120,7 +120,7 @@ class _Column:
         """The number of a value; -1 for a list or a dict, which equals nothing."""
         if isinstance(value, (dict, list)):
             return -1
-        value = _comparable(value)
+        value = comparable(value)
         code = self._codes.get(value)
         if code is None:
             code = self._codes[value] = len(self._codes)
@@ -138,7 +138,7 @@ class _Column:
         return mask
 
 
-def _comparable(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """A scalar as SQL compares it: True is 1, and whole numbers of more than 64 bits are real numbers."""
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         try:

@@ -3,6 +3,7 @@
 Axes: N images, q the width of the shared image-text space.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from ..images_fromage import DEFAULT_LIMITS, ImageLimits
 from .images import ImageAccess, ImageLoader
-from .store import IndexStore
+from .stores import Store
 
 
 class IndexEntry(NamedTuple):
@@ -27,12 +28,20 @@ class IndexEntry(NamedTuple):
 class IndexContents:
     """The images of an index with their ids, metadata and embeddings, to be read."""
 
-    _store: IndexStore
+    _store: Store
     _access: ImageAccess
 
+    @contextlib.contextmanager
+    def _held_store(self) -> Iterator[Store]:
+        """The store, which only this thread changes or replaces meanwhile."""
+        while True:
+            with (store := self._store).lock:
+                if store is self._store:
+                    yield store
+                    return
+
     def __len__(self) -> int:
-        now = self._store.now
-        return now.count - now.removed
+        return len(self._store)
 
     def __contains__(self, image_id: object) -> bool:
         try:
@@ -41,7 +50,7 @@ class IndexContents:
             return False
 
     def __iter__(self) -> Iterator[IndexEntry]:
-        for rows, entries in self._store.pieces(self._store.now):
+        for rows, entries in self._store.pieces():
             for row, (_, image_id, metadata) in zip(rows, entries, strict=True):
                 yield IndexEntry(image_id, metadata, row.clone())  # the caller's own, not a view of the index
 
@@ -65,28 +74,28 @@ class IndexContents:
 
     @property
     def backend(self) -> str:
-        """What searches: `"flat"` or `"faiss"`."""
-        return self._store.now.backend.name
+        """What searches: `"flat"`, `"faiss"` or `"milvus"`."""
+        return self._store.backend_name
 
     @property
     def ids(self) -> list[str]:
         """All ids, in order."""
-        return [image_id for entries in self._store.kept_entries(self._store.now) for _, image_id, _ in entries]
+        return [image_id for entries in self._store.kept_entries() for _, image_id, _ in entries]
 
     @property
     def metadata(self) -> list[dict[str, Any]]:
         """All metadata, in order."""
-        return [metadata for entries in self._store.kept_entries(self._store.now) for _, _, metadata in entries]
+        return [metadata for entries in self._store.kept_entries() for _, _, metadata in entries]
 
     @property
     def embeds(self) -> torch.Tensor:
         """All embeddings (N, q), in order, as they are stored."""
-        return torch.cat([torch.empty(0, self.dim, dtype=self.dtype), *self._store.now.kept_rows()])
+        return torch.cat([torch.empty(0, self.dim, dtype=self.dtype), *self._store.kept_rows()])
 
     @property
     def skipped(self) -> list[dict[str, str]]:
         """Images that a build left out: "id", "source" and "reason" of each."""
-        return self._store.entries.skipped
+        return self._store.skipped
 
     @property
     def image_root(self) -> Path | None:

@@ -3,6 +3,7 @@
 Axes: N images, Q queries, k results a query, q the width of the shared image-text space.
 """
 
+import contextlib
 import copy
 import os
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ import torch
 from numpy.typing import ArrayLike
 
 from ..images_fromage import DEFAULT_LIMITS, ImageLimits
-from .backends import make_backend
 from .backends.base import Hits
 from .builder import EmbeddingModel, ImageProcessorHolder, build_index
 from .contents import IndexContents, IndexEntry
@@ -22,6 +22,7 @@ from .images import ImageAccess
 from .reading import open_index
 from .saving import index_folder, push_index, save_index
 from .store import IndexStore
+from .stores import Store, extend, moves, on_this_machine, with_backend
 from .values import as_embeds, as_entries
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ class FromageImageIndex(IndexContents):
         self.add(rows, ids, metadata)
         self.use_backend(backend, **backend_options)
 
-    def _start(self, store: IndexStore, access: ImageAccess, model_fingerprint: str | None) -> None:
+    def _start(self, store: Store, access: ImageAccess, model_fingerprint: str | None) -> None:
         self._store, self._access, self.model_fingerprint = store, access, model_fingerprint
 
     @classmethod
-    def _of(cls, store: IndexStore, access: ImageAccess, model_fingerprint: str | None) -> "FromageImageIndex":
+    def _of(cls, store: Store, access: ImageAccess, model_fingerprint: str | None) -> "FromageImageIndex":
         index = cls.__new__(cls)
         index._start(store, access, model_fingerprint)
         return index
@@ -131,7 +132,8 @@ class FromageImageIndex(IndexContents):
         rows, entries = self._store.normalized(embeds).to(self.dtype), as_entries(ids, metadata)
         if len(rows) != len(entries):
             raise ValueError(f"Got {len(rows)} embeddings, {len(entries)} ids and {len(entries)} metadata entries.")
-        self._store.insert([(rows, entries)])
+        with self._held_store() as store:
+            store.insert([(rows, entries)])
 
     def add_images(self, model: EmbeddingModel, processor: ImageProcessorHolder, images: Any, **kwargs: Any) -> None:
         """Embed and append `images`; arguments as for [`build`]. Raises a `ValueError` if another model made the
@@ -164,11 +166,13 @@ class FromageImageIndex(IndexContents):
         """
         if metadata is None and embeds is None:
             raise ValueError("`update` needs `metadata`, `embeds`, or both.")
-        self._store.update(ids, [metadata] if isinstance(metadata, dict) else metadata, embeds)
+        with self._held_store() as store:
+            store.update(ids, [metadata] if isinstance(metadata, dict) else metadata, embeds)
 
     def delete(self, ids: Sequence[str] | str) -> None:
         """Remove one image, or several. Raises a `KeyError` if one is not in the index; then nothing is removed."""
-        self._store.delete(ids)
+        with self._held_store() as store:
+            store.delete(ids)
 
     @classmethod
     def merge(cls, indexes: Sequence["FromageImageIndex | str | os.PathLike[str]"]) -> "FromageImageIndex":
@@ -192,8 +196,8 @@ class FromageImageIndex(IndexContents):
 
     def _append(self, other: "FromageImageIndex") -> None:
         root = other._access.root
-        with self._store.lock:
-            self._store.extend(other._store, None if root == self._access.root else root)
+        with self._held_store() as store:
+            extend(store, other._store, None if root == self._access.root else root)
             self._access.may_read_files &= other._access.may_read_files
 
     # ---- searching ------------------------------------------------------------------------------------------------
@@ -208,7 +212,9 @@ class FromageImageIndex(IndexContents):
         Raises:
             ValueError: The backend is not known, has other options, or cannot be trained on so few images.
         """
-        self._store.use_backend(make_backend(backend, options))
+        held = self._held_store() if moves(self._store, backend) else contextlib.nullcontext(self._store)
+        with held as store:
+            self._store = with_backend(store, backend, options)
         return self
 
     def set_search_options(self, **options: Any) -> "FromageImageIndex":
@@ -223,7 +229,7 @@ class FromageImageIndex(IndexContents):
 
             index.use_backend("faiss", factory="IVF1024,Flat").set_search_options(nprobe=16)
         """
-        self._store.now.backend.set_options(**options)
+        self._store.set_search_options(**options)
         return self
 
     def to(self, device: torch.device | str) -> "FromageImageIndex":
@@ -275,8 +281,7 @@ class FromageImageIndex(IndexContents):
         """
         if model is not None:
             self.check_model(model)
-        request = self._store.request(embeds, top_k, exclude_ids, where)
-        return request.snapshot.backend.search(request)
+        return self._store.search(embeds, top_k, exclude_ids, where)
 
     # ---- keeping it -----------------------------------------------------------------------------------------------
 
@@ -294,6 +299,7 @@ class FromageImageIndex(IndexContents):
         cache_dir: str | os.PathLike[str] | None = None,
         image_root: str | os.PathLike[str] | None = None,
         repo_type: str = "dataset",
+        milvus_token: str | None = None,
     ) -> "FromageImageIndex":
         """Open what [`save_pretrained`], [`build`] or [`push_to_hub`] wrote: a folder, or a repository of the Hub.
 
@@ -303,13 +309,17 @@ class FromageImageIndex(IndexContents):
         Args:
             image_root: The folder that relative paths in the metadata start from. Images below it may be read, besides
                 those in the index's own folder; see [`load_image`].
+            milvus_token: Of the Milvus server that an index in Milvus is on, if it asks for one. By default the
+                environment's `MILVUS_TOKEN`, where its `MILVUS_URI` is that server's: whoever wrote the folder does not
+                get it.
 
         Raises:
             FileNotFoundError: The folder holds no finished index.
             CorruptIndexError: A file is missing or has another size.
+            MilvusIndexError: The collection is not there, or cannot be reached.
         """
         directory = index_folder(index_name_or_path, repo_type, revision, token, cache_dir)
-        return cls._of(*open_index(directory, image_root))
+        return cls._of(*open_index(directory, image_root, milvus_token))
 
     def push_to_hub(
         self,
@@ -349,7 +359,7 @@ class FromageImageIndex(IndexContents):
             index.to_dataset().push_to_hub("org/pictures")
         """
         load = partial(self._access.load, limits=limits) if images else None
-        return store_to_dataset(self._store, load, self._access.scrubber())
+        return store_to_dataset(on_this_machine(self._store), load, self._access.scrubber())
 
     @classmethod
     def from_dataset(

@@ -12,29 +12,35 @@ from .backends import BACKENDS, FlatBackend, SearchBackend, make_backend
 from .folder import INDEX_FILE, CorruptIndexError, IndexFolder, ReplacedIndexError
 from .images import ImageAccess, KeptImage, kept_images, own_folders
 from .metadata_store import MetadataStore
+from .milvus_store import MilvusStore, open_store
 from .shards import Shard
 from .snapshot import Snapshot
 from .store import IndexStore
+from .stores import Store
 
 UNFINISHED_FILE = "building.json"
 FORMAT = 1
+MILVUS_FORMAT = 2  # a header of what is in Milvus, which earlier versions refuse by this number
 _LARGEST_LISTING = 1 << 26  # bytes; 100 million images take 250 kB
 
 
 class IndexParts(NamedTuple):
     """What an index is made of."""
 
-    store: IndexStore
+    store: Store
     access: ImageAccess
     model_fingerprint: str | None
 
 
-def open_index(directory: Path, image_root: str | os.PathLike[str] | None = None) -> IndexParts:
+def open_index(
+    directory: Path, image_root: str | os.PathLike[str] | None = None, milvus_token: str | None = None
+) -> IndexParts:
     """Open a finished index. Only `index.json` is read; all other files are there and have the right size.
 
     Raises:
         FileNotFoundError: There is no finished index.
         CorruptIndexError: A file is missing, or shorter or longer than it was.
+        MilvusIndexError: The collection that it names is not there, or cannot be reached.
     """
     if not (directory / INDEX_FILE).is_file():
         if (directory / UNFINISHED_FILE).is_file():
@@ -45,11 +51,20 @@ def open_index(directory: Path, image_root: str | os.PathLike[str] | None = None
     while True:
         state, folder = read_listing(directory, INDEX_FILE)
         with contextlib.suppress(ReplacedIndexError):  # another save has just finished; its index is as good
-            store = _listed_store(state, folder)
+            store = _milvus_store(state, directory, milvus_token) if "milvus" in state else _listed_store(state, folder)
             break
     root = None if image_root is None else Path(image_root)
     access = ImageAccess(root, folder=directory, stored_root=state["image_root"], may_read_files=False)
     return IndexParts(store, access, state["model"])
+
+
+def _milvus_store(state: dict[str, Any], directory: Path, token: str | None) -> MilvusStore:
+    if token is None and os.environ.get("MILVUS_URI") == state["milvus"]["uri"]:
+        token = os.environ.get("MILVUS_TOKEN")
+    try:
+        return open_store(directory, state, token)
+    except ValueError as error:
+        raise CorruptIndexError(directory / INDEX_FILE, str(error)) from error
 
 
 def _listed_store(state: dict[str, Any], folder: IndexFolder) -> IndexStore:
@@ -98,25 +113,22 @@ def read_listing(directory: Path, name: str) -> tuple[dict[str, Any], IndexFolde
         if state["format"] == FORMAT:
             _check_listing(state, finished=name == INDEX_FILE)
             return state, IndexFolder(directory, data)
+        if state["format"] == MILVUS_FORMAT:
+            _check_header(state)
+            return state, IndexFolder(directory, data)
     except CorruptIndexError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptIndexError(path, f"{type(error).__name__}: {error}") from error
-    raise ValueError(f"{path} is of format {state['format']}, this version reads {FORMAT}. Upgrade modeling-fromage.")
+    known = f"{FORMAT} and {MILVUS_FORMAT}"
+    raise ValueError(f"{path} is of format {state['format']}, this version reads {known}. Upgrade modeling-fromage.")
 
 
 def _check_listing(state: dict[str, Any], finished: bool) -> None:
     """Raise any of the errors that a wrong type gives if a listing is not as this version writes it."""
     listed = [*state["shards"], *([state["entries"]] if finished else [])]
-    kinds = {
-        "dim": int, "dtype": str, "model": (str, type(None)), "image_root": (str, type(None)), "may_read_files": bool,
-        "progress": dict, "count": int, **({"images": str} if "images" in state else {}),
-    }  # fmt: skip
-    _check_kinds(state, kinds)
-    _check_kinds({"consumed": 0, "digest": "", "skipped": 0, **state["progress"]},
-                 {"consumed": int, "digest": str, "skipped": int})  # fmt: skip
-    if state["dim"] < 1 or state["dtype"] not in ("float32", "float16"):
-        raise ValueError(f"embeddings of width {state['dim']!r} and dtype {state['dtype']!r}")
+    _check_common(state)
+    _check_kinds(state, {"count": int, **({"images": str} if "images" in state else {})})
     for backend in _listed_backends(state).values():
         _check_kinds(backend, {"options": dict})
         listed.append(backend)
@@ -130,6 +142,28 @@ def _check_listing(state: dict[str, Any], finished: bool) -> None:
             raise ValueError(f"{entry['count']} embeddings in the {entry['bytes']} bytes of {entry['file']}")
     if sum(entry["count"] for entry in state["shards"]) != state["count"]:
         raise ValueError("its shards do not add up to its count")
+
+
+def _check_header(state: dict[str, Any]) -> None:
+    """The same for what [`header_of`] writes."""
+    _check_common(state)
+    _check_kinds(state, {"milvus": dict, "skipped": list})
+    _check_kinds(state["milvus"], {"uri": str, "collection": str, "index_type": str, "index_params": dict,
+                                   "search_params": dict})  # fmt: skip
+    for row in state["skipped"]:
+        _check_kinds(row, {"id": str, "source": str, "reason": str})
+
+
+def _check_common(state: dict[str, Any]) -> None:
+    kinds = {
+        "dim": int, "dtype": str, "model": (str, type(None)), "image_root": (str, type(None)), "may_read_files": bool,
+        "progress": dict,
+    }  # fmt: skip
+    _check_kinds(state, kinds)
+    _check_kinds({"consumed": 0, "digest": "", "skipped": 0, **state["progress"]},
+                 {"consumed": int, "digest": str, "skipped": int})  # fmt: skip
+    if state["dim"] < 1 or state["dtype"] not in ("float32", "float16"):
+        raise ValueError(f"embeddings of width {state['dim']!r} and dtype {state['dtype']!r}")
 
 
 def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:

@@ -10,22 +10,23 @@ from huggingface_hub import HfApi, snapshot_download
 
 from .folder import INDEX_FILE, crc32_of_file
 from .images import IMAGE_FOLDERS, ImageAccess, Scrubber
+from .milvus_store import MilvusStore, header_of
 from .snapshot import Snapshot
-from .store import IndexStore
-from .writer import IndexWriter, one_at_a_time
+from .stores import Store, on_this_machine
+from .writer import IndexWriter, one_at_a_time, write_header
 
 _HUB_FILES = [INDEX_FILE, "embeds-*.safetensors", "entries-*.sqlite", "backend-????????.*", f"{IMAGE_FOLDERS}/*.png"]
 
 
 def save_index(
     directory: str | os.PathLike[str],
-    store: IndexStore,
+    store: Store,
     access: ImageAccess,
     model_fingerprint: str | None,
     progress: dict[str, Any] | None = None,
     scrub: Scrubber | None = None,
 ) -> None:
-    """Write an index as it is now, whatever changes meanwhile.
+    """Write an index as it is now, whatever changes meanwhile; of one that is in Milvus, the header.
 
     Args:
         progress (`dict`, *optional*): What the build that it comes from would be told when it is called again.
@@ -34,7 +35,6 @@ def save_index(
     Raises:
         ValueError: `scrub` is given, and an id is a path of this machine.
     """
-    now, images, skipped = store.moment()
     root = access.stored_root if access.image_root is None else str(access.image_root.resolve())
     header = {
         "dim": store.dim,
@@ -43,6 +43,11 @@ def save_index(
         "image_root": None if scrub else root,
         "may_read_files": access.may_read_files,
     }
+    if isinstance(store, MilvusStore):
+        with one_at_a_time(directory):
+            write_header(Path(directory), {**header, "progress": progress or {}, **header_of(store, Path(directory))})
+        return
+    now, images, skipped = store.moment()
     with one_at_a_time(directory):
         writer = IndexWriter(directory, header, progress=progress)
         moved: dict[int, Path] = {}
@@ -101,7 +106,7 @@ def index_folder(
 
 def push_index(
     repo_id: str,
-    store: IndexStore,
+    store: Store,
     access: ImageAccess,
     model_fingerprint: str | None,
     private: bool | None,
@@ -110,14 +115,15 @@ def push_index(
     commit_message: str,
     repo_type: str,
 ) -> str:
-    """Upload an index without this machine's folders, in one commit, in the place of the one that is there.
+    """Upload an index without this machine's folders, in one commit, in the place of the one that is there. Of one that
+    is in Milvus, the contents are uploaded.
 
     Raises:
         ValueError: An id is a path of this machine.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_index(folder, store, access, model_fingerprint, scrub=access.scrubber())
+        save_index(folder, on_this_machine(store), access, model_fingerprint, scrub=access.scrubber())
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,

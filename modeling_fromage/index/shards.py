@@ -14,7 +14,7 @@ from .folder import ListedFile
 
 SHARD_ROWS = 65_536  # one file, and one matrix product of a search: 32 MB in fp16 at q = 256
 _ROWS_AT_A_TIME = 1000  # whose norms are computed together
-_LONGEST_ROW = 1.01  # the norm of a unit-norm embedding, with room for its rounding to fp16
+LONGEST_ROW = 1.01  # the norm of a unit-norm embedding, with room for its rounding to fp16
 
 
 class Shard:
@@ -72,7 +72,7 @@ class Shard:
         # NaN and longer rows would come first in every search. (NaN compares as false.) Pieces whose fp32 copies stay
         # in the processor's cache take an eighth of the time.
         norms = (torch.linalg.vector_norm(piece.float(), dim=-1) for piece in rows.split(_ROWS_AT_A_TIME))
-        if not all(bool((norm <= _LONGEST_ROW).all()) for norm in norms):
+        if not all(bool((norm <= LONGEST_ROW).all()) for norm in norms):
             raise file.error("it holds embeddings that are not finite or not of unit norm")
         return rows
 

@@ -5,24 +5,22 @@ Axes: N images, n of them in a shard, q the width of the shared image-text space
 
 import copy
 import dataclasses
-import itertools
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from ..image_ids_fromage import as_ids
 from .backends import SearchBackend
-from .backends.base import SearchRequest
+from .backends.base import Hits, SearchRequest
 from .backends.ranking import rows_at
 from .images import KeptImage
 from .metadata_store import MetadataStore
 from .shards import Shard, appended
 from .snapshot import Snapshot
-from .values import as_embeds, as_entries, as_excluded
+from .values import as_entries, as_excluded, check_found, unit_embeds
 
 Entry = tuple[int, str, dict[str, Any]]  # position, id, metadata
 
@@ -72,6 +70,18 @@ class IndexStore:
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
+    def __len__(self) -> int:
+        return self.now.count - self.now.removed
+
+    @property
+    def backend_name(self) -> str:
+        return self.now.backend.name
+
+    @property
+    def skipped(self) -> list[dict[str, str]]:
+        """Images that a build left out."""
+        return self.entries.skipped
+
     def moment(self) -> tuple[Snapshot, dict[int, KeptImage], list[dict[str, str]]]:
         """Snapshot, kept images and skipped images of one moment."""
         with self.lock:
@@ -93,8 +103,9 @@ class IndexStore:
             raise KeyError(f"The index has no image {image_id!r}.")
         return position, self.entries.at([position])[position][1]
 
-    def kept_entries(self, now: Snapshot) -> Iterator[list[Entry]]:
-        """The entries of the images that are kept, a shard at a time."""
+    def kept_entries(self, now: Snapshot | None = None) -> Iterator[list[Entry]]:
+        """The entries of the images that are kept, in order, a shard at a time; as they are now by default."""
+        now = self.now if now is None else now
         for shard, start, kept in now.pieces():
             entries = self.entries.between(start, start + shard.count)
             if kept is not None:
@@ -105,13 +116,18 @@ class IndexStore:
                 raise self.entries.error(f"{count} embeddings from position {start} on have {len(entries)} entries")
             yield entries
 
-    def pieces(self, now: Snapshot) -> Iterator[tuple[torch.Tensor, list[Entry]]]:
-        """The embeddings (n, q) that are kept with their entries, a shard at a time."""
+    def kept_rows(self) -> Iterator[torch.Tensor]:
+        """The embeddings (n, q) that are kept, in order, a shard at a time."""
+        return self.now.kept_rows()
+
+    def pieces(self, now: Snapshot | None = None) -> Iterator[tuple[torch.Tensor, list[Entry]]]:
+        """The same with their entries."""
+        now = self.now if now is None else now
         return zip(now.kept_rows(), self.kept_entries(now), strict=True)
 
     def normalized(self, embeds: Any) -> torch.Tensor:
         """Embeddings (N, q) that a caller gave, in fp32, of unit norm."""
-        return F.normalize(as_embeds(embeds, self.dim), dim=-1)
+        return unit_embeds(embeds, self.dim)
 
     def request(self, embeds: Any, top_k: int, exclude_ids: Any, where: dict[str, Any] | None) -> SearchRequest:
         """What [`FromageImageIndex.search`] is asked for, of this moment."""
@@ -124,6 +140,11 @@ class IndexStore:
             found = [sorted({known[image_id] for image_id in ids if image_id in known}) for ids in excluded]
             positions = [torch.tensor(places, dtype=torch.long) for places in found]
         return SearchRequest(queries, top_k, where, excluded, positions, now, self.entries)
+
+    def search(self, embeds: Any, top_k: int, exclude_ids: Any, where: dict[str, Any] | None) -> Hits:
+        """See [`FromageImageIndex.search`]."""
+        request = self.request(embeds, top_k, exclude_ids, where)
+        return request.snapshot.backend.search(request)
 
     # ---- changing -------------------------------------------------------------------------------------------------
 
@@ -197,33 +218,13 @@ class IndexStore:
 
     def _found(self, ids: list[str], done: str) -> dict[str, int]:
         found = self.positions(ids)
-        missing = [image_id for image_id in ids if image_id not in found]
-        if missing:
-            raise KeyError(f"The index has no images {missing[:10]}; nothing was {done}.")
+        check_found(ids, found, done)
         return found
 
     def _forget(self, positions: list[int]) -> None:
         known = self.entries.at(positions)
         self.entries.delete(positions)
         self.now.backend.delete([known[position][0] for position in positions])
-
-    def extend(self, other: "IndexStore", root: str | None = None) -> None:
-        """Append all of another index. Where its images have another root than this one's, `root` makes their paths
-        absolute."""
-        if other.dim != self.dim:
-            raise ValueError(f"Embeddings of width {other.dim} cannot be added to those of width {self.dim}.")
-        now, kept, skipped = other.moment()
-        images: dict[int, KeptImage] = {}
-
-        def pieces() -> Iterator[tuple[torch.Tensor, list[tuple[str, str]]]]:
-            number = itertools.count()
-            for rows, entries in other.pieces(now):
-                images.update({n: kept[p] for (p, _, _), n in zip(entries, number, strict=False) if p in kept})
-                metadata = [_with_root(values, root) for _, _, values in entries]
-                # As they are: normalised again, they would be rounded again.
-                yield rows, as_entries([image_id for _, image_id, _ in entries], metadata)
-
-        self.insert(pieces(), images, skipped)
 
     def use_backend(self, backend: SearchBackend) -> None:
         """Fill a backend, while the index is in use, and search with it from then on."""
@@ -236,6 +237,10 @@ class IndexStore:
                 backend.add(rows, as_entries([name for _, name, _ in added], [values for _, _, values in added]))
                 position += len(rows)
             self.now = dataclasses.replace(self.now, backend=backend)
+
+    def set_search_options(self, **options: Any) -> None:
+        """See [`FromageImageIndex.set_search_options`]."""
+        self.now.backend.set_options(**options)
 
     def to(self, device: torch.device | str) -> None:
         """Move the embeddings to `device`."""
@@ -271,8 +276,3 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raise a `ValueError` if embeddings are not stored in `dtype`."""
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"Embeddings are stored in torch.float32 or torch.float16, not {dtype}.")
-
-
-def _with_root(metadata: dict[str, Any], root: str | None) -> dict[str, Any]:
-    path = metadata.get("path")
-    return {**metadata, "path": str(Path(root) / path)} if root and isinstance(path, str) and path else metadata

@@ -1,10 +1,12 @@
 """Check and convert what callers give an index: embeddings, ids, metadata, filters; NumPy's types included."""
 
 import json
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ..image_ids_fromage import as_ids, is_id
 
@@ -28,6 +30,18 @@ def as_embeds(embeds: Any, dim: int | None = None) -> torch.Tensor:
     if not torch.isfinite(embeds).all():
         raise ValueError("The embeddings contain NaN or infinite values.")
     return embeds
+
+
+def unit_embeds(embeds: Any, dim: int) -> torch.Tensor:
+    """Embeddings (N, q) that a caller gave, in fp32, of unit norm; errors as of [`as_embeds`]."""
+    return F.normalize(as_embeds(embeds, dim), dim=-1)
+
+
+def check_found(ids: list[str], found: Container[str], done: str) -> None:
+    """Raise a `KeyError` that says what was not `done` if one of `ids` is not among those that were found."""
+    missing = [image_id for image_id in ids if image_id not in found]
+    if missing:
+        raise KeyError(f"The index has no images {missing[:10]}; nothing was {done}.")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from ..images_fromage import UnreadableImageError
 from .folder import INDEX_FILE, CorruptIndexError, IndexFolder, crc32_of_file
 from .images import IMAGE_FOLDERS, KeptImage, kept_images, write_image
 from .metadata_store import MetadataStore
-from .reading import FORMAT, UNFINISHED_FILE, listed_shard, read_listing
+from .reading import FORMAT, MILVUS_FORMAT, UNFINISHED_FILE, listed_shard, read_listing
 from .shards import SHARD_ROWS, crc32_of
 from .values import as_entries
 
@@ -175,16 +175,7 @@ class IndexWriter:
         self._write(INDEX_FILE)
         (self.directory / UNFINISHED_FILE).unlink(missing_ok=True)
         kept = {entry["file"] for entry in (*self.state["shards"], *(backend or {}).values())} | {path.name}
-        for pattern in _OWN_FILES:
-            for old in self.directory.glob(pattern):
-                if old.name not in kept:
-                    old.unlink()
-        for old in self.directory.glob(IMAGE_FOLDERS):
-            if old.name != self.state.get("images") and not old.is_symlink():
-                for image in kept_images(self.directory, {"images": old.name}).values():
-                    image.unlink()
-                with contextlib.suppress(OSError):  # there is something else in it
-                    old.rmdir()
+        _remove_others(self.directory, kept, self.state.get("images"))
 
     def _list_shard(self, rows: torch.Tensor) -> None:
         """Write the file of one shard, in the place of the listed tail if it grew from that."""
@@ -199,8 +190,33 @@ class IndexWriter:
         shards.append({"file": path.name, "count": len(rows), "bytes": path.stat().st_size, "crc32": crc32})
 
     def _write(self, name: str) -> None:
-        with replacing(self.directory / name) as temporary:
-            temporary.write_text(json.dumps(self.state, indent=1), encoding="utf-8")
+        _write_listing(self.directory / name, self.state)
+
+
+def _write_listing(path: Path, state: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def write_header(directory: Path, state: dict[str, Any]) -> None:
+    """Write `index.json` alone, for an index whose contents are elsewhere, in the place of an index that is there."""
+    _write_listing(directory / INDEX_FILE, {"format": MILVUS_FORMAT, **state})
+    (directory / UNFINISHED_FILE).unlink(missing_ok=True)
+    _remove_others(directory, set(), None)
+
+
+def _remove_others(directory: Path, kept: set[str], images: str | None) -> None:
+    """Remove the files of other indexes than that of the files `kept` and the folder `images`."""
+    for pattern in _OWN_FILES:
+        for old in directory.glob(pattern):
+            if old.name not in kept:
+                old.unlink()
+    for old in directory.glob(IMAGE_FOLDERS):
+        if old.name != images and not old.is_symlink():
+            for image in kept_images(directory, {"images": old.name}).values():
+                image.unlink()
+            with contextlib.suppress(OSError):  # there is something else in it
+                old.rmdir()
 
 
 @contextlib.contextmanager

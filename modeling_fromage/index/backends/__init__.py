@@ -1,4 +1,4 @@
-"""What searches an index: exact search and FAISS, each in a file, behind one protocol."""
+"""What searches an index: exact search and FAISS, behind one protocol, and Milvus, which also holds it."""
 
 import inspect
 from collections.abc import Callable
@@ -21,8 +21,7 @@ def make_backend(name: str, options: dict[str, Any]) -> SearchBackend:
         ValueError: There is none, or it has other options.
     """
     if name not in BACKENDS:
-        known = " and ".join(map(repr, BACKENDS))
-        raise ValueError(f"Unknown backend {name!r}: backend={name!r} is not in this version; it has {known}.")
+        raise ValueError(f"Unknown backend {name!r}; this version has {', '.join(BACKENDS)} and milvus.")
     allowed = list(inspect.signature(BACKENDS[name]).parameters)
     if unknown := sorted(set(options) - set(allowed)):
         takes = f"takes the options {allowed}" if allowed else "takes no options"

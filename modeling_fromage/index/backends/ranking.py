@@ -12,7 +12,7 @@ from .base import Hits, SearchRequest
 
 _QUERIES_AT_A_TIME = 256
 _ROUNDING = 1e-5  # more than a matrix product's cosines are off by
-_SPARE = 8  # candidates beyond k
+SPARE = 8  # candidates beyond k
 _NUMBERS_AT_A_TIME = 1 << 24
 
 # Cosines and positions (Q, k) for unit-norm queries (Q, q), k, the excluded positions of each query, and the mask (N,)
@@ -83,7 +83,7 @@ def top_k_in_order(
     Args:
         scores: -inf for rows that are not to be found.
     """
-    values, columns = scores.topk(min(k + _SPARE, scores.shape[1]))
+    values, columns = scores.topk(min(k + SPARE, scores.shape[1]))
     close = ((scores >= values[:, k - 1 : k] - _ROUNDING) & (scores > -torch.inf)).sum(-1)
     best, found = _rank(values, columns, rows, queries, k)
     for row in (close > values.shape[1]).nonzero()[:, 0].tolist():  # many images alike

@@ -12,7 +12,7 @@ import argparse
 
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
-from .benchmarks import answers, index, kills, processes, run, step, warm_start
+from .benchmarks import answers, index, kills, milvus, processes, run, step, warm_start
 from .benchmarks.presets import add_preset_options, choose_device
 from .publishing.results import read_results, render_pages, results_folder, write_results
 
@@ -26,8 +26,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def render() -> None:
     """Render the tables of all stored results into the repository's pages."""
-    tables = {"benchmark": step.table, "answers": answers.table, "index": index.table, "warm_start": warm_start.table,
-              "processes": processes.table, "kills": kills.table}  # fmt: skip
+    tables = {"benchmark": step.table, "answers": answers.table, "index": index.table, "milvus": milvus.table,
+              "warm_start": warm_start.table, "processes": processes.table, "kills": kills.table}  # fmt: skip
     for name, table in tables.items():
         render_pages(name, [table(results) for results in read_results(f"{name}_*.json")], by="training.benchmark")
 

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 from .folder import INDEX_FILE, crc32_of_file
 from .images import IMAGE_FOLDERS, ImageAccess, Scrubber
 from .milvus_store import MilvusStore, header_of
+from .reading import read_listing
 from .snapshot import Snapshot
 from .stores import Store, on_this_machine
 from .writer import IndexWriter, one_at_a_time, write_header
@@ -87,6 +88,8 @@ def index_folder(
 
     Raises:
         FileNotFoundError: There is no such folder, and a repository has no such name.
+        ValueError: The repository holds the header of an index in Milvus: its author would choose what this machine
+            connects to.
     """
     directory = Path(name_or_path)
     if directory.is_dir():
@@ -101,6 +104,12 @@ def index_folder(
         cache_dir=None if cache_dir is None else Path(cache_dir),
         allow_patterns=_HUB_FILES,
     )
+    listing = Path(folder) / INDEX_FILE
+    if listing.is_file() and "milvus" in (state := read_listing(listing.parent, INDEX_FILE)[0]):
+        raise ValueError(
+            f"{name_or_path} names a collection of Milvus at {state['milvus']['uri']!r}, and holds no images. Its "
+            "owner publishes them with `push_to_hub`."
+        )
     return Path(folder)
 
 

@@ -60,8 +60,8 @@ def test_faiss_is_exact_where_its_lists_hold_too_few():
     [
         ("faiss", {"factory": "nonsense"}, "does not know the factory string 'nonsense'"),
         ("faiss", {"factory": "IVF100,Flat"}, "cannot train 'IVF100,Flat' on 20 embeddings"),
-        ("milvus", {}, "milvus' is not in this version"),
-        ("lucene", {}, "Unknown backend 'lucene'"),
+        ("milvus", {}, "milvus backend needs `uri`"),
+        ("lucene", {}, "Unknown backend 'lucene'; this version has flat, faiss and milvus"),
         ("flat", {"nprobe": 2}, r"takes no options, got \['nprobe'\]"),
     ],
 )

@@ -102,8 +102,8 @@ def test_damaged_lists_and_paths_out_of_the_folder(tmp_path):
         listing.write_text(text.replace(shard.name, outside))
         with pytest.raises(CorruptIndexError, match=re.escape(str(folder))):
             FromageImageIndex.from_pretrained(folder)
-    listing.write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="format 2.*Upgrade"):
+    listing.write_text(text.replace('"format": 1', '"format": 3'))
+    with pytest.raises(ValueError, match="format 3.*Upgrade"):
         FromageImageIndex.from_pretrained(folder)
     listing.unlink()
     with pytest.raises(FileNotFoundError, match="holds no image index"):

@@ -2,11 +2,13 @@
 
 IMAGES is a folder of images, a table (CSV, TSV, JSONL, Parquet) with a column "image" or "url", or the authors'
 `cc3m_embeddings*.pkl`.
-With `--merge`, IMAGES are the indexes that several processes built with `--shard`. After an interruption, run the same
-command again: it continues.
+With `--merge`, IMAGES are the indexes that several processes built with `--shard`. With `--milvus`, the index is a
+collection of Milvus, and OUTPUT its header. After an interruption, run the same command again: it continues.
 """
 
 import argparse
+import os
+from typing import Any
 
 import torch
 from transformers import AutoModel, AutoProcessor
@@ -56,6 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=at_least(0, float), default=10.0, help="seconds to fetch an image")
     parser.add_argument("--faiss", metavar="FACTORY", help="search through a FAISS index, such as IVF4096,Flat")
     parser.add_argument("--nprobe", type=at_least(1), help="inverted lists that FAISS visits per query")
+    parser.add_argument("--milvus", metavar="URI", help="put it into Milvus: a file ending in .db, or the address of a "
+                        "server, whose token is MILVUS_TOKEN of the environment")  # fmt: skip
+    parser.add_argument("--collection", default="fromage", help="with --milvus, the name of the collection")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the index to this dataset repository")
     parser.add_argument("--trust-remote-code", action="store_true")
     return parser
@@ -66,6 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with errors_in_one_line(parser):
         index = _make(options)
+        if options.milvus and index.backend != "milvus":
+            index.use_backend(**_milvus(options))
+            index.save_pretrained(options.output)
         if options.faiss:
             index.use_backend("faiss", factory=options.faiss, nprobe=options.nprobe)
             index.save_pretrained(options.output)
@@ -105,7 +113,16 @@ def _make(options: argparse.Namespace) -> FromageImageIndex:
         num_workers=options.num_workers,
         limits=ImageLimits(timeout=options.timeout),
         shard=options.shard,
+        **_milvus(options),
     )
+
+
+def _milvus(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that put the index into Milvus, if it is to be there."""
+    if not options.milvus:
+        return {}
+    token = os.environ.get("MILVUS_TOKEN")
+    return {"backend": "milvus", "uri": options.milvus, "collection": options.collection, "token": token}
 
 
 if __name__ == "__main__":

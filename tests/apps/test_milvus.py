@@ -3,19 +3,24 @@
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hub_scripts import build_image_index
+from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from modeling_fromage import FromageImageIndex
-from modeling_fromage.index import milvus_store
+from modeling_fromage.index import milvus_store, saving
 from modeling_fromage.index.backends.milvus import MilvusCollection, MilvusIndexError, MilvusOptions
 from modeling_fromage.index.folder import CorruptIndexError
+from tests.helpers import pages
 from tests.helpers.backbones import make_model
 from tests.helpers.indexes import (
     DIM,
@@ -377,6 +382,49 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path):
     index = FromageImageIndex.from_pretrained(folder)
     assert acknowledged <= set(index.ids) and len(index) == len(index.ids) >= 108
     assert len(index.search(torch.randn(1, 16), len(acknowledged)).ids[0]) == len(acknowledged)
+
+
+def test_the_contents_are_published_and_not_the_header(tmp_path, monkeypatch, place):
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, *args, **kwargs):
+            pass
+
+        def upload_folder(self, folder_path, **kwargs):
+            shutil.copytree(folder_path, tmp_path / "hub", dirs_exist_ok=True)
+            return SimpleNamespace(commit_url="done")
+
+    monkeypatch.setattr(saving, "HfApi", Api)
+    monkeypatch.setattr(saving, "snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub"))
+    index = index_of(make_entries(20), backend="milvus", **place)
+    assert index.push_to_hub("org/pictures") == "done"
+    published = FromageImageIndex.from_pretrained("org/pictures")
+    assert published.backend == "flat" and contents(published) == contents(index)
+    index.save_pretrained(tmp_path / "hub")
+    with pytest.raises(ValueError, match="names a collection of Milvus at .*images.db"):
+        FromageImageIndex.from_pretrained("org/pictures")
+
+
+def test_the_page_and_the_command(tmp_path, monkeypatch, capsys):
+    """docs/milvus.md, on pictures of ours; its command with a file in the place of a server."""
+    monkeypatch.chdir(tmp_path)
+    model = make_tiny_checkpoint(tmp_path / "org")
+    write_pictures(tmp_path / "photos", *(f"{letter}.png" for letter in "abcdef"))
+    command = [str(model), "photos", "photos-index", "--device", "cpu"]
+    build_image_index.main(command)
+    scope = {}
+    exec(compile("\n".join(pages.blocks("docs/milvus.md", "python")), "milvus.md", "exec"), scope)  # noqa: S102
+    assert len(scope["index"]) == 6 and scope["ids"][0][0] == scope["index"].ids[0] and scope["index"].load_image("b.png").size
+    assert [path.name for path in (tmp_path / "photos-in-milvus").iterdir()] == ["index.json"]
+    for _ in range(2):  # the second time it is there
+        build_image_index.main([*command, "--milvus", "milvus/images.db", "--collection", "by_command"])
+        assert "6 images, 16 dimensions, torch.float16, milvus" in capsys.readouterr().out
+    assert sorted(FromageImageIndex.from_pretrained("photos-index").ids) == [f"{letter}.png" for letter in "abcdef"]
+    with pytest.raises(SystemExit):
+        build_image_index.main([str(model), "photos-index", "merged", "--merge", "--milvus", "http://127.0.0.1:9"])
+    assert "error: Milvus at http://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_an_index_of_nothing(place):

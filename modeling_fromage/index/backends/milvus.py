@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ _LITE_KINDS = ("FLAT", "HNSW", "IVF_FLAT", "IVF_SQ8")  # for others Milvus Lite 
 _DIGEST_BYTES = 16
 
 
-class MilvusIndexError(RuntimeError):
+class MilvusIndexError(OSError):
     """Milvus cannot be reached, refused something, or holds what no index of ours does."""
 
 
@@ -152,6 +153,8 @@ class MilvusCollection:
 
         if self.options.is_file:
             Path(self.options.place).parent.mkdir(parents=True, exist_ok=True)
+            # It has no timestamps, of which the client would warn at each iteration.
+            logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
             hint = "one process at a time opens a file of Milvus Lite; is another one using it?"
         else:
             hint = "is the server there, and does it want another `token`?"

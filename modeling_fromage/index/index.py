@@ -39,7 +39,7 @@ class FromageImageIndex(IndexContents):
         embeds (`torch.Tensor` or `numpy.ndarray` of shape `(N, q)`): Normalised here.
         ids (`list[str]`): A unique id for each image.
         metadata (`list[dict]`, *optional*): What JSON can hold. A "path" or "url" lets [`load_image`] find the image.
-        backend (`str`): `"flat"`, which is exact, or `"faiss"`; `backend_options` as for [`use_backend`].
+        backend (`str`): `"flat"`, which is exact, `"faiss"` or `"milvus"`; `backend_options` as for [`use_backend`].
         dtype (`torch.dtype`): Of the stored embeddings: `torch.float32`, or `torch.float16` for half the size.
         model_fingerprint (`str`, *optional*): `model.retrieval_fingerprint()` of the model that made `embeds`.
 
@@ -64,17 +64,15 @@ class FromageImageIndex(IndexContents):
         **backend_options: Any,
     ):
         rows = as_embeds(embeds)
-        self._start(IndexStore(rows.shape[-1], dtype), ImageAccess(), model_fingerprint)
+        self._store, self._access = IndexStore(rows.shape[-1], dtype), ImageAccess()
+        self.model_fingerprint = model_fingerprint
         self.add(rows, ids, metadata)
         self.use_backend(backend, **backend_options)
-
-    def _start(self, store: Store, access: ImageAccess, model_fingerprint: str | None) -> None:
-        self._store, self._access, self.model_fingerprint = store, access, model_fingerprint
 
     @classmethod
     def _of(cls, store: Store, access: ImageAccess, model_fingerprint: str | None) -> "FromageImageIndex":
         index = cls.__new__(cls)
-        index._start(store, access, model_fingerprint)
+        index._store, index._access, index.model_fingerprint = store, access, model_fingerprint
         return index
 
     def __copy__(self) -> "FromageImageIndex":
@@ -207,10 +205,13 @@ class FromageImageIndex(IndexContents):
 
         Args:
             backend: `"flat"` is exact. `"faiss"` takes `factory` (a string of `faiss.index_factory`, `"Flat"` by
-                default), `nprobe` and `training_size`; see [`FaissBackend`].
+                default), `nprobe` and `training_size`; see [`FaissBackend`]. `"milvus"` takes `uri` and others, see
+                [`MilvusOptions`], and moves the contents there; the other two take a copy of them back.
 
         Raises:
-            ValueError: The backend is not known, has other options, or cannot be trained on so few images.
+            ValueError: The backend is not known, has other options, or cannot be trained on so few images; or the
+                collection is there already, or Milvus cannot hold the contents.
+            MilvusIndexError: Milvus cannot be reached.
         """
         held = self._held_store() if moves(self._store, backend) else contextlib.nullcontext(self._store)
         with held as store:
@@ -218,7 +219,7 @@ class FromageImageIndex(IndexContents):
         return self
 
     def set_search_options(self, **options: Any) -> "FromageImageIndex":
-        """Change how the backend searches, without building it anew: `nprobe` for a FAISS index of an IVF factory.
+        """Change how the backend searches, without building it anew: `nprobe` for an IVF index, `ef` for Milvus's HNSW.
 
         [`save_pretrained`] saves the options with the index.
 
@@ -261,7 +262,8 @@ class FromageImageIndex(IndexContents):
             top_k (`int`): Number of images for each query.
             exclude_ids: Ids never returned: one list for all queries, or a list for each; or a single id.
             where (`dict`, *optional*): Only images whose metadata has these values. A list means any of its values, and
-                metadata that is a list has each of its items. Such a search is exact, whatever the backend.
+                metadata that is a list has each of its items. Such a search is exact, but for Milvus's
+                approximate indexes.
             model (*optional*): The model that made `embeds`, to check that it is the index's.
 
         Returns:
@@ -286,8 +288,8 @@ class FromageImageIndex(IndexContents):
     # ---- keeping it -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the index into a folder, with the images that it keeps. An index that is there stays whole until this
-        one is."""
+        """Write the index into a folder, with the images that it keeps; of one in Milvus, the header alone. An index
+        that is there stays whole until this one is."""
         save_index(save_directory, self._store, self._access, self.model_fingerprint)
 
     @classmethod

@@ -416,7 +416,11 @@ def test_the_page_and_the_command(tmp_path, monkeypatch, capsys):
     build_image_index.main(command)
     scope = {}
     exec(compile("\n".join(pages.blocks("docs/milvus.md", "python")), "milvus.md", "exec"), scope)  # noqa: S102
-    assert len(scope["index"]) == 6 and scope["ids"][0][0] == scope["index"].ids[0] and scope["index"].load_image("b.png").size
+    assert (
+        len(scope["index"]) == 6
+        and scope["ids"][0][0] == scope["index"].ids[0]
+        and scope["index"].load_image("b.png").size
+    )
     assert [path.name for path in (tmp_path / "photos-in-milvus").iterdir()] == ["index.json"]
     for _ in range(2):  # the second time it is there
         build_image_index.main([*command, "--milvus", "milvus/images.db", "--collection", "by_command"])

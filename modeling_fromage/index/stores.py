@@ -45,7 +45,11 @@ def with_backend(store: Store, name: str, options: dict[str, Any]) -> Store:
     """
     if name == MilvusStore.backend_name:
         new = unfinished_store(store.dim, store.dtype, MilvusOptions.of(options))
-        extend(new, store)
+        try:
+            extend(new, store)
+        except BaseException:
+            new.collection.drop()
+            raise
         finish(new)
         return new
     backend = make_backend(name, options)

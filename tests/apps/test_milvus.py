@@ -142,6 +142,10 @@ def test_what_is_in_it(place):
     ):
         with pytest.raises(error, match=message):
             call()
+    with pytest.raises(ValueError, match="64 bits"):
+        FromageImageIndex(torch.eye(1, DIM), ["a"], [{"n": 2**70}], backend="milvus", **place | {"collection": "other"})
+    for name in ("other", "other_unfinished"):
+        assert not MilvusCollection(MilvusOptions.of(place | {"collection": name})).exists()
     assert index.ids == names
     index.delete("a")
     assert index.ids == names[1:] and len(index) == 3

@@ -28,6 +28,7 @@ LONGEST_TEXT = 65_535  # bytes of a text or of JSON
 _KEYS_AT_A_TIME = 1000  # in one expression
 _BATCH_BYTES = 1 << 23  # of one insertion; servers refuse messages of 64 MB
 _TIMEOUT = 120.0  # seconds
+_NEVER = (1 << 31) - 1  # milliseconds, for gRPC
 _LITE_KINDS = ("FLAT", "HNSW", "IVF_FLAT", "IVF_SQ8")  # for others Milvus Lite searches exactly, without a word
 _DIGEST_BYTES = 16
 
@@ -156,11 +157,14 @@ class MilvusCollection:
             # It has no timestamps, of which the client would warn at each iteration.
             logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
             hint = "one process at a time opens a file of Milvus Lite; is another one using it?"
+            options = {"grpc.keepalive_time_ms": _NEVER}  # it hangs up on a client that asks whether it is there
         else:
+            options = {}
             hint = "is the server there, and does it want another `token`?"
         with self._errors():
             try:
-                return MilvusClient(self.options.place, token=self.options.token or "", timeout=_TIMEOUT)
+                return MilvusClient(self.options.place, token=self.options.token or "", timeout=_TIMEOUT,
+                                    grpc_options=options)  # fmt: skip
             except Exception as error:  # noqa: BLE001 - whatever the client or the file's reader raises
                 raise self.error(f"it does not open ({error}): {hint}") from error
 

@@ -26,6 +26,7 @@ from .backends.milvus import (
     MilvusCollection,
     MilvusOptions,
     filter_expression,
+    is_file,
     key_of,
     make_row,
 )
@@ -69,8 +70,8 @@ class MilvusStore:
         return self.collection.options
 
     def is_at(self, options: MilvusOptions) -> bool:
-        """Whether this is the collection that `options` name."""
-        return (self.options.collection, self.options.place) == (options.collection, options.place)
+        """Whether this is the collection that `options` describe, whatever the token."""
+        return dataclasses.replace(self.options, token=None) == dataclasses.replace(options, token=None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
@@ -91,7 +92,7 @@ class MilvusStore:
 
     def moment(self) -> tuple[None, dict[int, KeptImage], list[dict[str, str]]]:
         """As of [`IndexStore`], but no snapshot: what is read later is as it is then."""
-        return None, {}, self.skipped
+        return None, {}, [*self.skipped]
 
     def positions(self, ids: Any) -> dict[str, int]:
         """Position by id, of those of `ids` that are in the index."""
@@ -299,7 +300,7 @@ def header_of(store: MilvusStore, directory: Path) -> dict[str, Any]:
     options = {field.name: getattr(store.options, field.name) for field in dataclasses.fields(store.options)}
     del options["token"]
     if store.options.is_file:
-        file, folder = Path(store.options.place), directory.resolve()
+        file, folder = Path(store.options.uri), directory.resolve()
         options["uri"] = str(file.relative_to(folder) if file.is_relative_to(folder) else file)
     return {"milvus": options, "skipped": store.skipped}
 
@@ -311,9 +312,10 @@ def open_store(directory: Path, state: dict[str, Any], token: str | None) -> Mil
         MilvusIndexError: It is not there, or is another one's.
         ValueError: It is not as `header_of` writes it.
     """
-    options = MilvusOptions.of({**state["milvus"], "token": token})
-    if options.is_file:
-        options = dataclasses.replace(options, uri=str(directory / options.uri))
+    uri = state["milvus"]["uri"]
+    if is_file(uri):
+        uri = directory / uri
+    options = MilvusOptions.of({**state["milvus"], "uri": uri, "token": token})
     store = MilvusStore(state["dim"], getattr(torch, state["dtype"]), options, state["skipped"])
     store.collection.open(store.dim)
     return store

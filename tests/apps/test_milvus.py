@@ -261,6 +261,12 @@ def test_vectors_that_are_none_are_refused(place):
         ({"uri": "x.db", "index_type": "IVF_PQ"}, "has the index types"),
         ({"uri": "http://me:word@host"}, "may hold no password"),
         ({"uri": "x.db", "index_params": 3}, "`index_params` is a"),
+        ({"uri": "x.db", "search_params": {"nprobe": 3}}, r"`search_params` of FLAT are \[\], got \['nprobe'\]"),
+        (
+            {"uri": "x.db", "index_type": "IVF_FLAT", "index_params": {"nlists": 3}},
+            r"are \['nlist'\], got \['nlists'\]",
+        ),
+        ({"uri": "x.db", "index_type": "HNSW", "search_params": {"ef": 0}}, "`ef` of HNSW is a whole number"),
     ],
 )
 def test_refused_options(options, message, tmp_path, monkeypatch):
@@ -319,6 +325,8 @@ def test_approximate_indexes(place, tmp_path, kind, built, few, many):
     low = recall()
     index.set_search_options(**many)
     assert low < recall() and recall() > 0.9
+    with pytest.raises(ValueError, match="`search_params` of"):
+        index.set_search_options(probes=3)
     index.save_pretrained(tmp_path)
     assert FromageImageIndex.from_pretrained(tmp_path)._store.options.search_params == many
 

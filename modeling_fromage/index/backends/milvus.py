@@ -29,7 +29,12 @@ _KEYS_AT_A_TIME = 1000  # in one expression
 _BATCH_BYTES = 1 << 23  # of one insertion; servers refuse messages of 64 MB
 _TIMEOUT = 120.0  # seconds
 _NEVER = (1 << 31) - 1  # milliseconds, for gRPC
-_LITE_KINDS = ("FLAT", "HNSW", "IVF_FLAT", "IVF_SQ8")  # for others Milvus Lite searches exactly, without a word
+# The index types that Milvus Lite has too, with the names of their `index_params` and `search_params`. Others and other
+# names it overlooks, and searches exactly, or as if nothing were given.
+_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "FLAT": ((), ()), "HNSW": (("M", "efConstruction"), ("ef",)), "IVF_FLAT": (("nlist",), ("nprobe",)),
+    "IVF_SQ8": (("nlist",), ("nprobe",)),
+}  # fmt: skip
 _DIGEST_BYTES = 16
 
 
@@ -64,9 +69,12 @@ class MilvusOptions:
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"The milvus backend's `{name}` is a {kind}, got {type(getattr(self, name))}.")
+        known = _KINDS.get(self.index_type)
+        for name, allowed in zip(("index_params", "search_params"), known or (), strict=False):
+            _check_numbers(name, getattr(self, name), allowed, self.index_type)
         if self.is_file:
-            if self.index_type not in _LITE_KINDS:
-                raise ValueError(f"A file of Milvus Lite has the index types {_LITE_KINDS}, got {self.index_type!r}.")
+            if known is None:
+                raise ValueError(f"A file of Milvus Lite has the index types {[*_KINDS]}, got {self.index_type!r}.")
             return
         parts = urlsplit(self.uri)
         if parts.scheme not in ("http", "https", "tcp") or not parts.hostname:
@@ -76,7 +84,7 @@ class MilvusOptions:
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "MilvusOptions":
-        """Options as a caller gave them.
+        """Options as a caller gave them; the path of a file is made absolute.
 
         Raises:
             ValueError: `uri` is missing, or an option is not known or not of its kind.
@@ -86,16 +94,25 @@ class MilvusOptions:
             raise ValueError(f"The milvus backend takes the options {allowed}, got {unknown}.")
         if "uri" not in options:
             raise ValueError("The milvus backend needs `uri`: a file that ends in .db, or the address of a server.")
-        return cls(**{**options, "uri": str(options["uri"])})
+        uri = str(options["uri"])
+        return cls(**{**options, "uri": str(Path(uri).resolve()) if is_file(uri) else uri})
 
     @property
     def is_file(self) -> bool:
-        return self.uri.endswith(".db") and "://" not in self.uri
+        return is_file(self.uri)
 
-    @property
-    def place(self) -> str:
-        """The address, or the whole path of the file."""
-        return str(Path(self.uri).resolve()) if self.is_file else self.uri
+
+def is_file(uri: str) -> bool:
+    """Whether an address is a file, for Milvus Lite."""
+    return uri.endswith(".db") and "://" not in uri
+
+
+def _check_numbers(name: str, params: dict[str, Any], allowed: Sequence[str], kind: str) -> None:
+    if unknown := sorted(set(params) - set(allowed)):
+        raise ValueError(f"`{name}` of {kind} are {list(allowed)}, got {unknown}.")
+    for key, value in params.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{key}` of {kind} is a whole number of at least 1, got {value!r}.")
 
 
 class MilvusCollection:
@@ -153,7 +170,7 @@ class MilvusCollection:
         from pymilvus import MilvusClient
 
         if self.options.is_file:
-            Path(self.options.place).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.options.uri).parent.mkdir(parents=True, exist_ok=True)
             # It has no timestamps, of which the client would warn at each iteration.
             logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
             hint = "one process at a time opens a file of Milvus Lite; is another one using it?"
@@ -163,7 +180,7 @@ class MilvusCollection:
             hint = "is the server there, and does it want another `token`?"
         with self._errors():
             try:
-                return MilvusClient(self.options.place, token=self.options.token or "", timeout=_TIMEOUT,
+                return MilvusClient(self.options.uri, token=self.options.token or "", timeout=_TIMEOUT,
                                     grpc_options=options)  # fmt: skip
             except Exception as error:  # noqa: BLE001 - whatever the client or the file's reader raises
                 raise self.error(f"it does not open ({error}): {hint}") from error

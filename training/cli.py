@@ -48,6 +48,9 @@ COMMANDS = {
     "benchmark-warm-start": Command("training.benchmark_warm_start", "measure the retrieval warm start", "train"),
     "benchmark-dirty-data": Command("training.benchmark_dirty_data", "train on data with errors in it", "train"),
     "benchmark-processes": Command("training.benchmark_processes", "compare several processes with one", "train"),
+    "benchmark-cluster": Command(
+        "training.benchmark_cluster", "kill actors that build an index, and compare it", "ray"
+    ),
     "benchmark-kills": Command("training.benchmark_kills", "kill a training run and compare its weights", "train"),
 }
 

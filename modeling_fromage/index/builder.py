@@ -14,14 +14,14 @@ from huggingface_hub.utils import tqdm
 from PIL import Image
 from torch.nn import functional as F
 
-from ..images_fromage import ImageLimits, load_rgb_image
+from ..images_fromage import ImageLimits, UnreadableImageError, load_rgb_image
 from .folder import INDEX_FILE
 from .reading import UNFINISHED_FILE, IndexParts, open_index, read_listing
 from .saving import save_index
-from .sources import ImageSource, SourceDigest, image_sources, read_ahead
+from .sources import ImageSource, ImageSources, SourceDigest, image_sources, read_ahead
 from .store import check_dtype
 from .stores import check_backend, has_backend, on_this_machine, with_backend
-from .writer import IndexWriter
+from .writer import IndexWriter, one_at_a_time
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 1024  # images
@@ -56,6 +56,8 @@ class ImageEmbedder:
 
     def load(self, image: Any) -> torch.Tensor:
         """Pixels (channels, height, width) of one image."""
+        if isinstance(image, UnreadableImageError):
+            raise image
         rgb = load_rgb_image(image, self.limits)
         return self.processor.image_processor(rgb, return_tensors="pt")["pixel_values"][0]
 
@@ -90,27 +92,25 @@ def build_index(
     [`FromageImageIndex.build`]."""
     check_dtype(dtype)
     check_backend(backend, backend_options)
-    sources, total, root = image_sources(images, ids, metadata)
-    if shard is not None:
-        first, step = shard
-        if not 0 <= first < step:
-            raise ValueError(f"`shard` is (i, n) with i from 0 to n - 1, got {shard}.")
-        sources = islice(sources, first, None, step)
-        total = None if total is None else len(range(first, total, step))
+    sources = image_sources(images, ids, metadata, shard)
     header = {
         "dim": model.config.projection_dim,
         "dtype": str(dtype).removeprefix("torch."),
         "model": model.retrieval_fingerprint(),
-        "image_root": root,
+        "image_root": sources.root,
         "may_read_files": True,
+        **({} if sources.shards is None else {"shards_digest": sources.shards}),
+        **({} if shard is None else {"shard": f"{shard[0]}/{shard[1]}"}),
     }
     in_memory = isinstance(images, (list, tuple))  # the caller holds these in any case
     with contextlib.ExitStack() as stack:
         directory = Path(save_directory or stack.enter_context(tempfile.TemporaryDirectory()))
-        if not _is_built(directory, sources, header):
-            keep, embedder = in_memory and save_directory is not None, ImageEmbedder(model, processor, limits)
-            _write_index(directory, header, sources, total, embedder, batch_size, num_workers, show_progress, keep)
-        parts = open_index(directory, root, backend_options.get("token"))
+        with one_at_a_time(directory):  # a process that was given up may still be at it
+            if not _is_built(directory, sources, header):
+                keep, embedder = in_memory and save_directory is not None, ImageEmbedder(model, processor, limits)
+                _write_index(directory, header, sources, embedder, batch_size, num_workers, show_progress, keep,
+                             may_be_empty=shard is not None)  # fmt: skip
+        parts = open_index(directory, sources.root, backend_options.get("token"))
         parts.access.may_read_files = True  # as the caller says
         if save_directory is None:
             held = image_sources(images, ids, metadata)[0] if in_memory else ()
@@ -129,20 +129,20 @@ def build_index(
 def _write_index(
     directory: Path,
     header: dict[str, Any],
-    sources: Iterator[ImageSource],
-    total: int | None,
+    sources: ImageSources,
     embed: ImageEmbedder,
     batch_size: int,
     num_workers: int,
     show_progress: bool,
     keep_images: bool,
+    may_be_empty: bool,
 ) -> None:
     writer = IndexWriter(directory, header, resume=True)
     digest = SourceDigest()
-    consumed = _pass_over(writer.progress, sources, digest)
+    consumed = _pass_over(writer.progress, sources.images, digest)
     checkpointed = consumed
-    stream = read_ahead(sources, embed.load, num_workers, ahead=2 * batch_size)
-    with tqdm(total=total, initial=consumed, desc="Indexing images", disable=not show_progress) as bar:
+    stream = read_ahead(sources.images, embed.load, num_workers, ahead=2 * batch_size)
+    with tqdm(total=sources.total, initial=consumed, desc="Indexing images", disable=not show_progress) as bar:
         while batch := list(islice(stream, batch_size)):
             _add_batch(writer, digest, embed, batch, keep_images)
             consumed += len(batch)
@@ -153,7 +153,7 @@ def _write_index(
     skipped = writer.reasons()
     causes = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     summary = f"Indexed {writer.count:,} of {consumed:,} images; skipped {sum(skipped.values()):,}"
-    if not writer.count:
+    if not writer.count and not may_be_empty:  # a shard may be, and then tells what it left out
         writer.discard()  # nothing to resume; by the next call the images may be there
         raise ValueError(f"An index needs at least one image. {summary}{': ' + causes if causes else ''}.")
     writer.checkpoint({"consumed": consumed, "digest": digest.hexdigest()})
@@ -162,9 +162,9 @@ def _write_index(
         logger.warning("%s: %s. The index's `skipped` lists them.", summary, causes)
 
 
-def _is_built(directory: Path, sources: Iterator[ImageSource], header: dict[str, Any]) -> bool:
-    """Whether `directory` holds the finished index of these very images. If it holds a finished one, `sources` is used
-    up.
+def _is_built(directory: Path, sources: ImageSources, header: dict[str, Any]) -> bool:
+    """Whether `directory` holds the finished index of these very images. If it holds a finished one, `sources` may be
+    used up.
 
     Raises:
         ValueError: It holds the finished index of other images, or by another model.
@@ -172,10 +172,9 @@ def _is_built(directory: Path, sources: Iterator[ImageSource], header: dict[str,
     if not (directory / INDEX_FILE).is_file() or (directory / UNFINISHED_FILE).is_file():
         return False
     state, _ = read_listing(directory, INDEX_FILE)
-    digest = SourceDigest()
-    for source in sources:
-        digest.update(source)
-    if digest.hexdigest() != state["progress"].get("digest") or any(state[name] != header[name] for name in header):
+    # Of shards the header tells, and no image need be read again.
+    known = state["progress"].get("digest") if sources.shards is None else sources.shards
+    if sources.digest() != known or any(state.get(name) != value for name, value in header.items()):
         raise ValueError(
             f"{directory} holds an index of other images, or by another model. Remove it, or build elsewhere."
         )

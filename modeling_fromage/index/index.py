@@ -103,14 +103,16 @@ class FromageImageIndex(IndexContents):
         Images that cannot be read are left out: [`skipped`] lists them, and the log counts them by reason.
 
         Args:
-            images: A folder, a TSV or CSV file (columns "image" or "url"; "id" and others optional), a `datasets`
-                dataset, or an iterable of PIL images, paths, URLs or rows like a table's.
+            images: A folder, a TSV or CSV file (columns "image" or "url"; "id" and others optional), shards (tar or
+                Parquet files, a pattern or an address such as `s3://bucket/*.tar`), a `datasets` dataset, or an
+                iterable of PIL images, paths, URLs or rows like a table's.
             ids, metadata: One for each image, if `images` has none of its own. Ids default to the images' numbers.
             save_directory: Where the index is written as it grows. After an interruption the same call resumes it;
                 once it is complete, the same call opens it.
             num_workers: Threads that read and preprocess images.
             limits: What an image may cost; see [`ImageLimits`].
-            shard: (i, n) takes every n-th image from the i-th on, for n processes whose indexes [`merge`] joins.
+            shard: (i, n) takes every n-th image from the i-th on, or every n-th file of n or more shards, for n
+                processes whose indexes [`merge`] joins. Such an index may be empty.
 
         Raises:
             ValueError: There is no image, or none can be read, or `save_directory` holds another index.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,17 +20,20 @@ from transformers.utils import is_datasets_available
 from ..image_ids_fromage import as_ids, storable
 from ..images_fromage import UnreadableImageError, is_url
 from ..io.tables import SUFFIXES, is_table, read_rows
+from .image_shards import IMAGE_COLUMNS, SHARD_SUFFIXES, ImageShards, count_rows, find_shards, parquet_rows
 
 if is_datasets_available():
     import datasets
 
-_IMAGE_COLUMNS = ("image", "url", "path", "file_name")  # of tables and rows, in this order
-_EXPECTED = f"a folder, a table ({', '.join(SUFFIXES)}), a dataset or a list of images"
+_EXPECTED = (
+    f"a folder, a table ({', '.join(SUFFIXES)}), shards ({', '.join(SHARD_SUFFIXES)}), a dataset or a list of images"
+)
 
 
 @dataclass
 class ImageSource:
-    """One image to be indexed: what [`load_rgb_image`] takes, its id, and its metadata."""
+    """One image to be indexed: what [`load_rgb_image`] takes, or the error that is known already, its id, and its
+    metadata."""
 
     image: Any
     id: str
@@ -41,39 +44,56 @@ class ImageSource:
         """The image's URL or path, or else its type."""
         if isinstance(self.image, dict):
             return str(self.image.get("path") or "in memory")
+        if isinstance(self.image, UnreadableImageError):
+            return self.image.name[:1000]
         return str(self.image)[:1000] if isinstance(self.image, (str, os.PathLike)) else type(self.image).__name__
 
 
+class ImageSources(NamedTuple):
+    """The images of a build.
+
+    Attributes:
+        images: In order.
+        total: Their number, if it is known.
+        root: The folder that relative paths in the metadata start from.
+        shards: Digest of the shards that they come from, if they do: it tells others without reading the images.
+    """
+
+    images: Iterator[ImageSource]
+    total: int | None
+    root: str | None
+    shards: str | None = None
+
+    def digest(self) -> str:
+        """What tells these images from others. Without shards, `images` are used up."""
+        if self.shards is not None:
+            return self.shards
+        digest = SourceDigest()
+        for source in self.images:
+            digest.update(source)
+        return digest.hexdigest()
+
+
 def image_sources(
-    images: Any, ids: Sequence[str] | None = None, metadata: Sequence[dict[str, Any]] | None = None
-) -> tuple[Iterator[ImageSource], int | None, str | None]:
-    """The images of a folder, a table (see [`read_rows`]), a `datasets` dataset, or of any iterable of PIL images,
-    paths, URLs or rows (dicts with an "image").
+    images: Any,
+    ids: Sequence[str] | None = None,
+    metadata: Sequence[dict[str, Any]] | None = None,
+    shard: tuple[int, int] | None = None,
+) -> ImageSources:
+    """The images of a folder, a table (see [`read_rows`]), of shards (see [`find_shards`]), a `datasets` dataset, or of
+    any iterable of PIL images, paths, URLs or rows (dicts with an "image").
 
-    An image's id comes from `ids`, or else from its row's "id", its path below the folder, or its number. Paths, URLs
-    and a table's other columns become metadata; `metadata` adds to it.
-
-    Returns:
-        The images; their number, if it is known; and the folder that relative paths in the metadata start from.
+    An image's id comes from `ids`, or else from its row's "id", its path below the folder, its place in its shard, or
+    its number. Paths, URLs and a table's other columns become metadata; `metadata` adds to it. `shard` (i, n) takes
+    every n-th image from the i-th on, or every n-th file of many shards.
 
     Raises:
         ValueError: `images` is none of these, or the number of `ids` or `metadata` is not that of the images.
     """
-    root, ids = None, None if ids is None else as_ids(ids)
-    rows: Any
-    if isinstance(images, (str, os.PathLike)):
-        path = Path(images).absolute()
-        root = path if path.is_dir() else path.parent
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if _may_be_image(file))
-            rows = [{"image": str(file), "id": file.relative_to(path).as_posix()} for file in found]
-        elif is_table(path):
-            rows = _read_table(path)
-        else:
-            raise ValueError(f"Expected {_EXPECTED}, got {images!r}.")
-    else:
-        rows = _undecoded(images)
-    count = len(rows) if isinstance(rows, Sized) else None
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"`shard` is (i, n) with i from 0 to n - 1, got {shard}.")
+    rows, count, root = _rows_of(images, shard)
+    ids = None if ids is None else as_ids(ids)
     for name, given in (("ids", ids), ("metadata entries", metadata)):
         if given is not None and len(given) != count:
             got = "a stream of images; let its rows carry them" if count is None else f"{count} images"
@@ -81,8 +101,37 @@ def image_sources(
     given_ids: Iterable[str | None] = itertools.repeat(None) if ids is None else ids
     given_metadata: Iterable[dict[str, Any]] = itertools.repeat({}) if metadata is None else metadata
     columns = zip(rows, given_ids, given_metadata, strict=False)
-    sources = (_source(number, *row, root) for number, row in enumerate(columns))
-    return sources, count, None if root is None else str(root)
+    sources: Iterator[ImageSource] = (_source(number, *row, root) for number, row in enumerate(columns))
+    folder = None if root is None else str(root)
+    if isinstance(rows, ImageShards):
+        return ImageSources(sources, None, folder, rows.digest())
+    if shard is not None:
+        sources = itertools.islice(sources, shard[0], None, shard[1])
+        count = None if count is None else len(range(shard[0], count, shard[1]))
+    return ImageSources(sources, count, folder)
+
+
+def _rows_of(images: Any, shard: tuple[int, int] | None) -> tuple[Any, int | None, Path | None]:
+    """Images or rows, their number if it is known, and the folder that their paths start from."""
+    path = Path(images).absolute() if isinstance(images, (str, os.PathLike)) else None
+    if path is not None and path.is_dir():
+        found = sorted(file for file in path.rglob("*") if _may_be_image(file))
+        if found:
+            return [{"image": str(file), "id": file.relative_to(path).as_posix()} for file in found], len(found), path
+    if path is not None and path.suffix.lower() == ".parquet" and path.is_file():
+        return parquet_rows(path, path.name), count_rows(path), path.parent
+    shards, folder = find_shards(images)
+    if shards:
+        return ImageShards(shards, shard), None, None if folder is None else Path(folder)
+    if path is None:
+        rows = _undecoded(images)
+        return rows, len(rows) if isinstance(rows, Sized) else None, None
+    if path.is_dir():
+        return [], 0, path
+    if not is_table(path):
+        raise ValueError(f"Expected {_EXPECTED}, got {images!r}.")
+    rows = _read_table(path)
+    return rows, len(rows), path.parent
 
 
 def _may_be_image(file: Path) -> bool:
@@ -93,10 +142,10 @@ def _may_be_image(file: Path) -> bool:
 def _source(number: int, row: Any, given_id: str | None, given: dict[str, Any], root: Path | None) -> ImageSource:
     if not isinstance(row, dict):
         row = {"image": row}
-    columns = [name for name in _IMAGE_COLUMNS if row.get(name) is not None]
+    columns = [name for name in IMAGE_COLUMNS if row.get(name) is not None]
     column = next((name for name in columns if row[name] != ""), None) or next(iter(columns), None)
     if column is None:
-        raise ValueError(f"Row {number} has none of the columns {_IMAGE_COLUMNS}; it has {sorted(row)}.")
+        raise ValueError(f"Row {number} has none of the columns {IMAGE_COLUMNS}; it has {sorted(row)}.")
     image = row[column]
     if root is not None and isinstance(image, str) and image and not is_url(image):
         image = str(Path(root) / image)  # a table's are relative to it
@@ -120,10 +169,10 @@ def _is_scalar(value: Any) -> bool:
 def _read_table(path: Path) -> list[dict[str, Any]]:
     """Rows of a table with a column of images."""
     rows = [row for _, row in read_rows(path)]
-    if rows and not any(name in rows[0] for name in _IMAGE_COLUMNS):
-        raise ValueError(f"{path} needs a header with one of the columns {_IMAGE_COLUMNS}; it has {list(rows[0])}.")
+    if rows and not any(name in rows[0] for name in IMAGE_COLUMNS):
+        raise ValueError(f"{path} needs a header with one of the columns {IMAGE_COLUMNS}; it has {list(rows[0])}.")
     for row in rows:
-        for name in _IMAGE_COLUMNS:
+        for name in IMAGE_COLUMNS:
             if name in row:
                 row[name] = row[name] or ""  # of a short row: left out like a missing file, not for all to fail
     return rows
@@ -135,7 +184,7 @@ def _undecoded(images: Any) -> Any:
         for name, feature in (images.features or {}).items():
             if isinstance(feature, datasets.Image):
                 images = images.cast_column(name, datasets.Image(decode=False))
-                return images if name in _IMAGE_COLUMNS else images.rename_column(name, "image")
+                return images if name in IMAGE_COLUMNS else images.rename_column(name, "image")
         return images
     if isinstance(images, Iterable) and not isinstance(images, (bytes, dict)):
         return images

@@ -83,7 +83,7 @@ def extend(store: Store, other: Store, root: str | None = None) -> None:
         number = itertools.count()
         for rows, entries in other.pieces(now):
             images.update({n: kept[p] for (p, _, _), n in zip(entries, number, strict=False) if p in kept})
-            metadata = [_with_root(values, root) for _, _, values in entries]
+            metadata = [with_root(values, root) for _, _, values in entries]
             # As they are: normalised again, they would be rounded again.
             yield rows, as_entries([image_id for _, image_id, _ in entries], metadata)
 
@@ -98,6 +98,6 @@ def extend(store: Store, other: Store, root: str | None = None) -> None:
     store.insert(pieces(), skipped)
 
 
-def _with_root(metadata: dict[str, Any], root: str | None) -> dict[str, Any]:
+def with_root(metadata: dict[str, Any], root: str | None) -> dict[str, Any]:
     path = metadata.get("path")
     return {**metadata, "path": str(Path(root) / path)} if root and isinstance(path, str) and path else metadata

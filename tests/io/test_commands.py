@@ -14,6 +14,7 @@ from tests.helpers.backbones import PARITY
 from training import (
     benchmark,
     benchmark_answers,
+    benchmark_cluster,
     benchmark_dirty_data,
     benchmark_index,
     benchmark_kills,
@@ -145,7 +146,19 @@ CASES = {
         ([OPT, VISION, "--broken", "1.5"], "from 0 to below 1"),
         ([OPT, VISION, "--output", "{}/empty"], "is a folder"),
     ],
+    benchmark_cluster: [
+        (["--parts", "1"], "at least 4"),
+        (["--output", "{}/empty"], "is a folder"),
+    ],
     build_image_index: [
+        ([TINY, str(IMAGES), str(IMAGES), "{}/index"], "Expected one folder or table, or shards.*Use --merge"),
+        ([TINY, "{}/*.none.tar", "{}/index"], "no file.*none.tar"),
+        ([TINY, "memory://none/*.tar", "{}/index"], "no shard .*at memory://none"),
+        ([TINY, "nothing://none/*.tar", "{}/index"], "nothing"),
+        ([TINY, str(IMAGES), "{}/index", "--ray", "--shard", "0/2"], "--ray and --shard exclude each other"),
+        ([TINY, "{}/embeddings.pkl", "{}/index", "--ray"], "one process reads them, without --ray and --shard"),
+        ([TINY, str(IMAGES), "{}/index", "--actors", "2"], "--actors is for --ray, which is missing"),
+        ([TINY, str(IMAGES), "{}/index", "--ray", "--gpus-per-actor", "-1"], "at least 0"),
         (["{}/none", str(IMAGES), "{}/index"], "none"),
         (["{}/empty", str(IMAGES), "{}/index"], "empty"),
         ([OPT, str(IMAGES), "{}/index"], "model of type 'opt'; expected 'fromage'"),

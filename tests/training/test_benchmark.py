@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_fromage import FromageDataCollator
+from modeling_fromage import FromageDataCollator, FromageImageIndex
 from tests.helpers.backbones import make_processor
 from tests.helpers.paths import PARITY, ROOT
 from training import benchmark, benchmark_answers, benchmark_index, benchmark_warm_start
-from training.benchmarks import answers, dirty_data, index, kills, processes, step, warm_start
+from training.benchmarks import answers, cluster, dirty_data, index, kills, processes, step, warm_start
 from training.benchmarks.presets import MAX_LENGTH, PRESETS
 from training.publishing.results import read_results, replace_between
 
@@ -208,3 +208,27 @@ def test_killed_runs(tmp_path):
     assert "| one process | 2 | 3.0 s at most | 0, 5 |" in kills.table(results)
     assert "equal bit by bit to" in kills.table(results)
     assert "NOT equal to" in kills.table(results | {"weights_equal": False})
+
+
+def test_killed_builds(tmp_path):
+    plan = cluster.Plan(images=9, shards=2, actors=2, parts=4)
+    assert cluster.write_shards(tmp_path / "shards", plan) == 1
+    with tarfile.open(tmp_path / "shards" / "00001.tar") as tar:
+        assert tar.getnames() == [f"{i:06d}.{kind}" for i in (1, 3, 5, 7) for kind in ("png", "json")]
+        assert tar.extractfile("000001.png").read() == b"broken"
+        assert Image.open(tar.extractfile("000003.png")).size == (32, 32)
+    rows = torch.eye(3, 4)
+    expected = FromageImageIndex(rows, ["a", "b", "c"], [{"n": n} for n in range(3)])
+    same = {"same_ids": True, "same_metadata": True, "same_skipped": True, "largest_difference": 0.0}
+    order = [2, 0, 1]
+    found = FromageImageIndex(rows[order], ["c", "a", "b"], [{"n": n} for n in order])
+    assert cluster.compare(expected, found) == same
+    found = FromageImageIndex(-rows, ["a", "b", "c"], [{"n": 0}] * 3)
+    assert cluster.compare(expected, found) == same | {"same_metadata": False, "largest_difference": 2.0}
+    assert not cluster.compare(expected, FromageImageIndex(rows, ["a", "b", "d"]))["same_ids"]
+    results = {**vars(plan), "broken": 1, "hardware": "a processor", "versions": {"torch": "2", "ray": "3"},
+               "actor_killed": {"parts_finished": 1, **same},
+               "driver_killed": {"parts_finished": 2, "parts_built_again": 0, **same, "same_ids": False,
+                                 "largest_difference": None}}  # fmt: skip
+    assert "| an actor | 1 of 4 | 0 | those of the plain build | 0 |" in cluster.table(results)
+    assert "started again | 2 of 4 | 0 | NOT those of the plain build | - |" in cluster.table(results)

@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+from modeling_fromage.io.file_patterns import expand_braces, find_files
 from tests.helpers.captioned_data import CAPTIONS, COUNT, hub_files, number_in, picture, write_all_forms, write_tar
 from tests.helpers.hub import run
 from tests.helpers.hub_server import hub_server
@@ -12,7 +13,7 @@ from tests.helpers.paths import ROOT
 from training.arguments import DataArguments
 from training.config import to_dataclasses
 from training.data.captioned_images import load_captioned_images
-from training.data.sources import expand_braces, find_files, paths_of_split
+from training.data.sources import paths_of_split
 from training.data.training_data import DataLoading
 
 

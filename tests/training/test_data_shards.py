@@ -16,9 +16,10 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from modeling_fromage.images_fromage import UnreadableImageError, load_rgb_image
+from modeling_fromage.io import shard_files
 from modeling_fromage.io.tables import read_rows
 from tests.helpers.captioned_data import number_in, picture, tar_members, write_tar
-from training.data import parquet_shards, shard_files, sharded_examples
+from training.data import parquet_shards, sharded_examples
 from training.data.captioned_images import load_captioned_images
 from training.data.examples import Mixture
 from training.data.sharded_examples import ShardedExamples

@@ -7,11 +7,12 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from modeling_fromage.io.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_columns, image_suffixes
+from modeling_fromage.io.file_patterns import find_files
 from modeling_fromage.io.tables import is_table, read_rows
 
-from .columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_columns, image_suffixes
 from .sharded_examples import SHARD_SUFFIXES, SHUFFLE_WINDOW, ShardedExamples
-from .sources import files_of_split, find_files, paths_of_split
+from .sources import files_of_split, paths_of_split
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 

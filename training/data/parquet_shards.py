@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from pyarrow import ArrowException, Table, parquet
 
-from .columns import as_image, bad_row, find_columns
-from .shard_files import Shard
+from modeling_fromage.io.columns import as_image, bad_row, find_columns
+from modeling_fromage.io.shard_files import Shard
 
 MOST_BYTES = 256_000_000  # of row groups of a source that a process holds at a time, without compression
 

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from modeling_fromage.file_writing_fromage import replace_file, replacing
 from modeling_fromage.images_fromage import UnreadableImageError, is_url
+from modeling_fromage.io.file_patterns import find_files
 
 from .fetching import Fetcher
 from .sharded_examples import ShardedExamples
-from .sources import find_files
 
 REPORTS = ".reports"  # `datasets`, which may load the folder too, passes hidden folders over
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others are called as Pillow calls their format

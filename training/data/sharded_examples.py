@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from modeling_fromage.io.shard_files import Shard
+from modeling_fromage.io.tar_shards import TarShard
+
 from .examples import Examples
 from .parquet_shards import MOST_BYTES, ParquetShard, RowGroups
-from .shard_files import Shard
 from .table_shards import TableShard
-from .tar_shards import TarShard
 
 SHUFFLE_WINDOW = 10_000
 _BLOCKS = 8  # in a window: as many places are read at a time

@@ -1,7 +1,5 @@
 """What the one line that names a source of data stands for."""
 
-import glob
-import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -17,44 +15,6 @@ _SPLITS = {  # the words for each, as in `datasets`
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
-
-
-def find_files(source: str) -> list[Path]:
-    """The files that a path or a pattern names: `*`, `?`, `[...]`, `**`; `{000..099}` and `{a,b}`. An empty list where
-    `source` is no pattern, and there is no such file.
-
-    Raises:
-        ValueError: A pattern names no file.
-    """
-    if os.path.exists(source):
-        return [Path(source)]
-    alternatives = expand_braces(source)
-    if len(alternatives) == 1 and not glob.has_magic(source):
-        return []
-    found = [sorted(glob.glob(name, recursive=True)) for name in alternatives]
-    missing = [name for name, files in zip(alternatives, found, strict=True) if not files]
-    if missing:
-        raise ValueError(f"There is no file {missing[0]}, which {source} names. Check the path.")
-    return [Path(path) for path in itertools.chain(*found)]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """The alternatives of a pattern: of numbers `{000..099}`, zeros in front kept, and of texts `{a,b}`."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    inside = match[1]
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
-        first, last = numbers.groups()
-        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-        chosen = [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
-    elif "," in inside:
-        chosen = inside.split(",")
-    else:
-        return [pattern]
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [head + each + rest for each in chosen for rest in expand_braces(tail)]
 
 
 def files_of_split(source: str, split: str) -> list[Path]:
@@ -124,4 +84,4 @@ def _local(name: str) -> Path:
     return Path(hf_hub_download(filename=found.path_in_repo, **where))
 
 
-__all__ = ["expand_braces", "files_of_split", "find_files", "paths_of_split"]
+__all__ = ["files_of_split", "paths_of_split"]

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from modeling_fromage.images_fromage import is_url
-
-from .columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_column, find_columns
-from .shard_files import Shard
+from modeling_fromage.io.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_column, find_columns
+from modeling_fromage.io.shard_files import Shard
 
 _BOM = b"\xef\xbb\xbf"  # spreadsheets begin a table with it
 

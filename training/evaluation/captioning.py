@@ -97,7 +97,7 @@ def _read_coco(found: CaptionedImages, path: Path, folder: Path | None) -> None:
 
 def _read_rows(found: CaptionedImages, data: str, split: str) -> None:
     dataset = load_captioned_images(data, split)
-    sources, _, _ = image_sources(dataset)
+    sources = image_sources(dataset).images
     for source, captions in zip(sources, dataset["caption"], strict=True):
         for caption in captions if isinstance(captions, list) else [captions]:
             found.add(_identity(source), source.image, caption)

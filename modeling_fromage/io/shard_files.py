@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_fromage.file_writing_fromage import replace_file
+from ..file_writing_fromage import replace_file
 
 
 class Shard(ABC):
@@ -83,4 +83,9 @@ def _open(path: str, size: int, mtime_ns: int) -> io.FileIO:
     return io.FileIO(path)
 
 
-__all__ = ["Shard"]
+def close_files() -> None:
+    """Close the files of this process: one that was removed takes up its room on the disk until then."""
+    _open.cache_clear()
+
+
+__all__ = ["Shard", "close_files"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from modeling_fromage.images_fromage import DEFAULT_LIMITS, is_url
+from ..images_fromage import DEFAULT_LIMITS, is_url
 
 # The first that a row has counts; upper and lower case are one.
 IMAGE_COLUMNS = ("image", "file_name", "url", "image_url", "image_path", "jpg", "jpeg", "png", "webp", "path", "img")

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_fromage.images_fromage import printable
-
+from ..images_fromage import printable
 from .columns import CAPTION_COLUMNS, bad_row, find_column, image_suffixes
 from .shard_files import Shard
 
@@ -23,6 +22,13 @@ _DAMAGED = -2  # in the place of the first; the second tells where the damage be
 _BLOCK = tarfile.BLOCKSIZE
 # Of `tarfile`, from headers that lie: about their size, or of thousands that each belong to the next.
 _BROKEN = (tarfile.TarError, ValueError, ArithmeticError, RecursionError, MemoryError)
+
+
+class DamagedTarError(ValueError):
+    """Bytes of a tar file that are none of a tar, or the end of one that is cut off."""
+
+    def __init__(self, start: int):
+        super().__init__(f"the tar is damaged, or cut off, from byte {start:,} on")
 
 
 class TarShard(Shard):
@@ -49,15 +55,10 @@ class TarShard(Shard):
         return np.array(rows, dtype=np.int64).reshape(-1, 2 * len(_SLOTS))
 
     def read(self, number: int, with_image: bool = True) -> dict[str, Any]:
-        spans = self.index[number].reshape(-1, 2).tolist()
-        wanted = [i for i, span in enumerate(spans) if span[0] >= 0 and (with_image or _SLOTS[i] != "image")]
         try:
-            damage = spans[0][1] if spans[0][0] == _DAMAGED else None
-            found = {_SLOTS[i]: self._member(*spans[i]) for i in wanted}
-        except _BROKEN:
-            damage = spans[wanted[0]][0]
-        if damage is not None:
-            return bad_row(self.path.name, f"the tar is damaged, or cut off, from byte {damage:,} on")
+            found = self.members(number, with_image)
+        except DamagedTarError as error:
+            return bad_row(self.path.name, str(error))
         name = next((name for name, _ in found.values()), f"example {number}")
         place = f"{self.path.name}, {printable(name.rpartition('.')[0] or name)}"
         try:
@@ -66,17 +67,31 @@ class TarShard(Shard):
             return bad_row(
                 place, f"its caption is not {'JSON' if 'JSON' in type(error).__name__ else 'UTF-8'}: {error}"
             )
-        name, data = found.get("image", ("", b""))
-        # Without bytes the name of a member would be taken for that of a file here.
-        image = {"bytes": data, "path": printable(name)} if data else None
-        return {"image": image, "caption": caption, "place": place}
+        return {"image": image_of(found), "caption": caption, "place": place}
+
+    def members(self, number: int, with_image: bool = True) -> dict[str, tuple[str, bytes]]:
+        """Name and contents of an example's members: those of "image", "txt" and "json" that it has.
+
+        Raises:
+            DamagedTarError: They cannot be read.
+        """
+        spans = self.index[number].reshape(-1, 2).tolist()
+        if spans[0][0] == _DAMAGED:
+            raise DamagedTarError(spans[0][1])
+        wanted = [i for i, span in enumerate(spans) if span[0] >= 0 and (with_image or _SLOTS[i] != "image")]
+        try:
+            return {_SLOTS[i]: self._member(*spans[i]) for i in wanted}
+        except _BROKEN as error:
+            raise DamagedTarError(spans[wanted[0]][0]) from error
 
     def _member(self, start: int, end: int) -> tuple[str, bytes]:
         """Name and contents of a member whose headers begin at `start`."""
         chunk = self.pread(start, end)
         if (plain := _plain_header(chunk)) is not None:
             return plain[0], chunk[plain[1] :]
-        member = tarfile.TarFile(fileobj=io.BytesIO(chunk)).firstmember
+        member = tarfile.TarFile(fileobj=io.BytesIO(chunk)).next()
+        if member is None:
+            raise tarfile.TarError("nothing but zeros")
         return member.name, chunk[member.offset_data :]
 
     def _caption(self, members: dict[str, bytes]) -> Any:
@@ -89,6 +104,15 @@ class TarShard(Shard):
         if isinstance(found, dict):
             return found.get(find_column(found, self.caption_column, CAPTION_COLUMNS))
         return found
+
+
+def image_of(members: dict[str, tuple[str, bytes]]) -> dict[str, Any] | None:
+    """The image among the members of an example, as `{"bytes", "path"}`; `None` where there is none.
+
+    Without bytes the name of a member would be taken for that of a file here.
+    """
+    name, data = members.get("image", ("", b""))
+    return {"bytes": data, "path": printable(name)} if data else None
 
 
 def _slots(image_suffix: str | None) -> dict[str, int]:
@@ -124,7 +148,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
             if found is None:
                 file.seek(end)
                 try:  # of any kind; it goes on behind damage, and in tars that were laid end to end
-                    member = tarfile.TarFile(fileobj=file, ignore_zeros=True).firstmember
+                    member = tarfile.TarFile(fileobj=file, ignore_zeros=True).next()
                 except _BROKEN:
                     member = None
                 if member is not None and member.size < 0:
@@ -189,4 +213,4 @@ def _has_contents(file: Any, start: int, end: int) -> bool:
     return any(file.read(min(1 << 20, end - place)).strip(b"\0") for place in range(start, end, 1 << 20))
 
 
-__all__ = ["TarShard"]
+__all__ = ["DamagedTarError", "TarShard", "image_of"]

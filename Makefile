@@ -28,14 +28,14 @@ $(VENV)/vision.stamp: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[dev,open-clip]' torchao bitsandbytes
 	touch $@
 
-# The page, in a Chromium or Chrome of the machine, the notebook, Milvus and Ray. Gradio wants another Pillow, so in an
-# environment of its own.
+# The server, the page, in a Chromium or Chrome of the machine, the notebook, Milvus and Ray. Gradio wants another Pillow,
+# so in an environment of its own.
 test-apps:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-apps $(VENV)-apps/apps.stamp
 	OMP_NUM_THREADS=1 $(VENV)-apps/bin/python -m pytest -q tests/apps
 
 $(VENV)/apps.stamp: $(VENV)/demo.stamp
-	$(PIP) -c constraints-apps.txt -e '.[dev,demo,milvus,quickstart,ray]' ipykernel nbclient playwright
+	$(PIP) -c constraints-apps.txt -e '.[dev,demo,milvus,quickstart,ray]' ipykernel nbclient openai playwright
 	touch $@
 
 # The oldest dependencies that pyproject.toml allows, in an environment of their own.

@@ -30,7 +30,7 @@ from modeling_fromage.serving.demo import launch
 page = make_page(make_parser().parse_args({arguments}))
 
 if __name__ == "__main__":
-    launch(page, host=None)  # where the Space says
+    launch(page)
 '''
 _CARD = """---
 {metadata}

@@ -1,6 +1,8 @@
 """Generation with `[RET]`: its options as logits processors, and its embeddings beside the generated tokens."""
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .backbones_fromage import check_length, context_length, initial_cache, rope_switch
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
+from .prefix_cache_fromage import goes_on, is_plain, selected
 
 RET_GENERATION_DEFAULTS = {
     "ret_scale_factor": 1.0,
@@ -30,16 +33,18 @@ class RetLogitsProcessor(LogitsProcessor):
         ret_bias (`float`): Added to the logit.
         min_tokens_before_ret (`int`): No [RET] before that many generated tokens.
         max_num_rets (`int`, *optional*): No more than that many generated [RET]; `None` is no limit.
+
+    Each of these four may be a list with one for each prompt.
     """
 
     def __init__(
         self,
         config: FromageConfig,
         prompt_length: int,
-        ret_scale_factor: float,
-        ret_bias: float,
-        min_tokens_before_ret: int,
-        max_num_rets: int | None,
+        ret_scale_factor: float | Sequence[float],
+        ret_bias: float | Sequence[float],
+        min_tokens_before_ret: int | Sequence[int],
+        max_num_rets: int | None | Sequence[int | None],
     ):
         self.rets = slice(config.ret_token_id, config.ret_token_id + config.num_ret_tokens)
         self.image_token_id = config.image_token_id
@@ -50,15 +55,20 @@ class RetLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         scores[:, self.image_token_id] = float("-inf")
-        scores[:, self.rets] = scores[:, self.rets] * self.ret_scale_factor + self.ret_bias
+        scale, bias = _by_row(self.ret_scale_factor, scores), _by_row(self.ret_bias, scores)
+        rets = scores[:, self.rets] * scale + bias
         generated = input_ids[:, self.prompt_length :]
-        if generated.shape[1] < self.min_tokens_before_ret:
-            scores[:, self.rets] = float("-inf")
-        if self.max_num_rets is not None:
-            count = ((generated >= self.rets.start) & (generated < self.rets.stop)).sum(-1)
-            full = (count >= self.max_num_rets)[:, None]
-            scores[:, self.rets] = scores[:, self.rets].masked_fill(full, float("-inf"))
+        count = ((generated >= self.rets.start) & (generated < self.rets.stop)).sum(-1, keepdim=True)
+        too_early = generated.shape[1] < _by_row(self.min_tokens_before_ret, scores)
+        scores[:, self.rets] = rets.masked_fill(too_early | (count >= _by_row(self.max_num_rets, scores)), -math.inf)
         return scores
+
+
+def _by_row(option: Any, scores: torch.Tensor) -> torch.Tensor:
+    """An option as (rows or 1, 1) for `scores` (rows, V), of which a prompt may have several; `None` is infinite."""
+    given = option if isinstance(option, (list, tuple)) else [option]
+    values = scores.new_tensor([math.inf if value is None else value for value in given], dtype=torch.float)
+    return values[:, None] if len(values) == 1 else values.repeat_interleave(len(scores) // len(values))[:, None]
 
 
 def extend_generation_config(model: PreTrainedModel, language_model: PreTrainedModel) -> None:
@@ -86,7 +96,8 @@ class FromageGenerationMixin(GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
         """transformers' `generate`, with four more options: `ret_scale_factor`, `ret_bias`, `min_tokens_before_ret`
         and `max_num_rets` (see [`RetLogitsProcessor`]). Images are given as `pixel_values` or
-        `pooled_image_features`, in the order of their placeholders, and are encoded once.
+        `pooled_image_features`, in the order of their placeholders, and are encoded once. `past_key_values` may hold
+        the first columns of the prompt.
 
         With `return_dict_in_generate=True` the output also has `ret_embeds`, a list with one (number of [RET], q)
         tensor a row: the unit-norm embeddings of the generated [RET] tokens in order, a last one included; and
@@ -110,6 +121,8 @@ class FromageGenerationMixin(GenerationMixin):
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
         self._choose_cache(kwargs["attention_mask"], kwargs)
+        if visual is not None:
+            self._leave_out_cached_images(prompt, visual, kwargs)
         output: Any = parent.generate(*args, **kwargs)
         if isinstance(output, torch.Tensor):
             return cast(torch.LongTensor, output)
@@ -120,7 +133,9 @@ class FromageGenerationMixin(GenerationMixin):
         is_ret[:, : prompt.shape[1]] = False
         if visual is not None:
             visual = self._repeat_images(prompt, visual, copies)
-        output["ret_embeds"] = self.embed_positions(output.sequences, mask, visual, is_ret)
+        is_searched = "beam_indices" in output or kwargs.get("assistant_model") is not None
+        cache = None if is_searched else output.get("past_key_values")
+        output["ret_embeds"] = self.embed_positions(output.sequences, mask, visual, is_ret, cache)
         output["ret_positions"] = [row.nonzero().flatten() for row in is_ret]
         return output
 
@@ -198,6 +213,7 @@ class FromageGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor,
         visual: torch.Tensor | None,
         at: torch.Tensor,
+        cache: Any = None,
     ) -> list[torch.Tensor]:
         """The unit-norm text embeddings at the places `at` (B, L), usually those of `[RET]`: one (places, q) tensor a
         row.
@@ -207,6 +223,7 @@ class FromageGenerationMixin(GenerationMixin):
 
         Args:
             visual: (N, k, D), the visual tokens of all rows' images.
+            cache (*optional*): Of the same rows. Where the LM goes on from it, the pass begins at the first place.
         """
         counts, lm = at.sum(-1).tolist(), self.frozen_lm()
         if not any(counts):
@@ -216,16 +233,31 @@ class FromageGenerationMixin(GenerationMixin):
             visual = visual[rows.repeat_interleave(self._image_counts(sequences)).to(visual.device)]
         sequences, mask, at = sequences[rows], attention_mask[rows], at[rows]
         check_length(sequences, self.config.text_config)
-        needed = (at | (sequences == self.config.image_token_id)).any(0)
-        length = int(needed.nonzero().max()) + 1
+        is_image, columns = sequences == self.config.image_token_id, at.any(0).nonzero()
+        start = 0
+        options: dict[str, Any] = {}
+        if is_plain(cache) and not is_image[:, (first := int(columns.min())) :].any() and goes_on(lm, at.shape[1]):
+            start, visual = min(first, cache.get_seq_length()), None
+            options["past_key_values"] = selected(lm, cache, rows, start)
+        length = int((at | is_image).any(0).nonzero().max()) + 1
         output = lm.decode(
-            lm.embed(sequences[:, :length], visual),
+            lm.embed(sequences[:, start:length], visual),
             mask[:, :length].to(sequences.device),
             output_hidden_states=lm.needs_all_layers,
+            **options,
         )
-        row, column = at.nonzero(as_tuple=True)
+        row, column = at[:, start:].nonzero(as_tuple=True)
         embeds = lm.adapter.text_embeds([hidden[row, column] for hidden in lm.text_layers(output)])
         return list(embeds.split(counts))
+
+    def _leave_out_cached_images(self, prompt: torch.Tensor, visual: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Leave visual tokens (N, k, D) to `generate` only where they stand behind `past_key_values`."""
+        cache = kwargs.get("past_key_values")
+        columns = 0 if cache is None else cache.get_seq_length()
+        if columns and kwargs["attention_mask"].shape[1] == prompt.shape[1]:  # else the prompt is what is new
+            column = (prompt == self.config.image_token_id).nonzero()[:, 1]
+            new = visual.flatten(0, 1)[(column >= columns).to(visual.device)]
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=new[None])}
 
     def _image_counts(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B,) images of each row."""
@@ -248,7 +280,9 @@ class FromageGenerationMixin(GenerationMixin):
         options: dict[str, Any] = {
             name: getattr(generation_config, name, default) for name, default in RET_GENERATION_DEFAULTS.items()
         }
-        if options["ret_scale_factor"] != 1.0 and (generation_config.num_beams or 1) > 1:
+        scales = options["ret_scale_factor"]
+        scales = scales if isinstance(scales, (list, tuple)) else [scales]
+        if any(scale != 1.0 for scale in scales) and (generation_config.num_beams or 1) > 1:
             raise ValueError(
                 "`ret_scale_factor` multiplies logits, but beams see log-probabilities. Use `ret_bias` with beams."
             )

@@ -27,6 +27,7 @@ from .messages_fromage import (
     shown_images,
     with_parts,
 )
+from .prefix_cache_fromage import PrefixCache
 from .processing_fromage import FromageProcessor
 from .prompts_fromage import TEXT_STOP_STRINGS
 
@@ -57,6 +58,8 @@ class FromagePipeline(Pipeline):
         index ([`ImageIndex`] or `str`, *optional*): Any object with `search`, such as [`FromageImageIndex`], or the
             folder or repository of one. Without it a `[RET]` of the model stays a marker in the text.
         image_root (`str`, *optional*): Where `index` is a folder or repository, the folder below which its images are.
+        prefix_cache ([`PrefixCache`], *optional*): What the turns of chats so far have computed, so that the next ones
+            need not start over: by default up to 256 MiB. `PrefixCache(max_bytes=0)` keeps nothing.
         kwargs: Defaults for [`__call__`].
 
     Raises:
@@ -77,7 +80,8 @@ class FromagePipeline(Pipeline):
     model: "FromageForConditionalGeneration"
     processor: FromageProcessor
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, prefix_cache: PrefixCache | None = None, **kwargs: Any):
+        self.prefix_cache = PrefixCache() if prefix_cache is None else prefix_cache
         self._logged: set[Any] = set()
         super().__init__(*args, **kwargs)
         if self.processor is None:
@@ -173,13 +177,8 @@ class FromagePipeline(Pipeline):
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
         images = ImageSearch(self.index, self.model, load_images, where, limits, self._logged)
-        inputs = self.preprocess(prompt, limits=limits, allow_local_files=allow_local_files, rets_in_text=True)
-        if not inputs["text"]:
-            raise ValueError("The prompt is empty. Give it a text or an image.")
-        text = self.processor.retrieval_text(inputs["text"])
-        tensors: Any = self.processor(images=inputs["images"] or None, text=text, return_tensors="pt")
-        embeds = self.model.get_text_embeds(**tensors.to(self.model.device, self.model.vision_model.dtype))
-        hits = images.find(embeds, top_k, [[*inputs["shown"], *as_ids(exclude_ids)]])[0]
+        embeds, shown = query_embeds(self, [prompt], limits, allow_local_files)
+        hits = images.find(embeds, top_k, [[*shown[0], *as_ids(exclude_ids)]])[0]
         for hit in hits if load_images else []:
             images.load(hit)
         return hits
@@ -226,10 +225,11 @@ class FromagePipeline(Pipeline):
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
         """A prompt as text with placeholders, its images, the ids that it has shown, and what ends its answer."""
-        options = _PromptOptions(**preprocess_parameters)
-        text, parts, stops = self._as_text(as_prompt(input_), options)
+        options, prompt = _PromptOptions(**preprocess_parameters), as_prompt(input_)
+        text, parts, stops = self._as_text(prompt, options)
         images = [read_image(part, options.limits, options.allow_local_files) for part in shown_images(parts)]
-        return {"text": text, "images": images, "shown": [*shown_ids(parts), *options.exclude_ids], "stops": stops}
+        shown = [*shown_ids(parts), *options.exclude_ids]
+        return {"text": text, "images": images, "shown": shown, "stops": stops, "is_chat": isinstance(prompt, Chat)}
 
     def _as_text(self, prompt: Chat | InterleavedPrompt, options: _PromptOptions) -> tuple[str, list[Part], list[str]]:
         """A prompt as text with placeholders, its parts, and the strings that end its answer."""
@@ -264,9 +264,12 @@ class FromagePipeline(Pipeline):
         is_batch = isinstance(input_tensors["text"], list)
         rows = input_tensors if is_batch else {name: [value] for name, value in input_tensors.items()}
         segments: list[list[Segment]] = [[] for _ in rows["text"]]
-        for stops in {tuple(stops) for stops in rows["stops"]}:
-            numbers = [i for i, own in enumerate(rows["stops"]) if tuple(own) == stops]
+        kinds = [(tuple(stops), is_chat) for stops, is_chat in zip(rows["stops"], rows["is_chat"], strict=True)]
+        for stops, is_chat in set(kinds):
+            numbers = [i for i, kind in enumerate(kinds) if kind == (stops, is_chat)]
             options = {"stop_strings": stops, "logged": self._logged, **forward_parameters}
+            if is_chat:  # which is likely to go on
+                options["prefix_cache"] = self.prefix_cache
             generation = InterleavedGeneration(self.model, self.processor, **options)
             answers = generation(*([rows[name][i] for i in numbers] for name in ("text", "images", "shown")))
             for number, answer in zip(numbers, answers, strict=True):
@@ -281,6 +284,23 @@ class FromagePipeline(Pipeline):
         saved by itself, into a folder or repository of its own."""
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+
+
+@torch.no_grad()
+def query_embeds(
+    pipe: FromagePipeline, prompts: Sequence[Any], limits: ImageLimits = DEFAULT_LIMITS, allow_local_files: bool = False
+) -> tuple[torch.Tensor, list[list[str]]]:
+    """The embeddings (N, q) with which [`FromagePipeline.search`] finds images, of unit norm, and for each prompt the
+    ids of the images that it has shown."""
+    reading: dict[str, Any] = {"limits": limits, "allow_local_files": allow_local_files, "rets_in_text": True}
+    rows = [pipe.preprocess(prompt, **reading) for prompt in prompts]
+    if not all(row["text"] for row in rows):
+        raise ValueError("The prompt is empty. Give it a text or an image.")
+    texts = [pipe.processor.retrieval_text(row["text"]) for row in rows]
+    images = [image for row in rows for image in row["images"]]
+    tensors: Any = pipe.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+    embeds = pipe.model.get_text_embeds(**tensors.to(pipe.model.device, pipe.model.vision_model.dtype))
+    return embeds, [row["shown"] for row in rows]
 
 
 class FromageChat:
@@ -317,6 +337,14 @@ class FromageChat:
         Raises:
             ValueError: As [`FromagePipeline.__call__`], for example where this message alone is too long.
         """
+        messages, options = self.prepare(*content, **kwargs)
+        answer: Any = self.pipe(messages, **options)
+        self.remember(messages, answer)
+        return answer
+
+    def prepare(self, *content: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The messages that fit the context with new `content`, and the options, for whoever answers them; arguments as
+        in [`send`]."""
         options = {**self.kwargs, **kwargs}
         messages = [*self.messages, {"role": "user", "content": [as_part(part) for part in content]}]
         messages, forgotten = self._fit(messages, options)
@@ -325,12 +353,17 @@ class FromageChat:
         if forgotten_ids:
             excluded = options.get("exclude_ids", self.pipe._preprocess_params.get("exclude_ids"))
             options["exclude_ids"] = [*as_ids(excluded or ()), *forgotten_ids]
-        answer: Any = self.pipe(messages, **options)
         if forgotten and not self._forgets:
             self._forgets = True
             logger.warning("The chat exceeds the language model's context, so its oldest turns are forgotten.")
-        self.messages, self._forgotten_ids = [*messages, {"role": "assistant", "content": answer}], forgotten_ids
-        return answer
+        return messages, options
+
+    def remember(self, messages: list[dict[str, Any]], answer: list[Segment]) -> None:
+        """Remember an answer to what [`prepare`] gave."""
+        forgotten = [message for message in self.messages if not any(message is kept for kept in messages)]
+        shown = [shown_ids(with_parts(message)["content"]) for message in forgotten]
+        self._forgotten_ids = sum(shown, self._forgotten_ids)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _fit(
         self, messages: list[dict[str, Any]], options: dict[str, Any]
@@ -347,4 +380,4 @@ class FromageChat:
         return kept, forgotten
 
 
-__all__ = ["FromageChat", "FromagePipeline"]
+__all__ = ["FromageChat", "FromagePipeline", "query_embeds"]

@@ -18,10 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_fromage import FromageConfig
 from modeling_fromage.io.command_line import dtype_name
+from modeling_fromage.io.option_files import to_dataclasses, type_name
 from modeling_fromage.trainer.options import TrainerOptions
 
 from .benchmarks.timing import fastest_dtype
-from .config import read_config, to_dataclasses, type_name
+from .config import read_config
 from .data.sharded_examples import SHUFFLE_WINDOW
 
 if TYPE_CHECKING:

@@ -6,14 +6,14 @@ the paper's shapes and needs a GPU. Results go to a JSON file with the hardware,
 repository; `--render` writes the repository's tables from all such files. `benchmark_answers` measures generation and
 scoring, `benchmark_index` the image index, `benchmark_warm_start` training for retrieval first, `benchmark_dirty_data`
 data with errors in it, `benchmark_processes` and `benchmark_kills` runs of several processes, `benchmark_cluster` an
-index that is built on Ray.
+index that is built on Ray, `benchmark_chat` a chat, `benchmark_serving` the server.
 """
 
 import argparse
 
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 
-from .benchmarks import answers, cluster, index, kills, milvus, processes, run, step, warm_start
+from .benchmarks import answers, chat, cluster, index, kills, milvus, processes, run, serving, step, warm_start
 from .benchmarks.presets import add_preset_options, choose_device
 from .publishing.results import read_results, render_pages, results_folder, write_results
 
@@ -27,9 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def render() -> None:
     """Render the tables of all stored results into the repository's pages."""
-    tables = {"benchmark": step.table, "answers": answers.table, "index": index.table, "milvus": milvus.table,
-              "warm_start": warm_start.table, "processes": processes.table, "kills": kills.table,
-              "cluster": cluster.table}  # fmt: skip
+    tables = {"benchmark": step.table, "answers": answers.table, "chat": chat.table, "index": index.table,
+              "milvus": milvus.table, "warm_start": warm_start.table, "processes": processes.table,
+              "kills": kills.table, "cluster": cluster.table, "serving": serving.table}  # fmt: skip
     for name, table in tables.items():
         render_pages(name, [table(results) for results in read_results(f"{name}_*.json")], by="training.benchmark")
 

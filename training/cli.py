@@ -30,7 +30,8 @@ COMMANDS = {
     "evaluate": Command("training.evaluate", "evaluate a model on the paper's tasks or your own pairs", "evaluate"),
     "index": Command("hub_scripts.build_image_index", "build or merge image indexes", "index"),
     "convert": Command("hub_scripts.convert_original_checkpoint", "convert the authors' checkpoints, or back"),
-    "demo": Command("hub_scripts.demo", "talk with a model in the browser", "demo"),
+    "serve": Command("hub_scripts.serve", "serve a model by OpenAI's API", "serve"),
+    "demo": Command("hub_scripts.demo", "the same, with a page in the browser to talk with it", "demo"),
     "push": Command("hub_scripts.push_to_hub", "publish a checkpoint on the Hugging Face Hub"),
     "space": Command("hub_scripts.push_space", "publish the page as a Space of the Hub"),
     "quickstart": Command(
@@ -44,6 +45,7 @@ COMMANDS = {
     "tiny": Command("hub_scripts.make_tiny_checkpoint", "make a small random model to try code with"),
     "benchmark": Command("training.benchmark", "measure a training step", "train"),
     "benchmark-answers": Command("training.benchmark_answers", "measure generation and scoring", "train"),
+    "benchmark-chat": Command("training.benchmark_chat", "measure a chat that goes on", "train"),
     "benchmark-index": Command("training.benchmark_index", "measure image search", "index"),
     "benchmark-warm-start": Command("training.benchmark_warm_start", "measure the retrieval warm start", "train"),
     "benchmark-dirty-data": Command("training.benchmark_dirty_data", "train on data with errors in it", "train"),
@@ -51,6 +53,7 @@ COMMANDS = {
     "benchmark-cluster": Command(
         "training.benchmark_cluster", "kill actors that build an index, and compare it", "ray"
     ),
+    "benchmark-serving": Command("training.benchmark_serving", "load a server, and attack it", "serve"),
     "benchmark-kills": Command("training.benchmark_kills", "kill a training run and compare its weights", "train"),
 }
 

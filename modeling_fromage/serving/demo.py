@@ -2,6 +2,7 @@
 
 import copy
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,18 +11,19 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported
 
 import gradio as gr
+from gradio.networking import setup_tunnel
 from starlette.middleware import Middleware
 
 from ..image_search_fromage import Segment
 from ..index.index import FromageImageIndex
-from ..pipeline_fromage import FromagePipeline
-from .conversation import Conversation, SharedPipeline
+from .conversation import Conversation, similar
+from .engine import Engine, QueueFullError
 from .own_pictures import add_pictures, read_picture
 
 EXAMPLES = ["a slice of pizza", "a cat", "the moon at night"]
 _MAX_NEW_TOKENS = 32
 _LOOKING = "…"  # in the place of pictures that are being looked for
-_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # those of the machine
+_FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 # A gallery in a chat is as high as its pictures, shows the whole of them, and their names below. Gradio's button that
 # shares a picture would upload it.
 _CSS = """
@@ -43,13 +45,13 @@ class Demo:
     """What the page does; the page itself is [`blocks`].
 
     Args:
-        pipe ([`FromagePipeline`]): The model, and the index of the images that it may show.
+        engine ([`Engine`]): The model, and the index of the images that it may show.
         save_directory (`str`, *optional*): A folder for the index with people's own pictures. Everybody sees them then;
             without it they are in memory, each for the one who brought it.
     """
 
-    def __init__(self, pipe: FromagePipeline, save_directory: str | os.PathLike[str] | None = None):
-        self.shared, self.save_directory = SharedPipeline(pipe), save_directory
+    def __init__(self, engine: Engine, save_directory: str | os.PathLike[str] | None = None):
+        self.engine, self.save_directory = engine, save_directory
         self._saving = threading.Lock()
 
     def answer(
@@ -62,14 +64,14 @@ class Demo:
         remember: bool,
     ) -> Iterator[tuple[list[Any], Conversation]]:
         """Parts of the answer to show, as they come, and the conversation, which is the browser tab's own."""
-        conversation = conversation or Conversation(self.shared)
+        conversation = conversation or Conversation(self.engine)
         # What was started over, taken back or tried again is no longer in the history.
         conversation.rewind(_count_turns(history))
         yield [_LOOKING], conversation
         texts = [message["text"]] if message.get("text", "").strip() else []
         try:
             images = [read_picture(Path(file)) for file in message.get("files", [])]
-            ends = self.shared.pipe.model.generation_config.eos_token_id
+            ends = self.engine.pipe.model.generation_config.eos_token_id
             ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
             parts: list[Any] = []
             for answer in conversation.stream(
@@ -79,31 +81,31 @@ class Demo:
                 ret_bias=ret_bias,
                 images_per_ret=int(images_per_ret),
                 max_new_tokens=_MAX_NEW_TOKENS,
-                eos_token_id=[*ends, self.shared.pipe.processor.ret_token_id],  # pictures end an answer
+                eos_token_id=[*ends, self.engine.pipe.processor.ret_token_id],  # pictures end an answer
             ):
                 parts = _shown(answer)
                 yield parts or [_LOOKING], conversation
-            found = self.shared.similar(images[-1], int(images_per_ret), conversation.index) if images else []
+            found = similar(self.engine, images[-1], int(images_per_ret), conversation.index) if images else []
             more: list[Any] = [] if parts else ["(The model wrote nothing.)"]
             if found:
                 more += ["Not said by the model: the pictures that look most like yours.", _gallery(found)]
             if more:  # else all is shown: Gradio would write the same files anew while the browser reads them
                 yield [*parts, *more], conversation
-        except ValueError as error:  # of the message, whose author can mend it
+        except (ValueError, QueueFullError) as error:  # of the message, whose author can mend it
             yield [f"⚠ {error}"], conversation
 
     def add(self, files: list[str] | None, conversation: Conversation | None) -> tuple[str, None, Conversation]:
         """What to say about pictures that were uploaded, an empty upload, and the conversation."""
-        conversation = conversation or Conversation(self.shared)
+        conversation = conversation or Conversation(self.engine)
         index: Any = conversation.index
         if not files:
             return "Choose pictures first.", None, conversation
         if not isinstance(index, FromageImageIndex):
             return "There is no image index to add them to.", None, conversation
-        if self.save_directory is None and index is self.shared.pipe.index:
+        if self.save_directory is None and index is self.engine.pipe.index:
             index = copy.copy(index)
         try:
-            added, refused = add_pictures(self.shared, index, [Path(file) for file in files])
+            added, refused = add_pictures(self.engine, index, [Path(file) for file in files])
             if added and self.save_directory is not None:
                 with self._saving:
                     index.save_pretrained(self.save_directory)
@@ -121,7 +123,7 @@ class Demo:
             title (`str`): Its heading.
             examples: Messages to click: texts, or `{"text": ..., "files": [...]}`.
         """
-        index = self.shared.pipe.index
+        index = self.engine.pipe.index
         count = f"{len(index):,}" if isinstance(index, FromageImageIndex) else "no"
         with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as page:
             gr.Markdown(
@@ -161,22 +163,27 @@ class Demo:
         )
 
 
-def launch(
-    page: gr.Blocks, host: str | None = "127.0.0.1", port: int | None = None, **options: Any
-) -> tuple[Any, str, str]:
-    """Serve a page; returns what `Blocks.launch` does.
+def mount(page: gr.Blocks, app: Any) -> None:
+    """Put a page beside the API of a server, at `/`.
 
-    Args:
-        host (`str`, *optional*): `None` leaves it to Gradio's environment variables, as a Space needs. Else the page
-            loads nothing from elsewhere, whatever Gradio's own files name.
-        port (`int`, *optional*): By default the first free one from 7860 on.
-        options: Gradio's.
+    It loads nothing from elsewhere, whatever Gradio's own files name.
     """
-    policy = [] if host is None else [Middleware(_LoadsNothingFromElsewhere)]
-    return page.launch(
-        server_name=host, server_port=port, quiet=True, theme=gr.themes.Default(**_FONTS), css=_CSS, ssr_mode=False,
-        footer_links=[], app_kwargs={"middleware": policy}, **options,
-    )  # fmt: skip
+    kwargs = {"middleware": [Middleware(_LoadsNothingFromElsewhere)]}
+    gr.mount_gradio_app(app, page, path="/", app_kwargs=kwargs, **_looks())
+
+
+def launch(page: gr.Blocks) -> None:
+    """Serve a page alone, where Gradio's environment variables say: as a Space does."""
+    page.launch(quiet=True, **_looks())
+
+
+def share(port: int) -> str:
+    """A public address, by Gradio's relay, of what is served at `port` of this machine."""
+    return setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+
+
+def _looks() -> dict[str, Any]:
+    return {"theme": gr.themes.Default(**_FONTS), "css": _CSS, "ssr_mode": False, "footer_links": []}
 
 
 class _LoadsNothingFromElsewhere:
@@ -244,4 +251,4 @@ def name_and_score(image: Segment) -> str:
     return f"{caption or Path(str(image['id'])).name}  {image['score']:.2f}"
 
 
-__all__ = ["EXAMPLES", "Demo", "launch", "name_and_score"]
+__all__ = ["EXAMPLES", "Demo", "launch", "mount", "name_and_score", "share"]

@@ -8,15 +8,13 @@ from PIL import Image
 
 from ..images_fromage import UnreadableImageError, load_rgb_image, printable
 from ..index.index import FromageImageIndex
-from .conversation import SharedPipeline
+from .engine import Engine
 
 _LONGEST_SIDE = 1024  # as many pixels as a page shows; they stay in memory
 MOST_AT_ONCE = 200
 
 
-def add_pictures(
-    shared: SharedPipeline, index: FromageImageIndex, files: Sequence[Path]
-) -> tuple[list[str], list[str]]:
+def add_pictures(engine: Engine, index: FromageImageIndex, files: Sequence[Path]) -> tuple[list[str], list[str]]:
     """Embed pictures and add them to `index`, which keeps them, under their files' names.
 
     Returns:
@@ -39,12 +37,15 @@ def add_pictures(
         names.append(printable(file.name))
     ids: list[str] = []
     if images:
-        with shared.lock:  # for the model, and so that ids stay free
+
+        def add() -> None:  # nobody else adds meanwhile: ids stay free
             for name in names:
                 ids.append(_free_id(name, index, ids))
             metadata = [{"caption": Path(name).stem} for name in names]
-            index.add_images(shared.pipe.model, shared.pipe.processor, images, ids=ids, metadata=metadata,
+            index.add_images(engine.pipe.model, engine.pipe.processor, images, ids=ids, metadata=metadata,
                              show_progress=False)  # fmt: skip
+
+        engine.run(add)
     return ids, refused
 
 

@@ -8,8 +8,10 @@ import gradio as gr
 import pytest
 
 from modeling_fromage import FromageImageIndex
-from modeling_fromage.serving.demo import Demo, launch
+from modeling_fromage.serving.demo import Demo, mount
+from modeling_fromage.serving.engine import Engine
 from tests.helpers.pipelines import COLOURS, picture
+from tests.helpers.serving import serving
 from tests.helpers.talking import ALWAYS, NEVER, make_talker
 
 
@@ -34,7 +36,7 @@ def test_pictures_outside_of_the_image_root_are_never_shown(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for root, is_shown in ((tmp_path / "elsewhere", False), (tmp_path / "images", True)):
         pipe.index = FromageImageIndex.from_pretrained(tmp_path / "i", image_root=root)
-        (shown,) = last_answer(Demo(pipe), {"text": "hello", "files": []}, ALWAYS)
+        (shown,) = last_answer(Demo(Engine(pipe)), {"text": "hello", "files": []}, ALWAYS)
         assert isinstance(shown, gr.Gallery) == is_shown
         assert is_shown or shown.startswith("(Pictures that cannot be read: ")
 
@@ -42,15 +44,15 @@ def test_pictures_outside_of_the_image_root_are_never_shown(tmp_path):
 def test_no_index_and_no_words():
     pipe, _ = make_talker()
     pipe.index = None
-    assert last_answer(Demo(pipe), {"text": "hello", "files": []}, ALWAYS) == ["[RET]"]
-    assert last_answer(Demo(pipe), {"text": "", "files": []}, NEVER)[0].startswith("⚠ The prompt is empty.")
-    assert Demo(pipe).add(["a.png"], None)[0] == "There is no image index to add them to."
+    assert last_answer(Demo(Engine(pipe)), {"text": "hello", "files": []}, ALWAYS) == ["[RET]"]
+    assert last_answer(Demo(Engine(pipe)), {"text": "", "files": []}, NEVER)[0].startswith("⚠ The prompt is empty.")
+    assert Demo(Engine(pipe)).add(["a.png"], None)[0] == "There is no image index to add them to."
 
 
 def test_an_index_that_is_saved_is_everybodys(tmp_path):
     pipe, _ = make_talker()
     picture("violet").save(tmp_path / "violet.png")
-    demo = Demo(pipe, tmp_path / "saved")
+    demo = Demo(Engine(pipe), tmp_path / "saved")
     told, _, conversation = demo.add([str(tmp_path / "violet.png")], None)
     assert told == f"Added 1 (saved in {tmp_path / 'saved'}): violet.png."
     assert conversation.index is pipe.index and "violet.png" in pipe.index
@@ -61,12 +63,8 @@ def test_an_index_that_is_saved_is_everybodys(tmp_path):
 def test_the_server_gives_no_files_away(tmp_path):
     pipe, _ = make_talker()
     (tmp_path / "secret.txt").write_text("secret")
-    page = Demo(pipe).blocks()
-    _, address, _ = launch(page, prevent_thread_lock=True)
-    try:
+    with serving(pipe, mount=lambda app, service: mount(Demo(service.engine).blocks(), app)) as address:
         with urlopen(address) as answer:  # noqa: S310
             assert "default-src 'self'" in answer.headers["content-security-policy"]
         with pytest.raises(HTTPError, match="403"):
-            urlopen(f"{address}gradio_api/file={tmp_path / 'secret.txt'}")  # noqa: S310
-    finally:
-        page.close()
+            urlopen(f"{address}/gradio_api/file={tmp_path / 'secret.txt'}")  # noqa: S310

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from playwright import sync_api
 
-from modeling_fromage.serving.demo import Demo, launch
+from modeling_fromage.serving.demo import Demo, mount
 from tests.helpers.browser import find_browser
 from tests.helpers.pipelines import COLOURS, picture
+from tests.helpers.serving import NAME, ask, serving
 from tests.helpers.talking import ALWAYS, NEVER, Pace, make_talker
 
 BROWSER = find_browser()
@@ -33,10 +34,13 @@ def server(tmp_path_factory) -> Iterator[tuple[str, Pace]]:
     pipe, pace = make_talker()
     example = tmp_path_factory.mktemp("examples") / "orange.png"
     picture("orange").save(example)
-    blocks = Demo(pipe).blocks("Colours", ["a red square", {"text": "", "files": [str(example)]}])
-    _, address, _ = launch(blocks, prevent_thread_lock=True)
-    yield address, pace
-    blocks.close()
+    examples = ["a red square", {"text": "", "files": [str(example)]}]
+
+    def put_page(app, service):
+        mount(Demo(service.engine).blocks("Colours", examples), app)
+
+    with serving(pipe, mount=put_page) as address:
+        yield address, pace
 
 
 class Visitor:
@@ -110,6 +114,16 @@ def test_an_answer_with_pictures(visitor, server):
     widths = visitor.widths(visitor.pictures)
     assert len(widths) == 3 and min(widths) > 0
     assert {address.split("/")[2] for address in visitor.addresses if "//" in address} == {server[0].split("/")[2]}
+
+
+def test_the_api_is_beside_the_page(visitor, server):
+    """Of one model: it answers a request while the page waits for the next message."""
+    visitor.ask("a red square", NEVER)
+    asked = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "ret_bias": ALWAYS, "max_tokens": 1}
+    status, body, _ = ask(server[0], "/v1/chat/completions", asked)
+    assert status == 200 and len(body["choices"][0]["message"]["images"]) == 1
+    visitor.ask("a red square", ALWAYS)
+    assert visitor.count_pictures() == 3
 
 
 def test_the_slider_decides(visitor):

@@ -13,7 +13,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "io": set(),
     "trainer": {"io"},
     "original": {"index"},
-    "serving": {"index"},
+    "serving": {"index", "io"},
 }
 MODEL = {
     "adapter",

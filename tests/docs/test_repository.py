@@ -65,9 +65,14 @@ def test_the_page_is_tested_with_the_same_versions_but_for_pillow():
     """Gradio holds Pillow below 13."""
     ours, theirs = constraints("constraints.txt"), constraints("constraints-apps.txt")
     assert {name for name, version in ours.items() if theirs.get(name) != version} == {"pillow"}
-    assert theirs.keys() - ours.keys() == {"gradio", "gradio_client", "ipykernel", "nbclient", "playwright", "ray"}
+    assert theirs.keys() - ours.keys() == {
+        *("fastapi", "gradio", "gradio_client", "ipykernel", "nbclient", "openai", "playwright", "prometheus_client"),
+        *("milvus-lite", "pymilvus", "ray", "starlette", "uvicorn"),
+    }
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    (gradio,) = map(Requirement, extras["demo"])
+    _, gradio = map(Requirement, extras["demo"])
+    for requirement in map(Requirement, extras["serve"]):
+        assert requirement.specifier.contains(theirs[requirement.name])
     assert gradio.specifier.contains(theirs["gradio"]) and theirs["gradio"] == GRADIO
 
 

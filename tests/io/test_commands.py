@@ -19,6 +19,7 @@ from training import (
     benchmark_index,
     benchmark_kills,
     benchmark_processes,
+    benchmark_serving,
     benchmark_warm_start,
     cache_features,
     cli,
@@ -134,6 +135,11 @@ CASES = {
     benchmark_processes: [
         (["--dtypes", "int8"], "invalid choice: 'int8'"),
         (["--output", "{}/empty"], "is a folder"),
+    ],
+    benchmark_serving: [
+        ([TINY], "--index"),
+        ([TINY, "--index", "{}/none"], "none"),
+        ([TINY, "--index", "{}/none", "--output", "{}/empty"], "is a folder"),
     ],
     benchmark_warm_start: [
         ([OPT, VISION, "--data", "{}/data.tsv"], "NAME=TRAIN"),

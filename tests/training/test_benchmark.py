@@ -10,8 +10,8 @@ from PIL import Image
 from modeling_fromage import FromageDataCollator, FromageImageIndex
 from tests.helpers.backbones import make_processor
 from tests.helpers.paths import PARITY, ROOT
-from training import benchmark, benchmark_answers, benchmark_index, benchmark_warm_start
-from training.benchmarks import answers, cluster, dirty_data, index, kills, processes, step, warm_start
+from training import benchmark, benchmark_answers, benchmark_chat, benchmark_index, benchmark_warm_start
+from training.benchmarks import answers, chat, cluster, dirty_data, index, kills, processes, step, warm_start
 from training.benchmarks.presets import MAX_LENGTH, PRESETS
 from training.publishing.results import read_results, replace_between
 
@@ -51,6 +51,13 @@ def test_benchmark_runs(tmp_path, capsys):
     assert results["places"]["tokens"] <= results["places"]["ours"] < results["places"]["baseline"]
     assert len(results["commit"]) == 40 or results["commit"] == "no repository"
     assert "the original's algorithm" in capsys.readouterr().out
+
+
+def test_chat_benchmark_runs(tmp_path, capsys):
+    benchmark_chat.main(["--preset", "tiny", "--rounds", "1", "--output", str(tmp_path / "chat.json")])
+    results = json.loads((tmp_path / "chat.json").read_text())
+    assert results["same_answers"] and all(len(each) == chat.TURNS for each in results["seconds"].values())
+    assert "| turn ten |" in capsys.readouterr().out
 
 
 def test_answers_benchmark_runs(tmp_path, capsys):
@@ -138,13 +145,14 @@ def test_readme_has_the_numbers_of_the_results():
     """And they keep what is claimed."""
     pages = [page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
     found = {}
-    for name, module in {"benchmark": step, "answers": answers, "index": index, "warm_start": warm_start}.items():
+    modules = {"benchmark": step, "answers": answers, "chat": chat, "index": index, "warm_start": warm_start}
+    for name, module in modules.items():
         found[name] = read_results(f"{name}_*.json")
         tables = [module.table(results) for results in found[name]]
         shown = [page for page in pages if f"<!-- {name}: rendered by training.benchmark -->" in page]
         assert shown and (tables or name == "warm_start")  # whose run is stored when there is one
         assert all(replace_between(page, name, tables, "training.benchmark") == page for page in shown)
-    steps, answered, indexes, warm_starts = found.values()
+    steps, answered, chats, indexes, warm_starts = found.values()
     for result in steps:
         # What is saved in operations is saved in time; on a GPU not all of it, which small products use less well.
         assert result["ratios"]["live"]["time_over_operations"] >= (1.0 if result["preset"] == "cpu" else 0.9)
@@ -158,6 +166,8 @@ def test_readme_has_the_numbers_of_the_results():
         least = {"32 tokens": 2, "128 tokens": 6, "32 tokens, batch 8": 8, "100 candidates": 8, "10 x 100 answers": 8}
         assert result["same_tokens"] and result["same_ranks"]
         assert all(result["ratios"][name] >= ratio for name, ratio in least.items())
+    for result in chats:
+        assert result["same_answers"] and result["ratios"]["turn ten"] >= 3
     for result in indexes:
         assert max(row["ratio"] for row in result["search"].values()) <= 1.2
         assert min(row["recall"] for row in result["search"].values()) == 1.0

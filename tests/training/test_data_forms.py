@@ -6,12 +6,12 @@ import pytest
 import yaml
 
 from modeling_fromage.io.file_patterns import expand_braces, find_files
+from modeling_fromage.io.option_files import to_dataclasses
 from tests.helpers.captioned_data import CAPTIONS, COUNT, hub_files, number_in, picture, write_all_forms, write_tar
 from tests.helpers.hub import run
 from tests.helpers.hub_server import hub_server
 from tests.helpers.paths import ROOT
 from training.arguments import DataArguments
-from training.config import to_dataclasses
 from training.data.captioned_images import load_captioned_images
 from training.data.sources import paths_of_split
 from training.data.training_data import DataLoading

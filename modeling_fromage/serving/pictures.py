@@ -1,0 +1,132 @@
+"""Pictures on their way in and out: read within limits, shown as links, and known again where they come back."""
+
+import base64
+import io
+import re
+from collections.abc import Container
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote
+
+from PIL import Image
+
+from ..image_search_fromage import ImageIndex, Segment
+from ..images_fromage import ImageLimits, is_url, load_rgb_image
+from .errors import ApiError
+from .guard import ApiKeys
+
+_ROUTE = "/v1/images/"
+_MOST_PIXELS = 1 << 20  # kept of a picture that is read, and sent of one that is shown
+_LINK = re.compile(r"!\[[^\]\n]*\]\(([^()\s]+)\)")
+
+
+def shrunk(image: Image.Image) -> Image.Image:
+    """`image`, smaller where it has more than a million pixels: encoders see less, and many are in memory at once."""
+    pixels = image.width * image.height
+    if pixels <= _MOST_PIXELS:
+        return image
+    scale = (_MOST_PIXELS / pixels) ** 0.5
+    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def read_picture(url: str, limits: ImageLimits) -> Image.Image:
+    """The picture behind a `data:` or http(s) URL, [`shrunk`].
+
+    Raises:
+        ValueError: It cannot be read, or may not.
+    """
+    if not is_url(url):
+        raise ValueError(f"An image is a data: or http(s) URL, got {url[:100]!r}.")
+    return shrunk(load_rgb_image(url, limits))
+
+
+def png_of(image: Image.Image) -> bytes:
+    """`image` as PNG, [`shrunk`]."""
+    shrunk(image).save(buffer := io.BytesIO(), "png")
+    return buffer.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    """`image` as a `data:` URL, [`shrunk`]."""
+    return f"data:image/png;base64,{base64.b64encode(png_of(image)).decode()}"
+
+
+class Links:
+    """Short links to images of the index, which the server answers and knows again.
+
+    A link's fragment numbers the `[RET]` of its answer, so that an answer that comes back is read as it was written.
+
+    Args:
+        keys ([`ApiKeys`]): They sign links, since a browser sends no key for an image.
+        base (`str`): The address that links begin with.
+        index ([`ImageIndex`], *optional*): Only its images have links.
+    """
+
+    def __init__(self, keys: ApiKeys, base: str, index: ImageIndex | None):
+        self.keys, self.base, self.index = keys, base.rstrip("/"), index
+
+    def make(self, image_id: str) -> str:
+        signature = f"?sig={self.keys.sign(image_id)}" if self.keys else ""
+        return f"{self.base}{_ROUTE}{quote(image_id, safe='', errors='surrogatepass')}{signature}"
+
+    def markdown(self, segment: Segment, inline: bool) -> str:
+        """An image of an answer in Markdown, by its caption or else its id: a link, or all of it in a `data:` URL."""
+        name = segment["metadata"].get("caption") or segment["id"]
+        name = re.sub(r"[\[\]\\\s]+", " ", str(name)).strip()[:100]
+        if inline and segment["image"] is not None:
+            url = f"{data_url(segment['image'])}#id={quote(segment['id'], safe='')}&ret={segment['ret_index']}"
+        else:
+            url = f"{self.make(segment['id'])}#ret={segment['ret_index']}"
+        return f"![{name}]({url})"
+
+    def parse(self, url: str) -> dict[str, Any] | None:
+        """The part of a message that a link stands for, if it is one of ours: an image that was shown already."""
+        address, _, fragment = url.partition("#")
+        told = {name: values[0] for name, values in parse_qs(fragment).items()}
+        if address.startswith("data:"):
+            image_id = told.get("id")
+        else:
+            path = address.partition("?")[0]
+            image_id = unquote(path.partition(_ROUTE)[2], errors="surrogatepass") if _ROUTE in path else None
+        if not image_id or not (isinstance(self.index, Container) and image_id in self.index):
+            return None  # of another server
+        ret = told.get("ret", "0")
+        return {"type": "image", "id": image_id, "ret_index": int(ret) if ret.isdecimal() and len(ret) < 6 else 0}
+
+    def split(self, text: str) -> list[dict[str, Any]]:
+        """An answer's text as parts: texts, and images in the place of our links."""
+        parts: list[dict[str, Any]] = []
+        end = 0
+        for match in _LINK.finditer(text):
+            if part := self.parse(match[1]):
+                parts += [{"type": "text", "text": text[end : match.start()]}, part]
+                end = match.end()
+        parts.append({"type": "text", "text": text[end:]})
+        return [part for part in parts if part["type"] != "text" or part["text"]]
+
+    def check(self, image_id: str, query: str) -> None:
+        """Raise a 403 where links have signatures and this one has not."""
+        signature = parse_qs(query).get("sig", [""])[0]
+        if self.keys and not self.keys.is_signed(image_id, signature):
+            raise ApiError(403, "This link to an image is not signed by the server. Take it from an answer as it is.")
+
+
+def outgoing(segment: Segment, link: str, index: int) -> dict[str, Any]:
+    """An image of an answer, as `message.images` and `delta.images` have it: with the link where it was not loaded.
+
+    OpenAI's client puts the pieces of a stream together by `index`, the image's place in the answer.
+    """
+    image = segment["image"]
+    return {
+        "index": index,
+        "type": "image_url",
+        "image_url": {"url": link if image is None else data_url(image)},
+        "id": segment["id"],
+        "score": segment["score"],
+        "ret_index": segment["ret_index"],
+        "metadata": segment["metadata"],
+        "link": link,
+    }
+
+
+__all__ = ["Links", "data_url", "outgoing", "png_of", "read_picture", "shrunk"]

@@ -1,0 +1,56 @@
+"""Embeddings of texts and images in the space that they share, and the search by them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..image_search_fromage import ImageSearch, Segment
+from ..pipeline_fromage import FromagePipeline, query_embeds
+
+Input = Sequence[dict[str, Any]]  # parts of a message, images read
+
+
+def is_image(parts: Input) -> bool:
+    """Whether an input is one image alone: the language model has no part in its embedding."""
+    return len(parts) == 1 and "image" in parts[0]
+
+
+@torch.no_grad()
+def embed(pipe: FromagePipeline, inputs: Sequence[Input]) -> torch.Tensor:
+    """Unit-norm embeddings (N, q) of images, and of texts and interleaved inputs as queries for images.
+
+    Raises:
+        ValueError: An input is too long.
+    """
+    model = pipe.model
+    images = [i for i, parts in enumerate(inputs) if is_image(parts)]
+    others = [i for i in range(len(inputs)) if i not in set(images)]
+    rows: dict[int, torch.Tensor] = {}
+    if images:
+        pictures = [inputs[i][0]["image"] for i in images]
+        pixels = pipe.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        rows |= zip(images, model.get_image_embeds(pixels.to(model.device, model.vision_model.dtype)), strict=True)
+    if others:
+        rows |= zip(others, query_embeds(pipe, [list(inputs[i]) for i in others])[0], strict=True)
+    return torch.stack([rows[i] for i in range(len(inputs))]).float().cpu()
+
+
+def count_tokens(pipe: FromagePipeline, parts: Input) -> int:
+    """Tokens that the language model reads of an input; none of an image alone."""
+    return 0 if is_image(parts) else pipe.processor.count_tokens(pipe.processor.join_parts(list(parts), True)) + 1
+
+
+def search(
+    pipe: FromagePipeline, embeds: torch.Tensor, top_k: int, where: dict[str, Any] | None, exclude_ids: Sequence[str]
+) -> list[Segment]:
+    """The images of the index that are nearest to one embedding (1, q), best first, not yet read.
+
+    Raises:
+        ValueError: There is no index, or another model's, or `where` is not one that it understands.
+    """
+    images = ImageSearch(pipe.index, pipe.model, load_images=False, where=where)
+    return images.find(embeds, top_k, [list(exclude_ids)])[0]
+
+
+__all__ = ["count_tokens", "embed", "is_image", "search"]

@@ -1,0 +1,109 @@
+"""Embeddings by OpenAI's own client, searches for images, and the images themselves."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import openai
+import pytest
+import torch
+from PIL import Image
+
+from modeling_fromage import FromageImageIndex, FromagePipeline
+from modeling_fromage.pipeline_fromage import query_embeds
+from tests.helpers.pipelines import COLOURS, picture
+from tests.helpers.serving import NAME, ask, from_data_url, image_part, serving
+from tests.helpers.talking import make_talker
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, FromagePipeline]]:
+    pipe, _ = make_talker([*COLOURS, "violet"])
+    rows = {"images": [Image.new("RGB", (3000, 2000), "gold")], "ids": ["a/b c#?.png"]}
+    metadata = [{"caption": "x] (y"}]
+    index = FromageImageIndex.build(pipe.model, pipe.processor, **rows, metadata=metadata, show_progress=False)
+    pipe.index = FromageImageIndex.merge([pipe.index, index])
+    with serving(pipe, max_inputs=20, max_results=6) as address:
+        yield address, pipe
+
+
+@pytest.mark.parametrize("encoding", ["float", openai.omit])  # the client asks for base64 by itself
+def test_embeddings(served, encoding):
+    """Of texts, images and both, those of the model; more than fit a batch."""
+    address, pipe = served
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    texts = [f"{colour} square" * (i % 3 + 1) for i, colour in enumerate([*COLOURS, *COLOURS, *COLOURS])]
+    both = [image_part(picture("red")), {"type": "text", "text": "but green"}]
+    inputs = [*texts, image_part(picture("blue")), both]
+    answer = client.embeddings.create(model=NAME, input=inputs, encoding_format=encoding)
+    rows = torch.tensor(np.array([each.embedding for each in answer.data]), dtype=torch.float32)
+    expected = torch.cat([query_embeds(pipe, [text])[0] for text in [*texts, [picture("red"), "but green"]]])
+    torch.testing.assert_close(torch.cat([rows[:-2], rows[-1:]]), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows[-2], pipe.index.embeds[pipe.index.ids.index("blue")], atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(inputs)))
+    assert answer.usage.prompt_tokens > len(texts) and [each.index for each in answer.data] == list(range(20))
+
+
+def test_searches(served):
+    address, pipe = served
+    both = ["like", image_part(picture("red"))]
+    for query, prompt in (("red square", "red square"), (both, ["like", picture("red")])):
+        status, body, _ = ask(address, "/v1/images/search", {"query": query, "top_k": 3})
+        hits = pipe.search(prompt, top_k=3)
+        assert status == 200 and [each["id"] for each in body["data"]] == [hit["id"] for hit in hits]
+        assert [each["score"] for each in body["data"]] == pytest.approx([hit["score"] for hit in hits], abs=1e-5)
+        assert [each["metadata"] for each in body["data"]] == [hit["metadata"] for hit in hits]
+    looks = {"query": image_part(picture("green")), "top_k": 1, "load_images": True}
+    _, body, _ = ask(address, "/v1/images/search", looks)
+    (found,) = body["data"]
+    assert found["id"] == "green" and found["score"] == pytest.approx(1, abs=1e-5)
+    assert from_data_url(found["image_url"]["url"]).size == (40, 30)
+    narrowed = {"query": "a", "where": {"caption": ["red", "blue"]}, "exclude_ids": ["red"], "top_k": 6}
+    assert [each["id"] for each in ask(address, "/v1/images/search", narrowed)[1]["data"]] == ["blue"]
+
+
+def test_links_hold_any_id_and_large_pictures_are_shrunk(served):
+    narrowed = {"query": "a", "where": {"caption": "x] (y"}}
+    (found,) = ask(served[0], "/v1/images/search", narrowed)[1]["data"]
+    assert found["link"] == f"{served[0]}/v1/images/a%2Fb%20c%23%3F.png"
+    status, png, _ = ask(found["link"], "")
+    assert status == 200 and png.startswith(b"\x89PNG")
+    assert ask(served[0], "/v1/images/none")[0] == 404 and ask(served[0], "/v1/images/search")[0] == 404
+    message = ask(served[0], "/v1/chat/completions", {
+        "model": NAME, "messages": [{"role": "user", "content": "a"}], "where": {"caption": "x] (y"}, "ret_bias": 20,
+        "max_num_rets": 1, "max_tokens": 1})[1]["choices"][0]["message"]  # fmt: skip
+    width, height = from_data_url(message["images"][0]["image_url"]["url"]).size
+    assert width * height <= 1 << 20 and width / height == pytest.approx(1.5, abs=0.01)
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": message["content"]}]
+    again = {"model": NAME, "messages": [*history, {"role": "user", "content": "a"}], "where": {"caption": "x] (y"},
+             "ret_bias": 20, "max_num_rets": 1, "max_tokens": 1}  # fmt: skip
+    assert not ask(served[0], "/v1/chat/completions", again)[1]["choices"][0]["message"]["images"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("embeddings", {"input": ["a"] * 21}, "has 21 items; 20 are allowed"),
+        ("embeddings", {"input": [1, 2]}, "has a part '1'"),
+        ("embeddings", {"input": []}, "`input` is empty"),
+        ("embeddings", {"input": ["a", " "]}, r"`input[1]` is empty"),
+        ("embeddings", {"input": "a", "dimensions": 3}, "Leave `dimensions` out"),
+        ("embeddings", {"input": "far " * 500}, "context"),
+        ("images/search", {"query": "a", "top_k": 7}, "6 images are found at most"),
+        ("images/search", {"query": "a", "topk": 7}, "Did you mean top_k"),
+        ("images/search", {"query": "far " * 500}, "context"),
+    ],
+)
+def test_what_is_refused(served, path, body, told):
+    status, answer, _ = ask(served[0], f"/v1/{path}", {"model": NAME, **body})
+    assert status == 400 and told in answer["error"]["message"], answer
+
+
+def test_without_an_index():
+    pipe, _ = make_talker()
+    pipe.index = None
+    with serving(pipe) as address:
+        status, body, _ = ask(address, "/v1/images/search", {"query": "a"})
+        assert status == 400 and "There is no image index" in body["error"]["message"]
+        assert ask(address, "/v1/images/red")[0] == 404
+        asked = {"model": NAME, "messages": [{"role": "user", "content": "a"}], "ret_bias": 20, "max_tokens": 1}
+        assert ask(address, "/v1/chat/completions", asked)[1]["choices"][0]["message"]["content"] == "[RET]"

@@ -132,6 +132,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     alone = [name for name in ("merge", "shard") if getattr(options, name) and options.ray]
     if alone:
         parser.error(f"--ray and --{alone[0]} exclude each other: --ray divides and merges by itself")
+    if options.shard and options.milvus:
+        parser.error("--shard builds a part in a folder: give --milvus where the parts are merged")
     for name in ("ray_address", "actors", "cpus_per_actor", "gpus_per_actor", "parts"):
         if not options.ray and getattr(options, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is for --ray, which is missing")

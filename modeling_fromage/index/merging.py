@@ -9,7 +9,7 @@ from typing import Any
 from .folder import INDEX_FILE
 from .images import ImageAccess
 from .reading import IndexParts, open_index, read_listing
-from .stores import with_root
+from .stores import on_this_machine, with_root
 from .writer import IndexWriter, one_at_a_time
 
 
@@ -65,10 +65,11 @@ def _check_all_there(folders: Sequence[str | os.PathLike[str]]) -> None:
 
 
 def _append(writer: IndexWriter, part: IndexParts, root: str | None) -> None:
-    now, images, skipped = part.store.moment()
+    store = on_this_machine(part.store)
+    now, images, skipped = store.moment()
     own_root = None if part.access.root == root else part.access.root
     repeated = []
-    for rows, entries in part.store.pieces(now):
+    for rows, entries in store.pieces(now):
         taken = writer.entries.positions([image_id for _, image_id, _ in entries])
         new = [number for number, (_, image_id, _) in enumerate(entries) if image_id not in taken]
         repeated += [(image_id, values.get("path") or values.get("url") or "in memory", "id occurs twice")

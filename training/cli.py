@@ -47,6 +47,9 @@ COMMANDS = {
     "benchmark-answers": Command("training.benchmark_answers", "measure generation and scoring", "train"),
     "benchmark-chat": Command("training.benchmark_chat", "measure a chat that goes on", "train"),
     "benchmark-index": Command("training.benchmark_index", "measure image search", "index"),
+    "benchmark-large-index": Command(
+        "training.benchmark_large_index", "measure indexes of millions of images", "index"
+    ),
     "benchmark-warm-start": Command("training.benchmark_warm_start", "measure the retrieval warm start", "train"),
     "benchmark-dirty-data": Command("training.benchmark_dirty_data", "train on data with errors in it", "train"),
     "benchmark-processes": Command("training.benchmark_processes", "compare several processes with one", "train"),

@@ -103,8 +103,8 @@ class FromageImageIndex(IndexContents):
         Images that cannot be read are left out: [`skipped`] lists them, and the log counts them by reason.
 
         Args:
-            images: A folder, a table (TSV, CSV; columns "image" or "url"), shards (tar, Parquet; a pattern or an address
-                such as `s3://bucket/*.tar`), a `datasets` dataset, or an iterable of images, paths, URLs or rows.
+            images: A folder, a table (TSV, CSV; columns "image" or "url"), shards (tar, Parquet; a pattern or address such
+                as `s3://bucket/*.tar`), a `datasets` dataset, or an iterable of images, paths, URLs or rows.
             ids, metadata: One for each image, if `images` has none of its own. Ids default to the images' numbers.
             save_directory: Where the index is written as it grows. After an interruption the same call resumes it;
                 once it is complete, the same call opens it.
@@ -206,8 +206,8 @@ class FromageImageIndex(IndexContents):
 
         Args:
             backend: `"flat"` is exact. `"faiss"` takes `factory` (a string of `faiss.index_factory`, `"Flat"` by
-                default), `nprobe` and `training_size`; see [`FaissBackend`]. `"milvus"` takes `uri` and others, see
-                [`MilvusOptions`], and moves the contents there; the other two take a copy of them back.
+                default), `nprobe`, `k_factor` and `training_size`; see [`FaissBackend`]. `"milvus"` takes `uri` and
+                others, see [`MilvusOptions`], and moves the contents there; the other two take a copy of them back.
 
         Raises:
             ValueError: The backend is not known, has other options, or cannot be trained on so few images; or the
@@ -220,7 +220,7 @@ class FromageImageIndex(IndexContents):
         return self
 
     def set_search_options(self, **options: Any) -> "FromageImageIndex":
-        """Change how the backend searches, without building it anew: `nprobe` for an IVF index, `ef` for Milvus's HNSW.
+        """Change how the backend searches: `k_factor` of a FAISS index, `nprobe` of IVF, `ef` of Milvus's HNSW.
 
         [`save_pretrained`] saves the options with the index.
 

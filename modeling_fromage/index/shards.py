@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from .folder import ListedFile
 
-SHARD_ROWS = 65_536  # one file, and one matrix product of a search: 32 MB in fp16 at q = 256
+SHARD_ROWS = 65_536  # one file: 32 MB in fp16 at q = 256
 _ROWS_AT_A_TIME = 1000  # whose norms are computed together
 LONGEST_ROW = 1.01  # the norm of a unit-norm embedding, with room for its rounding to fp16
 

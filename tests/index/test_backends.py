@@ -39,7 +39,7 @@ def test_faiss_finds_what_flat_search_does(tmp_path, monkeypatch, options):
     assert_searches(index, entries, queries, 10)
     index.save_pretrained(tmp_path)  # in which the positions move up
     index = FromageImageIndex.from_pretrained(tmp_path)
-    expected = {"factory": "Flat", "nprobe": None, "training_size": 200_000, **options}
+    expected = {"factory": "Flat", "nprobe": None, "training_size": 200_000, "k_factor": 1, **options}
     assert index.backend == "faiss" and index._store.now.backend.options == expected
     assert_searches(index, entries, queries, 10)
     assert_searches(index.use_backend("flat"), entries, queries, 10)
@@ -107,7 +107,8 @@ def test_search_options(tmp_path):
     assert index.search(queries, 5).ids == exact
     index.save_pretrained(tmp_path)
     again = FromageImageIndex.from_pretrained(tmp_path)
-    assert again._store.now.backend.options == {"factory": "IVF16,Flat", "nprobe": 16, "training_size": 200_000}
+    options = {"factory": "IVF16,Flat", "nprobe": 16, "training_size": 200_000, "k_factor": 1}
+    assert again._store.now.backend.options == options
     assert again.search(queries, 5).ids == exact
     again.set_search_options(nprobe=1)
     assert (
@@ -120,11 +121,13 @@ def test_search_options(tmp_path):
     [
         ({"backend": "flat"}, {"nprobe": 2}, r"flat backend takes no options, got \['nprobe'\]"),
         ({"backend": "faiss"}, {"nprobe": 2}, "'Flat' has no lists, so `nprobe` does not apply"),
-        ({"backend": "faiss"}, {"probes": 2, "nprobe": 1}, r"are \['nprobe'\], got \['probes'\]"),
+        ({"backend": "faiss"}, {"probes": 2, "nprobe": 1}, r"are \['k_factor', 'nprobe'\], got \['probes'\]"),
         *(
             ({"backend": "faiss", "factory": "IVF4,Flat"}, {"nprobe": value}, "whole number from 1")
             for value in (0, -1, True, 1.5, "4", None, 1 << 40)
         ),
+        ({"backend": "faiss"}, {"k_factor": 0}, "`k_factor` is a whole number from 1"),
+        ({"backend": "faiss", "factory": "IVF4,Flat"}, {"nprobe": 2, "k_factor": None}, "`k_factor` is a whole number"),
     ],
 )
 def test_refused_search_options(backend, options, message):
@@ -135,7 +138,24 @@ def test_refused_search_options(backend, options, message):
     assert index._store.now.backend.options == before
 
 
+def test_stored_embeddings_tell_the_nearest_of_more_proposals(tmp_path):
+    """Codes of 2 bytes alone hardly tell which images are near."""
+    entries, queries = make_entries(600), torch.randn(20, DIM)
+    exact = index_of(entries).search(queries, 5)
+    index = index_of(entries, backend="faiss", factory="PQ2", training_size=600)
+
+    def recall(found) -> float:
+        return sum(len({*a} & {*b}) for a, b in zip(found.ids, exact.ids, strict=True)) / 100
+
+    few = recall(index.search(queries, 5))
+    many = recall(index.set_search_options(k_factor=20).search(queries, 5))
+    assert few < 0.6 < many - 0.2
+    index.save_pretrained(tmp_path)
+    assert recall(FromageImageIndex.from_pretrained(tmp_path).search(queries, 5)) == many
+    assert index.set_search_options(k_factor=1000).search(queries, 5).ids == exact.ids
+
+
 def test_unknown_options_are_named():
     for options in ({"nprobes": 2}, {"factory": "Flat", "lists": 3}):
-        with pytest.raises(ValueError, match=r"takes the options \['factory', 'nprobe', 'training_size'\], got"):
+        with pytest.raises(ValueError, match=r"takes the options \['factory', 'nprobe', 'training_size', 'k_factor'\]"):
             index_of(make_entries(3)).use_backend("faiss", **options)

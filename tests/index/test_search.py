@@ -45,7 +45,7 @@ def test_identical_images_tie_wherever_they_are():
     entries = make_entries(1003, distinct=30)
     assert_searches(index_of(entries), entries, torch.randn(ranking_module._QUERIES_AT_A_TIME + 44, DIM), 20)
     query, rounded = F.normalize(torch.randn(1, DIM), dim=-1), torch.ones(1, 200) + 1e-6 * torch.randn(1, 200)
-    assert top_k_in_order(rounded, query.repeat(200, 1), query, 3)[1].tolist() == [[0, 1, 2]]
+    assert top_k_in_order(rounded, query.repeat(200, 1).__getitem__, query, 3)[1].tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from training import (
     benchmark_dirty_data,
     benchmark_index,
     benchmark_kills,
+    benchmark_large_index,
     benchmark_processes,
     benchmark_serving,
     benchmark_warm_start,
@@ -126,6 +127,11 @@ CASES = {
     ],
     benchmark_index: [
         (["--count", "many"], "whole number of at least 1, got 'many'"),
+        (["--output", "{}/empty"], "is a folder"),
+    ],
+    benchmark_large_index: [
+        (["--count", "10"], "at least 1000"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--output", "{}/empty"], "is a folder"),
     ],
     benchmark_kills: [

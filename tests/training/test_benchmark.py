@@ -10,8 +10,26 @@ from PIL import Image
 from modeling_fromage import FromageDataCollator, FromageImageIndex
 from tests.helpers.backbones import make_processor
 from tests.helpers.paths import PARITY, ROOT
-from training import benchmark, benchmark_answers, benchmark_chat, benchmark_index, benchmark_warm_start
-from training.benchmarks import answers, chat, cluster, dirty_data, index, kills, processes, step, warm_start
+from training import (
+    benchmark,
+    benchmark_answers,
+    benchmark_chat,
+    benchmark_index,
+    benchmark_large_index,
+    benchmark_warm_start,
+)
+from training.benchmarks import (
+    answers,
+    chat,
+    cluster,
+    dirty_data,
+    index,
+    kills,
+    large_index,
+    processes,
+    step,
+    warm_start,
+)
 from training.benchmarks.presets import MAX_LENGTH, PRESETS
 from training.publishing.results import read_results, replace_between
 
@@ -81,6 +99,28 @@ def test_index_benchmark_runs(tmp_path, capsys):
     assert "IVF" in capsys.readouterr().out
 
 
+def test_large_index_benchmark_runs(tmp_path, capsys, monkeypatch):
+    """One size at a time, in one file; and what larger ones take follows from them."""
+    monkeypatch.setattr(large_index, "CODES", "PQ32x4")  # soon trained
+    output = tmp_path / "large.json"
+    sizes = ["--count", "1000", "--training-size", "1000", "--seconds", "0", "--folder", str(tmp_path)]
+    benchmark_large_index.main([*sizes, "--lists", "8", "--graph", "--output", str(output)])
+    benchmark_large_index.main([*sizes, "--lists", "0", "--dtype", "float32", "--output", str(output)])
+    half, full = json.loads(output.read_text())["runs"]
+    assert (half["dtype"], full["dtype"]) == ("float16", "float32") and full["faiss"] == []
+    assert half["build"]["row_bytes"] == pytest.approx(1000 * 512, rel=0.01)
+    codes, graph = half["faiss"]
+    assert codes["searches"][-1]["k_factor"] == 10 and codes["searches"][-1]["recall"] > 0.5
+    assert codes["searches"][-1]["recall"] >= codes["searches"][-2]["recall"] and graph["searches"][0]["recall"] > 0.5
+    text = capsys.readouterr().out
+    assert "| 1,000,000,000 | 512.0 GB |" in text and [*tmp_path.iterdir()] == [output]
+    slow = {**half, "one_query": {**half["one_query"], "ours": {"seconds": 3.0, "cpu_seconds": 1.0, "rounds": 3}}}
+    assert "| 100,000,000 | 51.2 GB |" in large_index.table({"runs": [slow]})
+    assert f"| {100_000 / 60:.0f} min |" in large_index.table(
+        {"runs": [slow]}
+    )  # 100,000 times as many in a second each
+
+
 def test_warm_start_benchmark_runs(tmp_path, capsys):
     case, images = PARITY / "case_a_opt_tied", sorted((PARITY / "common" / "images").resolve().glob("*.png"))[:20]
     rows = [f"{caption} {i}\t{images[i % len(images)]}" for i in range(40) for caption in ("a picture of", "number")]
@@ -145,14 +185,15 @@ def test_readme_has_the_numbers_of_the_results():
     """And they keep what is claimed."""
     pages = [page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
     found = {}
-    modules = {"benchmark": step, "answers": answers, "chat": chat, "index": index, "warm_start": warm_start}
+    modules = {"benchmark": step, "answers": answers, "chat": chat, "index": index, "warm_start": warm_start,
+               "large_index": large_index}  # fmt: skip
     for name, module in modules.items():
         found[name] = read_results(f"{name}_*.json")
         tables = [module.table(results) for results in found[name]]
         shown = [page for page in pages if f"<!-- {name}: rendered by training.benchmark -->" in page]
         assert shown and (tables or name == "warm_start")  # whose run is stored when there is one
         assert all(replace_between(page, name, tables, "training.benchmark") == page for page in shown)
-    steps, answered, chats, indexes, warm_starts = found.values()
+    steps, answered, chats, indexes, warm_starts, large = found.values()
     for result in steps:
         # What is saved in operations is saved in time; on a GPU not all of it, which small products use less well.
         assert result["ratios"]["live"]["time_over_operations"] >= (1.0 if result["preset"] == "cpu" else 0.9)
@@ -173,6 +214,10 @@ def test_readme_has_the_numbers_of_the_results():
         assert min(row["recall"] for row in result["search"].values()) == 1.0
         assert result["opening"]["seconds"] < 1 and result["opening"]["bytes"] < 100e6
         assert result["build"]["ratio"] >= 0.9 and result["count"] >= 1_000_000
+    for run in (run for result in large for run in result["runs"]):
+        one = run["one_query"]
+        assert one["ours"]["cpu_seconds"] <= 1.2 * one["product"]["cpu_seconds"]
+        assert run["count"] != 200_000 or max(row["mask"]["seconds"] for row in run["filters"].values()) <= 0.01
     for result in warm_starts:
         for found_on in result["sets"].values():
             assert found_on["medians"][found_on["reached"]]["share"]["cpu"] <= 0.1

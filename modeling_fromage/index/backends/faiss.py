@@ -38,6 +38,8 @@ class FaissBackend:
             `"OPQ64,IVF4096,PQ64"`, ...
         nprobe (`int`, *optional*): Number of lists that a search of an IVF index visits; FAISS's default is 1.
         training_size (`int`): Number of embeddings, evenly spaced, that train it at most.
+        k_factor (`int`): Number of proposals for each image that is wanted, of which the stored embeddings tell the
+            nearest. More than 1 is for codes such as PQ, which tell neighbours apart badly.
 
     Raises:
         ImportError: FAISS is not installed.
@@ -46,13 +48,20 @@ class FaissBackend:
 
     name = "faiss"
 
-    def __init__(self, factory: str = "Flat", nprobe: int | None = None, training_size: int = 200_000):
+    def __init__(
+        self,
+        factory: str = "Flat",
+        nprobe: int | None = None,
+        training_size: int = 200_000,
+        k_factor: int = 1,
+    ):
         if not is_faiss_available():
             raise ImportError("backend='faiss' needs FAISS: pip install 'modeling-fromage[index]' (or faiss-gpu).")
         if not isinstance(factory, str):
             raise ValueError(f"`factory` is a string of `faiss.index_factory`, got {factory!r}.")
         self.factory, self.training_size = factory, _as_count("training_size", training_size)
         self.nprobe = None if nprobe is None else _as_count("nprobe", nprobe)
+        self.k_factor = _as_count("k_factor", k_factor)
         self._index: faiss.Index | None = None
         self._file: tuple[ListedFile, int, int] | None = None  # with the count and width of what is in it
         self._opening, self._access = threading.Lock(), _SharedLock()
@@ -72,20 +81,20 @@ class FaissBackend:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"factory": self.factory, "nprobe": self.nprobe, "training_size": self.training_size}
+        names = ("factory", "nprobe", "training_size", "k_factor")
+        return {name: getattr(self, name) for name in names}
 
     def set_options(self, **options: Any) -> None:
-        unknown = sorted(set(options) - {"nprobe"})
+        unknown = sorted(set(options) - {"nprobe", "k_factor"})
         if unknown:
-            raise ValueError(f"The search options of the faiss backend are ['nprobe'], got {unknown}.")
-        if "nprobe" in options:
-            nprobe = _as_count("nprobe", options["nprobe"])
-            if faiss.try_extract_index_ivf(self.index) is None:
-                raise ValueError(
-                    f"The FAISS index {self.factory!r} has no lists, so `nprobe` does not apply. It is for IVF "
-                    "factories, such as 'IVF1024,Flat'."
-                )
-            self.nprobe = nprobe
+            raise ValueError(f"The search options of the faiss backend are ['k_factor', 'nprobe'], got {unknown}.")
+        counts = {name: _as_count(name, value) for name, value in options.items()}
+        if "nprobe" in counts and faiss.try_extract_index_ivf(self.index) is None:
+            raise ValueError(
+                f"The FAISS index {self.factory!r} has no lists, so `nprobe` does not apply. It is for IVF "
+                "factories, such as 'IVF1024,Flat'."
+            )
+        self.nprobe, self.k_factor = counts.get("nprobe", self.nprobe), counts.get("k_factor", self.k_factor)
 
     @property
     def index(self) -> "faiss.Index":
@@ -163,7 +172,7 @@ class FaissBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[`search_flat`] among what FAISS proposes."""
         count, total = sum(shard.count for shard in shards), self.size  # which may know of more by now
-        wanted = top_k + max((len(excluded) for excluded in excluded_positions), default=0)
+        wanted = top_k * self.k_factor + max((len(excluded) for excluded in excluded_positions), default=0)
         while True:
             proposed = self._propose(queries, min(wanted, total))
             usable = (proposed >= 0) & (proposed < count)

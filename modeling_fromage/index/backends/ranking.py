@@ -11,7 +11,9 @@ from ..shards import Shard
 from .base import Hits, SearchRequest
 
 _QUERIES_AT_A_TIME = 256
-_ROUNDING = 1e-5  # more than a matrix product's cosines are off by
+# More than two of a matrix product's cosines are off by together. In fp16 each is off by up to 2**-11 for the query's
+# rounding and 2**-11 for its own.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2.1e-3}
 SPARE = 8  # candidates beyond k
 _NUMBERS_AT_A_TIME = 1 << 24
 
@@ -21,6 +23,8 @@ FindPositions = Callable[
     [Sequence[Shard], torch.Tensor, int, Sequence[torch.Tensor], torch.Tensor | None],
     tuple[torch.Tensor, torch.Tensor],
 ]
+
+RowsOf = Callable[[torch.Tensor], torch.Tensor]  # from numbers of rows (Q, c) to the rows (Q, c, q), in fp32 on the CPU
 
 
 def search_by_position(request: SearchRequest, find: FindPositions) -> Hits:
@@ -59,49 +63,53 @@ def search_by_position(request: SearchRequest, find: FindPositions) -> Hits:
 
 def rows_at(shards: Sequence[Shard], positions: torch.Tensor) -> torch.Tensor:
     """Embeddings (P, q) in fp32 at `positions` (P,)."""
-    pieces, order, start = [], [], 0
-    for shard in shards:
-        here = ((positions >= start) & (positions < start + shard.count)).nonzero()[:, 0]
-        if len(here):
-            rows = shard.rows()
-            pieces.append(rows[(positions[here] - start).to(rows.device)].float().cpu())
-            order.append(here)
-        start += shard.count
-    return torch.cat(pieces)[torch.cat(order).argsort()]
+    ends = torch.tensor([shard.count for shard in shards]).cumsum(0)
+    ordered, order = positions.sort()
+    pieces = []
+    numbers, counts = torch.bucketize(ordered, ends, right=True).unique_consecutive(return_counts=True)
+    for number, here in zip(numbers.tolist(), ordered.split(counts.tolist()), strict=True):
+        shard = shards[number]
+        rows, start = shard.rows(), int(ends[number]) - shard.count
+        pieces.append(rows[(here - start).to(rows.device)].float().cpu())
+    return torch.cat(pieces)[order.argsort()]
 
 
 def top_k_in_order(
-    scores: torch.Tensor, rows: torch.Tensor, queries: torch.Tensor, k: int
+    scores: torch.Tensor, rows_of: RowsOf, queries: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest cosines of each query with `rows` (n, q) and the rows' numbers, both (Q, k). Of equal ones the
-    first rows count.
+    """The k largest cosines of each query with n rows and the rows' numbers, both (Q, k). Of equal ones the first rows
+    count.
 
     A matrix product rounds the cosine of one pair of vectors differently in different places of the matrix. So the
     product, `scores` (Q, n), only tells which rows come close. Their cosines are computed again, the same way in every
     place.
 
     Args:
-        scores: -inf for rows that are not to be found.
+        scores: -inf for rows that are not to be found. Their dtype says how exact the others are.
+        rows_of: Returns the rows of numbers (Q, c), in fp32.
     """
+    rounding, scores = ROUNDING[scores.dtype], scores.float()
     values, columns = scores.topk(min(k + SPARE, scores.shape[1]))
-    close = ((scores >= values[:, k - 1 : k] - _ROUNDING) & (scores > -torch.inf)).sum(-1)
-    best, found = _rank(values, columns, rows, queries, k)
-    for row in (close > values.shape[1]).nonzero()[:, 0].tolist():  # many images alike
-        near, one = scores[row : row + 1].topk(int(close[row])), slice(row, row + 1)
-        best[one], found[one] = _rank(*near, rows, queries[one], k)
+    threshold = (values[:, k - 1] - rounding).clamp(min=torch.finfo(values.dtype).min)  # -inf is not close to anything
+    best, found = _rank(values, columns, rows_of, queries, k)
+    for row in (values[:, -1] >= threshold).nonzero()[:, 0].tolist():  # perhaps there are more as close
+        close = int((scores[row] >= threshold[row]).sum())
+        if close > values.shape[1]:  # many images alike
+            near, one = scores[row : row + 1].topk(close), slice(row, row + 1)
+            best[one], found[one] = _rank(*near, rows_of, queries[one], k)
     return best, found
 
 
 def _rank(
-    values: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, queries: torch.Tensor, k: int
+    values: torch.Tensor, columns: torch.Tensor, rows_of: RowsOf, queries: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best of the candidates `columns` (Q, c) by their exact cosines, without those whose `values` are -inf."""
     best, found = [], []
-    step = max(1, _NUMBERS_AT_A_TIME // (columns.shape[1] * rows.shape[1]))
+    step = max(1, _NUMBERS_AT_A_TIME // (columns.shape[1] * queries.shape[1]))
     columns, order = columns.sort(dim=-1)
     values = values.gather(-1, order).cpu()
     for some, near, numbers in zip(queries.split(step), values.split(step), columns.split(step), strict=True):
-        exact = cosines(some, rows[numbers].float().cpu()).masked_fill(near == -torch.inf, -torch.inf)
+        exact = cosines(some, rows_of(numbers)).masked_fill(near == -torch.inf, -torch.inf)
         exact, order = exact.sort(dim=-1, descending=True, stable=True)
         best.append(exact[:, :k])
         found.append(numbers.cpu().gather(-1, order[:, :k]))

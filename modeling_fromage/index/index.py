@@ -104,7 +104,7 @@ class FromageImageIndex(IndexContents):
 
         Args:
             images: A folder, a table (TSV, CSV; columns "image" or "url"), shards (tar, Parquet; a pattern, or an
-                address such as `s3://bucket/*.tar`), a `datasets` dataset, or an iterable of images, paths, URLs or rows.
+                address such as `s3://bucket/*.tar`), a `datasets` dataset, or an iterable of images, paths or rows.
             ids, metadata: One for each image, if `images` has none of its own. Ids default to the images' numbers.
             save_directory: Where the index is written as it grows. After an interruption the same call resumes it;
                 once it is complete, the same call opens it.

@@ -32,7 +32,7 @@ $(VENV)/vision.stamp: pyproject.toml constraints.txt
 # so in an environment of its own.
 test-apps:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-apps $(VENV)-apps/apps.stamp
-	OMP_NUM_THREADS=1 $(VENV)-apps/bin/python -m pytest -q tests/apps
+	OMP_NUM_THREADS=1 $(VENV)-apps/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests/apps
 
 $(VENV)/apps.stamp: $(VENV)/demo.stamp
 	$(PIP) -c constraints-apps.txt -e '.[dev,demo,milvus,quickstart,ray]' ipykernel nbclient openai playwright

@@ -1,5 +1,6 @@
 """What one prompt of a batch asks for, and how `generate` does it for each row by itself: its end, and its samples."""
 
+import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,10 +52,18 @@ class AnswerOptions:
             )
         if self.feed_images_back and not (self.images.index is not None and self.images.load_images):
             raise ValueError("`feed_images_back` needs an index, and `load_images`.")
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
+        counts = (self.max_new_tokens, self.min_tokens_before_ret, self.max_num_rets or 0, self.top_k)
+        if not all(0 <= count < 1 << 31 for count in counts):
             raise ValueError(
-                "`temperature` and `top_k` must be at least 0, and `top_p` above 0 and at most 1; got "
-                f"{self.temperature}, {self.top_k} and {self.top_p}."
+                "`max_new_tokens`, `min_tokens_before_ret`, `max_num_rets` and `top_k` must be from 0 to 2^31 - 1, got "
+                f"{str(counts)[:200]}."
+            )
+        if math.isnan(self.ret_bias) or math.isnan(self.ret_scale_factor):
+            raise ValueError(f"`ret_bias` and `ret_scale_factor` are {self.ret_bias} and {self.ret_scale_factor}.")
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                f"`temperature` must be at least 0, and `top_p` above 0 and at most 1; got {self.temperature} and "
+                f"{self.top_p}."
             )
 
 
@@ -70,6 +79,7 @@ class Row:
         on_token: Called with each token that is generated.
         is_cancelled: Asked after each token whether the answer is still wanted.
         is_isolated: Whether an error of its own search is kept in `error`, and the others' answers go on.
+        is_kept: Whether it is likely to come back longer, so that what is computed for it is kept.
     """
 
     ids: list[int]
@@ -80,6 +90,7 @@ class Row:
     on_token: Callable[[int], None] | None = None
     is_cancelled: Callable[[], bool] | None = None
     is_isolated: bool = False
+    is_kept: bool = True
     error: Exception | None = None
     segments: list[Segment] = field(default_factory=list)
     num_generated: int = 0
@@ -201,17 +212,18 @@ class SeededSampling(LogitsProcessor):
     """Samples each row by its own temperature, `top_k`, `top_p` and generator, for a `generate` that takes the largest
     score: Gumbel noise on log-probabilities is largest where a sample would have fallen.
 
-    A row's noise is drawn from its own generator, so that its answer does not depend on what else is in the batch.
+    A row's noise is drawn from its own generator, and none once it has ended, so that its answer does not depend on
+    what else is in the batch.
     """
 
-    def __init__(self, rows: Sequence[Row]):
-        self.rows = rows
+    def __init__(self, rows: Sequence[Row], ends: RowEnds):
+        self.rows, self.ends = rows, ends
         self.warpers = [_warpers(row.options) for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         for number, (row, warpers) in enumerate(zip(self.rows, self.warpers, strict=True)):
-            if not row.options.temperature:
+            if not row.options.temperature or self.ends.ended[number]:
                 continue
             here = slice(number, number + 1)
             for warper in warpers:

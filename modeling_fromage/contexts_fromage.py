@@ -29,7 +29,14 @@ class Contexts:
         processor: "FromageProcessor",
         prefix_cache: PrefixCache | None = None,
     ):
-        self.model, self.processor, self.prefix_cache = model, processor, prefix_cache
+        self.model, self.processor = model, processor
+        self.prefix_cache = prefix_cache if prefix_cache is not None and prefix_cache.max_bytes else None
+        self._version = 0  # of the model, see [`PrefixCache.check_model`]
+
+    def begin(self) -> None:
+        """To be called before prompts are answered: whether the model is still what it was takes a while to see."""
+        if self.prefix_cache is not None:
+            self._version = self.prefix_cache.check_model(self.model)
 
     def rows(
         self,
@@ -43,8 +50,6 @@ class Contexts:
         Raises:
             ValueError: A prompt is empty, or its images and placeholders differ in number.
         """
-        if self.prefix_cache is not None:
-            self.prefix_cache.check_model(self.model)
         rows, pixels = [], []
         for number, (text, own, excluded) in enumerate(zip(texts, images, exclude_ids, strict=True)):
             if not text:
@@ -75,7 +80,7 @@ class Contexts:
         """Pooled features (vision width,) and, where prefixes are kept, the digest of each image (C, height, width)."""
         cache = self.prefix_cache
         digests = [b"" if cache is None else digest_of(each) for each in pixels]
-        known = {} if cache is None else {digest: cache.find_features(digest) for digest in digests}
+        known = {} if cache is None else {digest: cache.find_features(self._version, digest) for digest in digests}
         found = [known.get(digest) for digest in digests]
         new = [number for number, features in enumerate(found) if features is None]
         if new:
@@ -84,7 +89,7 @@ class Contexts:
             for number, features in zip(new, encoded, strict=True):
                 found[number] = features
                 if cache is not None:
-                    cache.keep_features(digests[number], features)
+                    cache.keep_features(self._version, digests[number], features)
         return [(features, digest) for features, digest in zip(found, digests, strict=True) if features is not None]
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -101,14 +106,14 @@ class Contexts:
         if self.prefix_cache is None:
             return {}
         own = [self._identities(row) for row in rows]
-        cache = self.prefix_cache.prefix_of(self.model.frozen_lm(), own, new_tokens)
+        cache = self.prefix_cache.prefix_of(self._version, self.model.frozen_lm(), own, new_tokens)
         return {} if cache is None else {"past_key_values": cache}
 
     def keep(self, rows: Sequence[Row], starts: Sequence[int], width: int, cache: Any) -> None:
         """Keep what `generate` has computed for rows whose prompts were the columns from `starts` to `width`."""
         if self.prefix_cache is not None:
-            own = [self._identities(row) for row in rows]
-            self.prefix_cache.keep(self.model.frozen_lm(), own, starts, width, cache)
+            own = [self._identities(row) if row.is_kept else None for row in rows]
+            self.prefix_cache.keep(self._version, self.model.frozen_lm(), own, starts, width, cache)
 
     def _identities(self, row: Row) -> torch.Tensor:
         config = self.model.config

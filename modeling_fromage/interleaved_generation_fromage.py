@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .answer_rows_fromage import MAX_NEW_TOKENS, AnswerOptions, Row, RowEnds, SeededSampling, ret_options
-from .backbones_fromage import context_length
+from .backbones_fromage import context_length, rope_switch
 from .contexts_fromage import Contexts
 from .generation_fromage import RET_GENERATION_DEFAULTS
 from .image_search_fromage import ImageIndex, ImageSearch, Segment
@@ -73,7 +73,7 @@ class InterleavedGeneration:
         self.contexts = Contexts(model, processor, prefix_cache)
         self.logged: set[Any] = set() if logged is None else logged
         text_config: Any = model.config.text_config
-        self.context_length = context_length(text_config)
+        self.context_length, self.rope_switch = context_length(text_config), rope_switch(text_config)
         self.defaults: dict[str, Any] = {
             "index": index,
             "images_per_ret": images_per_ret,
@@ -148,6 +148,7 @@ class InterleavedGeneration:
         """
         images = [[]] * len(texts) if images is None else images
         exclude_ids = [[]] * len(texts) if exclude_ids is None else exclude_ids
+        self.contexts.begin()
         rows = self.contexts.rows(texts, images, exclude_ids, [self._default_options] * len(texts))
         self.run(rows)
         return [trimmed(row.segments) for row in rows]
@@ -176,14 +177,14 @@ class InterleavedGeneration:
     def _continue(self, rows: list[Row]) -> None:
         """Generate; where images are fed back, up to the next `[RET]`."""
         tokens_left = max(row.tokens_left for row in rows)
-        longest = max(rows, key=lambda row: len(row.ids))
-        if len(rows) > 1 and len(longest.ids) + tokens_left > self.context_length:
-            # Each may fit on its own, but not the longest context with the tokens that another row has left.
+        if len(rows) > 1 and not _fit_together(rows, self.context_length, self.rope_switch):
+            longest = max(rows, key=lambda row: len(row.ids))
             self._continue([longest])
             self._continue([row for row in rows if row is not longest])
             return
         inputs = self.contexts.batch(rows)
         width = inputs["input_ids"].shape[1]
+        ends = None if self.is_beam_search else RowEnds(rows, self.processor.tokenizer, width, self._ret_ids())
         output: Any = self.model.generate(
             **inputs,
             **(self.contexts.known(rows, tokens_left) if self._uses_prefixes else {}),
@@ -193,33 +194,31 @@ class InterleavedGeneration:
                 "pad_token_id": self.processor.tokenizer.pad_token_id,
                 **self.generate_kwargs,
                 **ret_options(rows),
-                **self._ends(rows, width),
+                **self._ends(rows, ends),
             },
         )
         starts = [width - len(row.ids) for row in rows]
-        for row, sequence, embeds in zip(rows, output.sequences[:, width:].tolist(), output.ret_embeds, strict=True):
+        sequences = output.sequences[:, width:].tolist() if ends is None else ends.generated
+        for row, sequence, embeds in zip(rows, sequences, output.ret_embeds, strict=True):
             row.consume_generated(sequence, embeds, self.processor.tokenizer, self._ret_ids())
         if self._uses_prefixes:
             self.contexts.keep(rows, starts, width, output.get("past_key_values"))
 
-    def _ends(self, rows: list[Row], width: int) -> dict[str, Any]:
+    def _ends(self, rows: list[Row], ends: RowEnds | None) -> dict[str, Any]:
         """What ends answers, and samples of each row's own."""
-        ret_ids = self._ret_ids()
-        eos_ids = [row.eos_ids(ret_ids) for row in rows]
+        eos_ids = [row.eos_ids(self._ret_ids()) for row in rows]
         common = [token for token in eos_ids[0] if all(token in own for own in eos_ids)]
-        options: dict[str, Any] = {
-            "eos_token_id": common or self.processor.image_token_id
-        }  # `None` would be the model's
-        if self.is_beam_search:
+        # One is needed: `None` would be the model's.
+        options: dict[str, Any] = {"eos_token_id": common or self.processor.image_token_id}
+        if ends is None:
             if rows[0].options.stop_strings:
                 options.update(stop_strings=rows[0].options.stop_strings, tokenizer=self.processor.tokenizer)
             return options
-        ends = RowEnds(rows, self.processor.tokenizer, width, ret_ids)
         criteria = self.generate_kwargs.get("stopping_criteria") or []
         options["stopping_criteria"] = StoppingCriteriaList([*criteria, ends])
         if any(row.options.temperature for row in rows):
             given = self.generate_kwargs.get("logits_processor") or []
-            options["logits_processor"] = LogitsProcessorList([*given, SeededSampling(rows)])
+            options["logits_processor"] = LogitsProcessorList([*given, SeededSampling(rows, ends)])
             options["do_sample"] = False  # the noise is in the scores
         return options
 
@@ -269,6 +268,14 @@ class InterleavedGeneration:
             images = [segment["image"] for segment in last if segment["image"] is not None]
             if images and len(row.ids) + k * len(images) + row.tokens_left <= self.context_length:
                 self.contexts.append_images(row, images)
+
+
+def _fit_together(rows: Sequence[Row], context: float, switch: float) -> bool:
+    """Whether rows fit `context` padded to the longest, each with as many tokens as another has left, and lie on one
+    side of the [`rope_switch`]."""
+    lengths = [len(row.ids) for row in rows]
+    most = max(lengths) + max(row.tokens_left for row in rows)
+    return most <= context and (most <= switch or min(lengths) > switch)
 
 
 def trimmed(segments: list[Segment]) -> list[Segment]:

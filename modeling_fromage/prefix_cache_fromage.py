@@ -20,7 +20,8 @@ from .frozen_lm_fromage import FrozenLM
 
 MAX_BYTES = 1 << 28  # of keys and values
 _MAX_FEATURES = 256  # images whose pooled features are kept, some kilobytes each
-_PEFT_STATE = ("active_adapters", "disable_adapters", "merged_adapters")  # of PEFT's layers
+_MAX_ENTRIES = 512  # each is compared with each prompt
+_PEFT_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")  # of PEFT's layers
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 Layers = list[KeysAndValues | None]  # (H, T, d) or (B, H, L, d) each; `None` where a layer borrows another's
 
@@ -49,6 +50,7 @@ class PrefixCache:
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._state: Any = None
+        self._version = 0  # of the model
         self._count = 0
         self._lock = threading.RLock()
 
@@ -64,32 +66,40 @@ class PrefixCache:
             self._entries.clear()
             self._features.clear()
 
-    def check_model(self, model: PreTrainedModel) -> None:
-        """Forget everything if `model` is not what it was."""
+    def check_model(self, model: PreTrainedModel) -> int:
+        """Forget everything if `model` is not what it was; returns the number of what it is now.
+
+        The other methods take this number, and know nothing of a model that has changed since.
+        """
         state = _state_of(model)
         with self._lock:
             if state != self._state:
                 self.clear()
-                self._state = state
+                self._state, self._version = state, self._version + 1
+            return self._version
 
     # ---- images ----------------------------------------------------------------------------------------------------
 
-    def find_features(self, digest: bytes) -> torch.Tensor | None:
+    def find_features(self, version: int, digest: bytes) -> torch.Tensor | None:
         """Pooled features (vision width,) of the image with this digest."""
         with self._lock:
+            if version != self._version:
+                return None
             if digest in self._features:
                 self._features.move_to_end(digest)
             return self._features.get(digest)
 
-    def keep_features(self, digest: bytes, features: torch.Tensor) -> None:
+    def keep_features(self, version: int, digest: bytes, features: torch.Tensor) -> None:
         with self._lock:
+            if version != self._version:
+                return
             self._features[digest] = features.clone()  # not a view that holds a batch in memory
             while len(self._features) > _MAX_FEATURES:
                 self._features.popitem(last=False)
 
     # ---- keys and values -------------------------------------------------------------------------------------------
 
-    def prefix_of(self, lm: FrozenLM, rows: Sequence[torch.Tensor], new_tokens: int) -> Cache | None:
+    def prefix_of(self, version: int, lm: FrozenLM, rows: Sequence[torch.Tensor], new_tokens: int) -> Cache | None:
         """What is known of the first columns of a batch that is padded on the left, all columns but the last at most.
 
         Args:
@@ -101,9 +111,11 @@ class PrefixCache:
             A cache of these columns, or `None` where nothing is known.
         """
         width = max(map(len, rows))
-        if not self.max_bytes or not goes_on(lm, width + new_tokens):
+        if not goes_on(lm, width + new_tokens):
             return None
         with self._lock:
+            if version != self._version:
+                return None
             found = [self._longest(row) for row in rows]
         # A row's known tokens stand behind its padding. What all rows know, or have padding in, need not run.
         starts = [width - len(row) for row in rows]
@@ -111,29 +123,41 @@ class PrefixCache:
         known = [(entry, columns - start) for start, (entry, _) in zip(starts, found, strict=True)]
         return _join(lm, known, columns) if any(length > 0 for _, length in known) else None
 
-    def keep(self, lm: FrozenLM, rows: Sequence[torch.Tensor], starts: Sequence[int], width: int, cache: Any) -> None:
+    def keep(
+        self,
+        version: int,
+        lm: FrozenLM,
+        rows: Sequence[torch.Tensor | None],
+        starts: Sequence[int],
+        width: int,
+        cache: Any,
+    ) -> None:
         """Keep what a generation has computed, in the place of what it went on from.
 
         Args:
-            rows: The [`identities`] of each row's tokens, those that were generated among them.
+            rows: The [`identities`] of each row's tokens, those that were generated among them; `None` keeps nothing.
             starts: The columns where they begin, behind the padding.
             width (`int`): Columns of the prompts.
             cache: The cache after it.
         """
-        if not self.max_bytes or not is_plain(cache) or not goes_on(lm, cache.get_seq_length()):
+        if not is_plain(cache) or not goes_on(lm, cache.get_seq_length()):
             return
         for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            if row is None:
+                continue
             tokens = row[: cache.get_seq_length() - start]
             layers = _cut(cache, number, start, start + len(tokens))
             num_bytes = sum(2 * each[0].nbytes for each in layers if each is not None)
             with self._lock:
+                if version != self._version:
+                    return
                 # An answer that comes back as text may be of other tokens; the prompt before it is not.
                 gone = [key for key, old in self._entries.items() if _begins(tokens, old.tokens[: old.prompt_length])]
                 for key in gone:
                     del self._entries[key]
                 self._entries[self._count] = _Entry(tokens.clone(), width - start, layers, num_bytes)
                 self._count += 1
-                while self.num_bytes > self.max_bytes:
+                while self.num_bytes > self.max_bytes or len(self._entries) > _MAX_ENTRIES:
                     self._entries.popitem(last=False)
 
     def _longest(self, row: torch.Tensor) -> tuple[_Entry | None, int]:

@@ -1,6 +1,7 @@
 """One model and many who ask it at once: requests that arrive together are answered in one batch."""
 
 import contextlib
+import copy
 import logging
 import queue
 import secrets
@@ -21,6 +22,7 @@ from .text_stream import TextStream
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_GRACE = 5.0  # seconds for what was cancelled to end
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 
@@ -45,6 +47,7 @@ class Answer:
         self, engine: "Engine", inputs: dict[str, Any], generation: InterleavedGeneration, own: dict[str, Any]
     ):
         self.inputs, self.generation, self.options = inputs, generation, generation.options(**own)
+        self.is_alone = generation.is_beam_search or generation.generate_kwargs != {"do_sample": False}
         self.prompt_tokens = self.completion_tokens = 0
         self.finish_reason = ""
         self._text = TextStream(engine.pipe.processor.tokenizer, engine.ret_ids, self.options)
@@ -97,6 +100,7 @@ class Answer:
     def begin(self, row: Row) -> None:
         self.row = row
         row.on_token, row.is_cancelled, row.is_isolated = self._take, self._cancelled.is_set, True
+        row.is_kept = self.inputs["is_chat"]
         self.prompt_tokens = row.prompt_length
 
     def _take(self, token: int) -> None:
@@ -149,12 +153,18 @@ class Engine:
         self.ret_ids = range(config.ret_token_id, config.ret_token_id + config.num_ret_tokens)
         self._waiting: list[Answer] = []
         self._running: list[Answer] = []
-        self._errands: list[Callable[[], None]] = []
+        self._errands: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._changed = threading.Condition()
-        self._reading = threading.Lock()  # tokenizers of several threads
+        # Of callers; the pipeline's own tokenizer is the thread's.
+        self._counter, self._counting = copy.deepcopy(pipe.processor), threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="fromage-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are answered: nothing but [`close`] should end that."""
+        return self._thread.is_alive()
 
     @property
     def num_waiting(self) -> int:
@@ -201,31 +211,24 @@ class Engine:
         own.setdefault("seed", secrets.randbits(63))
         pre, forward, _ = pipe._sanitize_parameters(**options)
         pre, forward = {**pipe._preprocess_params, **pre}, {**pipe._forward_params, **forward}
-        with self._reading:
-            inputs = pipe.preprocess(prompt, **pre)
-            used = pipe.processor.count_tokens(inputs["text"]) if inputs["text"] else 0
+        inputs = pipe.preprocess(prompt, **pre)
+        with self._counting:
+            used = self._counter.count_tokens(inputs["text"]) if inputs["text"] else 0
         check_fits(used, forward.get("max_new_tokens", MAX_NEW_TOKENS), pipe)
         forward.setdefault("stop_strings", inputs["stops"])
-        cache = pipe.prefix_cache if inputs["is_chat"] else None
+        forward.setdefault("do_sample", False)  # whatever the model's own generation config says
         generation = InterleavedGeneration(
-            pipe.model, pipe.processor, logged=pipe._logged, prefix_cache=cache, **forward
+            pipe.model, pipe.processor, logged=pipe._logged, prefix_cache=pipe.prefix_cache, **forward
         )
         return Answer(self, inputs, generation, own)
 
     def run(self, function: Callable[[], T]) -> T:
         """Run something else with the model, between two batches, and return what it returns."""
         future: Future[T] = Future()
-
-        def errand() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:  # it is raised where it is waited for
-                future.set_exception(error)
-
         with self._changed:
             if self._closed:
                 raise EngineClosedError("The engine is closed.")
-            self._errands.append(errand)
+            self._errands.append((future, function))
             self._changed.notify_all()
         return future.result()
 
@@ -237,41 +240,49 @@ class Engine:
         self._thread.join(timeout)
         for answer in [*self._waiting, *self._running]:
             answer.cancel()
-        self._thread.join()
+        self._thread.join(timeout and _GRACE)
+        if self._thread.is_alive():
+            logger.error("What the engine runs does not end. Its requests are given up.")
+            self._give_up(EngineClosedError("The engine was closed."))
+
+    def _give_up(self, error: BaseException) -> None:
+        with self._changed:
+            self._closed = True
+            answers, self._waiting = [*self._running, *self._waiting], []
+            errands, self._errands = self._errands, []
+        for answer in answers:
+            answer.end(error)
+        for future, _ in errands:
+            future.set_exception(error)
 
     # ---- the thread ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._errands or self._closed):
-                    self._changed.wait()
-                errands, self._errands = self._errands, []
-                if not (self._waiting or errands):
-                    return
-            for errand in errands:
-                errand()
-            if self._waiting:
-                self._answer_some()
+        try:
+            while self._work_once():
+                pass
+        except BaseException as error:  # a mistake of ours: nobody must wait for what does not come
+            logger.exception("The engine fails.")
+            self._give_up(error)
 
-    def _answer_some(self) -> None:
-        """Answer the first that waits, and others with it."""
-        start = time.monotonic()
+    def _work_once(self) -> bool:
+        """Wait for something to do, and do it; whether there may be more."""
         with self._changed:
-            while len(self._waiting) < self.max_batch_size and not self._closed:
-                left = start + self.wait_seconds - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            first, *others = self._waiting
-            alone = bool(first.generation.generate_kwargs)
-            together = [] if alone else [answer for answer in others if not answer.generation.generate_kwargs]
-            self._running = [first, *together[: self.max_batch_size - 1]]
-            self._waiting = [answer for answer in self._waiting if answer not in self._running]
+            while not (self._waiting or self._errands or self._closed):
+                self._changed.wait()
+            errands, self._errands = self._errands, []
+            if not (self._waiting or errands):
+                return False
+        for future, function in errands:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # it is raised where it is waited for
+                future.set_exception(error)
+        self._choose()
         wanted = [answer for answer in self._running if not answer.is_cancelled]
         try:
             self._answer(wanted)
-        except BaseException as error:
+        except Exception as error:
             if not isinstance(error, ValueError):
                 logger.exception("A batch of %d requests failed.", len(wanted))
             for answer in wanted:
@@ -279,23 +290,39 @@ class Engine:
         for answer in self._running:
             answer.end()
         self._running = []
+        return True
+
+    def _choose(self) -> None:
+        """Take the first that waits, and others that may run with it."""
+        start = time.monotonic()
+        with self._changed:
+            while 0 < len(self._waiting) < self.max_batch_size and not self._closed:
+                left = start + self.wait_seconds - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            if not self._waiting:  # who waited has given up
+                return
+            first, *others = self._waiting
+            together = [] if first.is_alone else [answer for answer in others if not answer.is_alone]
+            self._running = [first, *together[: self.max_batch_size - 1]]
+            self._waiting = [answer for answer in self._waiting if answer not in self._running]
 
     @torch.no_grad()
     def _answer(self, answers: Sequence[Answer]) -> None:
-        rows = []
+        if not answers:
+            return
+        generation, rows = answers[0].generation, list[Row]()
+        generation.contexts.begin()
         for answer in answers:
+            inputs = answer.inputs
             with _failing_alone(answer):
-                row = self._row(answer)
+                prompt = ([inputs["text"]], [inputs["images"]], [inputs["shown"]])
+                [row] = generation.contexts.rows(*prompt, [answer.options])
                 answer.begin(row)
                 rows.append(row)
         if rows:
-            answers[0].generation.run(rows)
-
-    def _row(self, answer: Answer) -> Row:
-        inputs = answer.inputs
-        contexts = answer.generation.contexts
-        with self._reading:
-            return contexts.rows([inputs["text"]], [inputs["images"]], [inputs["shown"]], [answer.options])[0]
+            generation.run(rows)
 
 
 def check_fits(prompt_tokens: int, max_new_tokens: int, pipe: FromagePipeline) -> None:

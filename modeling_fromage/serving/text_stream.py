@@ -1,5 +1,6 @@
 """The text of an answer while it is written, of which nothing is ever taken back."""
 
+import re
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ..answer_rows_fromage import AnswerOptions
 from ..image_search_fromage import Segment
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of one byte
 _INCOMPLETE = "�"  # what tokenizers give for the first bytes of a letter
 
 
@@ -30,7 +32,7 @@ class TextStream:
         is_ret = token in self.ret_ids
         if not self.holds and not is_ret and token not in self.eos_ids:
             self.tokens.append(token)
-            yield from self._new(self._certain(self._text()))
+            yield from self._new(self._certain())
         elif is_ret:
             if not self.holds:
                 yield from self._new(self._text())
@@ -44,16 +46,21 @@ class TextStream:
             yield from self._new(str(parts.pop(0)["text"]))
         yield from parts
 
-    def _text(self) -> str:
-        text: Any = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+    def _text(self, count: int | None = None) -> str:
+        """The text of the first `count` tokens, up to a stop string."""
+        text: Any = self.tokenizer.decode(self.tokens[:count], skip_special_tokens=True)
         ends = [text.index(stop) for stop in self.stop_strings if stop in text]
         return text[: min(ends, default=len(text))]
 
-    def _certain(self, text: str) -> str:
+    def _certain(self) -> str:
+        count = len(self.tokens)
+        while count and _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(self.tokens[count - 1]))):
+            count -= 1  # a letter in bytes is one only if no byte follows that does not fit
+        text = self._text(count).rstrip(_INCOMPLETE)
         for stop in self.stop_strings:
             begun = (n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n]))
             text = text[: len(text) - next(begun, 0)]
-        return text.rstrip(_INCOMPLETE).rstrip()
+        return text.rstrip()
 
     def _new(self, text: str) -> Iterator[Segment]:
         text = text.lstrip()

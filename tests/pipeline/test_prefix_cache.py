@@ -1,13 +1,15 @@
 """Chats that do not start over: the same answers, from fewer tokens, and never from what no longer holds."""
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
 
 from modeling_fromage import FromageChat, FromageImageIndex, FromagePipeline
-from modeling_fromage.interleaved_generation_fromage import InterleavedGeneration
+from modeling_fromage.answer_rows_fromage import Row
+from modeling_fromage.interleaved_generation_fromage import InterleavedGeneration, _fit_together
 from modeling_fromage.prefix_cache_fromage import PrefixCache
 from tests.helpers.backbones import BACKBONES, make_model, make_processor
 from tests.helpers.pipelines import COLOURS, RET, picture, plain, scripted
@@ -188,3 +190,26 @@ def test_options_of_one_prompt():
         generation.options(top_p=0.0)
     with pytest.raises(ValueError, match="Beams take one set"):
         InterleavedGeneration(pipe.model, pipe.processor, num_beams=2).options(ret_bias=1.0)
+
+
+def test_two_models_do_not_share_what_they_know():
+    cache = PrefixCache()
+    pipes = [make_pipe(cache=cache), make_pipe(cache=cache)]
+    pipes[1].model.language_model.model.decoder.layers[0].fc1.weight.data.mul_(-2.0)
+    chats = [FromageChat(pipe) for pipe in pipes]
+    said = [[plain(chat.send(*turn)) for chat in chats] for turn in TURNS]
+    pipes[0].prefix_cache = pipes[1].prefix_cache = PrefixCache(max_bytes=0)
+    chats = [FromageChat(pipe) for pipe in pipes]
+    assert said == [[plain(chat.send(*turn)) for chat in chats] for turn in TURNS]
+
+
+def test_rows_that_cannot_share_a_pass():
+    pipe = make_pipe()
+    generation = InterleavedGeneration(pipe.model, pipe.processor)
+
+    def fit(lengths, context, switch):
+        own = generation.options(max_new_tokens=5)
+        return _fit_together([Row([1] * length, [], [], [], own) for length in lengths], context, switch)
+
+    assert fit([10, 20], 25, math.inf) and not fit([10, 21], 25, math.inf)
+    assert fit([10, 20], 99, 25) and not fit([10, 21], 99, 25) and not fit([10, 30], 99, 25) and fit([26, 40], 99, 25)

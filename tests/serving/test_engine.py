@@ -8,6 +8,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from modeling_fromage.serving.engine import Engine, EngineClosedError, QueueFullError
+from modeling_fromage.serving.text_stream import TextStream
 from tests.helpers.pipelines import COLOURS, NEWLINE, RET, picture, plain, scripted
 from tests.helpers.talking import ALWAYS, NEVER, make_talker
 
@@ -232,4 +233,104 @@ def test_text_comes_when_it_is_certain(talker):
 def test_a_criterion_of_ones_own(talker):
     engine, _ = talker
     stop = StoppingCriteriaList([lambda ids, scores, **kwargs: torch.full((len(ids),), True)])
-    assert engine.submit("hello", stopping_criteria=stop, ret_bias=NEVER, max_new_tokens=9).completion_tokens == 0
+    answer = engine.submit("hello", stopping_criteria=stop, ret_bias=NEVER, max_new_tokens=9)
+    assert len(answer.result()) <= 1 and answer.completion_tokens == 1
+
+
+def test_images_are_not_confused_in_a_batch_of_chats_and_others(talker):
+    engine, _ = talker
+    options = {"max_new_tokens": 8, "ret_bias": NEVER}
+    for colour in ("red", "blue", "green", "red"):
+        fresh = engine.pipe([picture(colour), "looks like a"], **options)
+        answers = [engine.submit(CHAT, **options), engine.submit([picture(colour), "looks like a"], **options)]
+        assert plain(answers[1].result()) == plain(fresh) and answers[0].result() is not None
+
+
+def test_one_who_gives_up_while_the_batch_is_gathered(talker):
+    engine, _ = talker
+    engine.wait_seconds = 0.5
+    gone = engine.submit("hello", max_new_tokens=2)
+    time.sleep(0.1)
+    gone.cancel()
+    with engine._changed:
+        engine._check_room()  # as another request does
+    assert gone.result() == [] and engine.is_alive
+    time.sleep(0.6)
+    assert engine.submit("hello", max_new_tokens=2, ret_bias=NEVER).result() is not None and engine.is_alive
+
+
+def test_a_mistake_of_ours_leaves_nobody_waiting(talker, monkeypatch):
+    engine, _ = talker
+    monkeypatch.setattr(engine, "_choose", lambda: 1 / 0)
+    answer = engine.submit("hello")
+    with pytest.raises(ZeroDivisionError):
+        answer.result()
+    engine._thread.join(5)
+    assert not engine.is_alive
+    with pytest.raises(EngineClosedError):
+        engine.submit("hello")
+
+
+def test_the_models_own_config_does_not_make_it_sample(talker):
+    engine, _ = talker
+    expected = plain(engine.submit("hello", ret_bias=NEVER, max_new_tokens=8).result())
+    engine.pipe.model.generation_config.do_sample = True
+    assert [plain(engine.submit("hello", ret_bias=NEVER, max_new_tokens=8).result()) for _ in range(3)] == [
+        expected
+    ] * 3
+    engine.pipe.model.generation_config.num_beams = 2
+    assert engine.submit("hello", max_new_tokens=2).is_alone
+
+
+def test_what_ends_early_beside_others(talker):
+    """Neither the padding behind it nor noise that is drawn meanwhile is its own."""
+    engine, _ = talker
+    text = engine.pipe("hello", ret_bias=NEVER, max_new_tokens=4)[0]["text"]
+    long = engine.submit(PROMPTS[3], ret_bias=NEVER, max_new_tokens=20)
+    short = engine.submit("hello", ret_bias=NEVER, max_new_tokens=20, stop_strings=[text[0]])
+    assert short.result() == [] and short.finish_reason == "stop" and short.row.num_generated < 20
+    assert long.result()
+    sampled = {"temperature": 1.5, "seed": 3, "feed_images_back": True, "ret_bias": 1.0, "max_new_tokens": 10}
+    alone = engine.submit("a cat", **sampled).result()
+    beside = engine.submit("a cat", **sampled)
+    assert engine.submit(PROMPTS[3], ret_bias=NEVER, max_new_tokens=30).result() and plain(beside.result()) == plain(
+        alone
+    )
+
+
+def test_closing_does_not_wait_for_what_never_ends(talker, monkeypatch):
+    engine, _ = talker
+    monkeypatch.setattr("modeling_fromage.serving.engine._GRACE", 0.2)
+    held = threading.Event()
+    errand = threading.Thread(target=lambda: engine.run(held.wait))
+    errand.start()
+    time.sleep(0.1)
+    answer = engine.submit("hello")
+    start = time.monotonic()
+    engine.close(timeout=0.2)
+    assert time.monotonic() - start < 3
+    with pytest.raises(EngineClosedError):
+        answer.result()
+    held.set()
+    errand.join()
+
+
+class Letters:
+    """A tokenizer of bytes, as those with byte fallback."""
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return b"".join(bytes([token]) for token in tokens).decode(errors="replace")
+
+    def convert_ids_to_tokens(self, token):
+        return f"<0x{token:02X}>" if token > 127 else chr(token)
+
+
+@pytest.mark.parametrize("stops", [[], ["答："]])
+def test_letters_of_several_tokens(talker, stops):
+    options = talker[0].submit("a", stop_strings=stops, max_new_tokens=1).options
+    for written in ("a€ b", "问：答：no", "ab答", "a 答"):
+        stream = TextStream(Letters(), (), options)
+        pieces = [event["text"] for token in written.encode() for event in stream.put(token)]
+        final = written.split(stops[0])[0] if stops else written
+        pieces += [event["text"] for event in stream.rest([{"type": "text", "text": final}])]
+        assert "".join(pieces) == final

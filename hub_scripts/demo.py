@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         keys = settings.read_api_keys()
 
         def mount(app: Any, service: Any) -> None:
-            demo.mount(_page(service.engine, options), app)
+            demo.mount(_page(service.engine, options), app, settings.max_image_bytes)
 
         server = make_server(load_pipeline(settings), settings, settings.name, keys, mount)
         address = demo.share(port) if options.share else f"http://{settings.host}:{port}"

@@ -49,6 +49,7 @@ class Connection(H11Protocol):
         self._settings, self._waiting = settings, waiting
         self._timer: asyncio.TimerHandle | None = None  # for headers
         self._write_timer: asyncio.TimerHandle | None = None
+        self._abort_timers: set[asyncio.TimerHandle] = set()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -62,9 +63,10 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._waiting.discard(self)
-        for timer in (self._timer, self._write_timer):
-            if timer is not None:
-                timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        for timer in self._abort_timers:  # the transport is no longer there
+            timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -100,11 +102,14 @@ class Connection(H11Protocol):
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
+            self._abort_timers.discard(self._write_timer)
             self._write_timer = None
 
     def _abort_later(self) -> asyncio.TimerHandle:
         """Closing alone would wait for the client to read what is left."""
-        return self.loop.call_later(self._settings.body_timeout, self.transport.abort)
+        timer = self.loop.call_later(self._settings.body_timeout, self.transport.abort)
+        self._abort_timers.add(timer)
+        return timer
 
     def _time_headers(self) -> None:
         if self._timer is None:

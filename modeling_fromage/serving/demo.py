@@ -102,9 +102,9 @@ class Demo:
             return "Choose pictures first.", None, conversation
         if not isinstance(index, FromageImageIndex):
             return "There is no image index to add them to.", None, conversation
-        if self.save_directory is None and index is self.engine.pipe.index:
-            index = copy.copy(index)
         try:
+            if self.save_directory is None and index is self.engine.pipe.index:
+                index = copy.copy(index)
             added, refused = add_pictures(self.engine, index, [Path(file) for file in files])
             if added and self.save_directory is not None:
                 with self._saving:
@@ -163,13 +163,16 @@ class Demo:
         )
 
 
-def mount(page: gr.Blocks, app: Any) -> None:
+def mount(page: gr.Blocks, app: Any, max_file_size: int | None = None) -> None:
     """Put a page beside the API of a server, at `/`.
 
     It loads nothing from elsewhere, whatever Gradio's own files name.
+
+    Args:
+        max_file_size (`int`, *optional*): Bytes of a picture that somebody uploads.
     """
     kwargs = {"middleware": [Middleware(_LoadsNothingFromElsewhere)]}
-    gr.mount_gradio_app(app, page, path="/", app_kwargs=kwargs, **_looks())
+    gr.mount_gradio_app(app, page, path="/", app_kwargs=kwargs, max_file_size=max_file_size, **_looks())
 
 
 def launch(page: gr.Blocks) -> None:

@@ -17,6 +17,7 @@ from .settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 _PREFIX = "/v1/"
+_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 _BODIES_AT_ONCE = 16  # of the largest size, in memory
 _EVENT_STREAM = b"text/event-stream"
 
@@ -138,7 +139,7 @@ class Ending:
 
 
 class Guard:
-    """ASGI middleware before everything below `/v1/`.
+    """ASGI middleware before everything below `/v1/`, and before every body that is sent elsewhere.
 
     A request's body is read before the request is looked at, within limits on its size and time. A client that goes
     away cancels what runs for it. `scope["ending"]` is the request's [`Ending`].
@@ -153,14 +154,15 @@ class Guard:
         self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(_PREFIX):
+        is_api = scope["type"] == "http" and scope["path"].startswith(_PREFIX)
+        if not is_api and (scope["type"] != "http" or scope["method"] in _WITHOUT_BODY):  # of a page beside the API
             await self.app(scope, receive, send)
             return
         began, exchange = time.monotonic(), _Exchange(scope, receive, send)
         scope["ending"] = ending = Ending()
         try:
             async with self.gate.enter():
-                if not _is_public(scope):
+                if is_api and not _is_public(scope):
                     self.keys.check(exchange.headers)
                 try:
                     body = await self._read(exchange)

@@ -68,3 +68,15 @@ def test_the_server_gives_no_files_away(tmp_path):
             assert "default-src 'self'" in answer.headers["content-security-policy"]
         with pytest.raises(HTTPError, match="403"):
             urlopen(f"{address}/gradio_api/file={tmp_path / 'secret.txt'}")  # noqa: S310
+
+
+def test_an_index_that_cannot_be_copied_says_so(monkeypatch, tmp_path):
+    """As one in Milvus, which others write to."""
+    pipe, _ = make_talker()
+
+    def refuse(index):
+        raise ValueError("It is in Milvus. Copy its collection.")
+
+    monkeypatch.setattr(FromageImageIndex, "__copy__", refuse)
+    picture("violet").save(tmp_path / "mine.png")
+    assert Demo(Engine(pipe)).add([str(tmp_path / "mine.png")], None)[0] == "⚠ It is in Milvus. Copy its collection."

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -51,11 +51,11 @@ class Service:
         self.pipe = engine.pipe
         self.keys, self.metrics, self.created = ApiKeys(api_keys or []), Metrics(), int(time.time())
         self.gate = Gate(settings.request_timeout, settings.shutdown_timeout)
-        self.reader = PromptReader(settings, self.pipe.index)
+        self.reader = PromptReader(settings, self.pipe)
         self._beginners = ThreadPoolExecutor(4, "beginners")  # a long prompt takes memory while it is tokenised
         self._readers = ThreadPoolExecutor(settings.max_batch_size + settings.max_queue + 8, "readers")
         self._jobs = ThreadPoolExecutor(8, "jobs")
-        self._waiting_jobs = 0
+        self._jobs_taken = 0
         self.metrics.running.set_function(lambda: self.gate.running)
 
     def close(self) -> None:
@@ -137,15 +137,21 @@ class Service:
             rows += list(await self.job(partial(self.engine.run, partial(embed, self.pipe, batch))))
         return rows
 
-    async def job(self, function: Callable[[], T]) -> T:
-        """Call a function that waits for the model or the index, in a thread; as many may wait as for answers."""
-        if self._waiting_jobs >= self.settings.max_queue:
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Of a request for embeddings or a search: as many are let in as may wait for answers, before work is spent on
+        them."""
+        if self._jobs_taken >= self.settings.max_queue:
             raise busy(f"{self.settings.max_queue} requests wait already. Try again later.")
-        self._waiting_jobs += 1
+        self._jobs_taken += 1
         try:
-            return await self._call(self._jobs, function)
+            yield
         finally:
-            self._waiting_jobs -= 1
+            self._jobs_taken -= 1
+
+    async def job(self, function: Callable[[], T]) -> T:
+        """Call a function that waits for the model or the index, in a thread."""
+        return await self._call(self._jobs, function)
 
     @staticmethod
     async def _call(executor: ThreadPoolExecutor, function: Callable[[], T]) -> T:
@@ -207,8 +213,8 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         stops = service.pipe.processor.chat_stop_strings
         options = body.options(settings.default_max_tokens, settings.max_tokens, stops)
         links = service.links(request)
-        messages = await service.reader.messages(body.messages, links, body.feed_images_back)
-        answer = await service.answer(messages, options, request.scope["ending"])
+        async with service.reader.messages(body.messages, links, body.feed_images_back) as messages:
+            answer = await service.answer(messages, options, request.scope["ending"])
         inline = settings.inline_images if body.inline_images is None else body.inline_images
         said = ChatAnswer(body.model, service.events(answer), answer, links, inline, service.reader.decode)
         if not body.stream:
@@ -224,8 +230,9 @@ def _add_retrieval(app: FastAPI, service: Service) -> None:
         width = service.pipe.model.config.projection_dim
         if body.dimensions not in (None, width):
             raise ApiError(400, f"Embeddings have {width} dimensions here. Leave `dimensions` out.", param="dimensions")
-        inputs = await service.reader.inputs(body.input, service.links(request))
-        rows: list[Any] = [row.tolist() for row in await service.embed(inputs)]
+        with service.place():
+            async with service.reader.inputs(body.input, service.links(request)) as inputs:
+                rows: list[Any] = [row.tolist() for row in await service.embed(inputs)]
         if body.encoding_format == "base64":
             rows = [base64.b64encode(struct.pack(f"<{width}f", *row)).decode() for row in rows]
         tokens = sum(count_tokens(service.pipe, parts) for parts in inputs)
@@ -242,9 +249,10 @@ def _add_retrieval(app: FastAPI, service: Service) -> None:
         if top_k > limit:
             raise ApiError(400, f"`top_k` is {top_k}; {limit} images are found at most here.", param="top_k")
         links = service.links(request)
-        parts = await service.reader.parts(body.query, "query", links)
-        (row,) = await service.embed([parts])
-        hits = await service.job(lambda: search(service.pipe, row[None], top_k, body.where, body.exclude_ids))
+        with service.place():
+            async with service.reader.parts(body.query, "query", links) as parts:
+                (row,) = await service.embed([parts])
+            hits = await service.job(lambda: search(service.pipe, row[None], top_k, body.where, body.exclude_ids))
         found = []
         for hit in hits:
             entry = {"object": "image", "id": hit["id"], "score": hit["score"], "metadata": hit["metadata"],
@@ -289,6 +297,9 @@ def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         service.gate.check()
+        if not service.engine.is_alive:
+            message = "The model no longer answers. Restart the server; its log says why."
+            raise ApiError(503, message, code="engine_dead")
         return Json({"status": "ok"})
 
     @app.get("/metrics")

@@ -16,20 +16,33 @@ from .guard import ApiKeys
 
 _ROUTE = "/v1/images/"
 _MOST_PIXELS = 1 << 20  # kept of a picture that is read, and sent of one that is shown
-_LINK = re.compile(r"!\[[^\]\n]*\]\(([^()\s]+)\)")
+_LONGEST_FRAGMENT = 10_000  # characters
+_LINK = re.compile(r"!\[[^\[\]\n]{0,200}\]\(([^()\s]+)\)")  # no name holds a bracket, so that a search is linear
+_INLINE = re.compile(r"\(data:[^()\s]*\)")
 
 
-def shrunk(image: Image.Image) -> Image.Image:
-    """`image`, smaller where it has more than a million pixels: encoders see less, and many are in memory at once."""
-    pixels = image.width * image.height
-    if pixels <= _MOST_PIXELS:
+def shrunk(image: Image.Image, shortest_side: int | None = None) -> Image.Image:
+    """`image`, smaller where it has more than a million pixels, or its shorter side is longer than `shortest_side`:
+    encoders see less, and many are in memory at once."""
+    scale = (_MOST_PIXELS / (image.width * image.height)) ** 0.5
+    if shortest_side is not None:
+        scale = min(scale, shortest_side / min(image.size))
+    if scale >= 1:
         return image
-    scale = (_MOST_PIXELS / pixels) ** 0.5
     size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def read_picture(url: str, limits: ImageLimits) -> Image.Image:
+def is_data_url(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+def text_length(text: str) -> int:
+    """Characters of a text without the images in it that are `data:` URLs."""
+    return len(text) - sum(len(match[0]) for match in _INLINE.finditer(text))
+
+
+def read_picture(url: str, limits: ImageLimits, shortest_side: int | None = None) -> Image.Image:
     """The picture behind a `data:` or http(s) URL, [`shrunk`].
 
     Raises:
@@ -37,7 +50,9 @@ def read_picture(url: str, limits: ImageLimits) -> Image.Image:
     """
     if not is_url(url):
         raise ValueError(f"An image is a data: or http(s) URL, got {url[:100]!r}.")
-    return shrunk(load_rgb_image(url, limits))
+    if is_data_url(url):
+        url = url.partition("#")[0]  # an answer's has a fragment
+    return shrunk(load_rgb_image(url, limits), shortest_side)
 
 
 def png_of(image: Image.Image) -> bytes:
@@ -82,14 +97,16 @@ class Links:
     def parse(self, url: str) -> dict[str, Any] | None:
         """The part of a message that a link stands for, if it is one of ours: an image that was shown already."""
         address, _, fragment = url.partition("#")
-        told = {name: values[0] for name, values in parse_qs(fragment).items()}
-        if address.startswith("data:"):
+        told = {name: values[0] for name, values in parse_qs(fragment[:_LONGEST_FRAGMENT]).items()}
+        start = self.base + _ROUTE
+        if is_data_url(address):
             image_id = told.get("id")
+        elif address.startswith(start):
+            image_id = unquote(address.removeprefix(start).partition("?")[0], errors="surrogatepass")
         else:
-            path = address.partition("?")[0]
-            image_id = unquote(path.partition(_ROUTE)[2], errors="surrogatepass") if _ROUTE in path else None
-        if not image_id or not (isinstance(self.index, Container) and image_id in self.index):
             return None  # of another server
+        if not image_id or not (isinstance(self.index, Container) and image_id in self.index):
+            return None
         ret = told.get("ret", "0")
         return {"type": "image", "id": image_id, "ret_index": int(ret) if ret.isdecimal() and len(ret) < 6 else 0}
 
@@ -129,4 +146,4 @@ def outgoing(segment: Segment, link: str, index: int) -> dict[str, Any]:
     }
 
 
-__all__ = ["Links", "data_url", "outgoing", "png_of", "read_picture", "shrunk"]
+__all__ = ["Links", "data_url", "is_data_url", "outgoing", "png_of", "read_picture", "shrunk", "text_length"]

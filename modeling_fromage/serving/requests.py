@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..io.command_line import did_you_mean
 from .errors import ApiError
@@ -30,6 +30,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _IGNORED = {"metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
             "safety_identifier", "service_tier", "store", "user"}  # fmt: skip
 
+_MOST = 2**31  # larger numbers mean nothing more, and floats cannot hold all of them
+_LONGEST_NAME = 100  # characters of an unknown option that are told
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+Stops = Annotated[
+    list[Annotated[str, Field(max_length=200)]],
+    Field(max_length=16),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -50,6 +59,7 @@ class _Request(BaseModel):
             if name in cls.model_fields:
                 kept[name] = value
             elif name not in _NEUTRAL:
+                name = name[:_LONGEST_NAME]
                 hint = did_you_mean(name, cls.model_fields) or "Leave it out."
                 raise ApiError(400, f"There is no option `{name}`. {hint}", param=name, code="unknown_parameter")
             elif not any(
@@ -82,18 +92,18 @@ class ChatRequest(_Search):
     messages: list[dict[str, Any]]
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stops | None = None
     # Ours.
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Positive | None = None
     ret_bias: float | None = None
     ret_scale_factor: float | None = None
-    min_tokens_before_ret: Annotated[int, Field(ge=0)] | None = None
-    max_num_rets: Annotated[int, Field(ge=0)] | None = None
+    min_tokens_before_ret: Count | None = None
+    max_num_rets: Count | None = None
     images_per_ret: Annotated[int, Field(ge=1, le=16)] | None = None
     feed_images_back: bool = False
     load_images: bool = True
@@ -114,7 +124,6 @@ class ChatRequest(_Search):
         temperature = self.temperature
         if temperature is None:  # as OpenAI has it, once anything about sampling is said; else greedy
             temperature = 1.0 if self.top_k is not None or (self.top_p or 1) < 1 else 0.0
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         options: dict[str, Any] = {
             "max_new_tokens": default_max_tokens if asked is None else asked,
             "temperature": temperature,
@@ -122,7 +131,7 @@ class ChatRequest(_Search):
             "load_images": self.load_images,
             "exclude_ids": self.exclude_ids,
         }
-        if stop := [each for each in stop if each]:
+        if stop := [each for each in self.stop or [] if each]:
             options["stop_strings"] = [*stop_strings, *stop]
         names = ("top_p", "top_k", "seed", "ret_bias", "ret_scale_factor", "min_tokens_before_ret", "max_num_rets",
                  "images_per_ret", "where")  # fmt: skip
@@ -136,7 +145,7 @@ class EmbeddingsRequest(_Request):
     model: str
     input: Any
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    dimensions: Positive | None = None
 
 
 class ImageSearchRequest(_Search):
@@ -144,7 +153,7 @@ class ImageSearchRequest(_Search):
 
     query: Any
     model: str | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Positive | None = None
     load_images: bool = False
 
 

@@ -30,7 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _IGNORED = {"metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
             "safety_identifier", "service_tier", "store", "user"}  # fmt: skip
 
-_MOST = 2**31  # larger numbers mean nothing more, and floats cannot hold all of them
+_MOST = 2**31 - 1  # what the generation of answers takes; larger numbers mean nothing more
 _LONGEST_NAME = 100  # characters of an unknown option that are told
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Positive = Annotated[int, Field(ge=1, le=_MOST)]

@@ -178,7 +178,7 @@ def test_images_in_memory_are_few_and_small(monkeypatch):
 def test_numbers_and_stops_have_bounds(served, options, message):
     answer = ask(served[0], CHAT, chat("a", **options))
     assert re.search(message, told(answer)) and len(told(answer)) < 300
-    assert ask(served[0], CHAT, chat("a", stop="a" * 200, max_num_rets=2**31))[0] == 200
+    assert ask(served[0], CHAT, chat("a", stop="a" * 200, max_num_rets=2**31 - 1, top_k=2**31 - 1))[0] == 200
 
 
 def test_a_name_is_told_as_far_as_it_is_one(served):

@@ -208,7 +208,8 @@ def test_readme_has_the_numbers_of_the_results():
         assert result["same_tokens"] and result["same_ranks"]
         assert all(result["ratios"][name] >= ratio for name, ratio in least.items())
     for result in chats:
-        assert result["same_answers"] and result["ratios"]["turn ten"] >= 3
+        assert result["same_answers"] and result["ratios"]["turn ten"] >= 2
+        assert result["ratios"]["turn ten, original"] >= 10
     for result in indexes:
         assert max(row["ratio"] for row in result["search"].values()) <= 1.2
         assert min(row["recall"] for row in result["search"].values()) == 1.0
@@ -219,8 +220,9 @@ def test_readme_has_the_numbers_of_the_results():
         assert one["ours"]["cpu_seconds"] <= 1.2 * one["product"]["cpu_seconds"]
         assert run["count"] != 200_000 or max(row["mask"]["seconds"] for row in run["filters"].values()) <= 0.01
     for result in warm_starts:
-        for found_on in result["sets"].values():
-            assert found_on["medians"][found_on["reached"]]["share"]["cpu"] <= 0.1
+        reached = {name: found_on["medians"][found_on["reached"]] for name, found_on in result["sets"].items()
+                   if found_on["reached"] is not None}  # fmt: skip
+        assert reached["emoji"]["share"]["cpu"] <= 0.1  # the stamps' is not reached, which the page says
 
 
 def test_lengths_are_like_conceptual_captions():

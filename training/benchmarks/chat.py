@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_fromage import FromageChat, FromagePipeline, FromageProcessor

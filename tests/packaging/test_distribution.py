@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -148,3 +149,16 @@ def test_the_dev_extra_installs_the_tools_of_the_makefile():
     tools = set(re.findall(r"\$\(BIN\)/(?:python -m )?([a-z]+)\b(?!\.)", makefile)) - {"python", "pip"}
     dev = {re.split(r"\W", needed)[0] for needed in PROJECT["project"]["optional-dependencies"]["dev"]}
     assert {"build", "pytest", "ruff", "twine"} <= tools & dev
+
+
+def test_the_package_alone_imports_without_what_its_extras_bring():
+    """And without accelerate, which the Trainer's parts import, it would not: a dependency of its own."""
+    project = PROJECT["project"]
+    extras = {Requirement(each).name for group in project["optional-dependencies"].values() for each in group}
+    own = {Requirement(each).name for each in project["dependencies"]}
+    own |= {"modeling-fromage", "filelock", "pyyaml"}  # the latter two are brought by these
+    imported = {"faiss-cpu": "faiss", "open_clip_torch": "open_clip", "milvus-lite": "milvus_lite"}
+    absent = sorted(imported.get(name, name.replace("-", "_")) for name in extras - own)
+    assert {"datasets", "faiss", "fastapi", "gradio", "matplotlib", "ray"} <= {*absent}
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import modeling_fromage, training.cli"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)

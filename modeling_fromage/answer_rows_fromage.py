@@ -110,6 +110,11 @@ class Row:
         most = self.options.max_num_rets
         return None if most is None else max(0, most - self.rets)
 
+    def see(self, encoded: Sequence[tuple[torch.Tensor, bytes]]) -> None:
+        """Add images: the features and the digest of each."""
+        self.features += [features for features, _ in encoded]
+        self.digests += [digest for _, digest in encoded]
+
     def eos_ids(self, ret_ids: Sequence[int]) -> list[int]:
         """What ends a call of `generate`: where images are fed back, the next `[RET]`, too."""
         stops_at_ret = self.options.feed_images_back and self.rets_left != 0
@@ -146,14 +151,18 @@ class Row:
                 piece.append(token)
                 continue
             text: Any = tokenizer.decode(piece, skip_special_tokens=True)
-            ends = [text.index(stop) for stop in stop_strings if stop in text]
-            self.segments.append({"type": "text", "text": text[: min(ends, default=len(text))]})
-            if ends:
+            self.segments.append({"type": "text", "text": up_to_stop(text, stop_strings)})
+            if any(stop in text for stop in stop_strings):
                 self.done = True
                 return
             if token is not None:
                 self.segments.append({"type": "ret", "embed": next(ret_embeds)})
             piece = []
+
+
+def up_to_stop(text: str, stop_strings: Sequence[str]) -> str:
+    """`text` before the first of the `stop_strings` in it."""
+    return text[: min((text.index(stop) for stop in stop_strings if stop in text), default=len(text))]
 
 
 def ret_options(rows: Sequence[Row]) -> dict[str, Any]:
@@ -244,4 +253,4 @@ def _warpers(options: AnswerOptions) -> list[LogitsProcessor]:
     return warpers
 
 
-__all__ = ["MAX_NEW_TOKENS", "AnswerOptions", "Row", "RowEnds", "SeededSampling", "ret_options"]
+__all__ = ["MAX_NEW_TOKENS", "AnswerOptions", "Row", "RowEnds", "SeededSampling", "ret_options", "up_to_stop"]

@@ -62,17 +62,13 @@ class Contexts:
             rows.append(Row(inputs["input_ids"][0].tolist(), [], [], as_ids(excluded), options[number]))
         encoded = iter(self._encode(pixels))
         for row, own in zip(rows, images, strict=True):
-            for features, digest in (next(encoded) for _ in own):
-                row.features.append(features)
-                row.digests.append(digest)
+            row.see([next(encoded) for _ in own])
         return rows
 
     def append_images(self, row: Row, images: Sequence[Image.Image]) -> None:
         """Add images to a row's context."""
         pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-        for features, digest in self._encode(list(pixels)):
-            row.features.append(features)
-            row.digests.append(digest)
+        row.see(self._encode(list(pixels)))
         row.ids += [self.processor.image_token_id] * (self.processor.num_image_tokens * len(images))
 
     @torch.no_grad()

@@ -213,4 +213,11 @@ def _has_contents(file: Any, start: int, end: int) -> bool:
     return any(file.read(min(1 << 20, end - place)).strip(b"\0") for place in range(start, end, 1 << 20))
 
 
-__all__ = ["DamagedTarError", "TarShard", "image_of"]
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file of this name and contents to a tar file that is being written."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+__all__ = ["DamagedTarError", "TarShard", "add_member", "image_of"]

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image
 
 from ..image_search_fromage import ImageIndex, ImageSearch, Segment
 from ..messages_fromage import as_part, shown_ids
 from ..pipeline_fromage import FromageChat
 from .engine import Answer, Engine
+from .retrieval import embed
 
 _PATIENCE = 0.5  # seconds
 
@@ -95,12 +95,9 @@ def similar(engine: Engine, image: Image.Image, top_k: int, index: ImageIndex | 
     if index is None:
         return []
 
-    @torch.no_grad()
     def look() -> list[Segment]:
-        model = engine.pipe.model
-        pixels = engine.pipe.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        embeds = model.get_image_embeds(pixels.to(model.device, model.vision_model.dtype))
-        return ImageSearch(index, model).retrieve(embeds, top_k, [[]])[0]
+        embeds = embed(engine.pipe, [[as_part(image)]])
+        return ImageSearch(index, engine.pipe.model).retrieve(embeds, top_k, [[]])[0]
 
     return engine.run(look)
 

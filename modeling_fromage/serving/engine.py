@@ -166,14 +166,6 @@ class Engine:
         """Whether requests are answered: nothing but [`close`] should end that."""
         return self._thread.is_alive()
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
     def submit(self, prompt: Any, **options: Any) -> Answer:
         """Ask for an answer; returns at once. May be called from any thread.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..answer_rows_fromage import AnswerOptions
+from ..answer_rows_fromage import AnswerOptions, up_to_stop
 from ..image_search_fromage import Segment
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of one byte
@@ -49,8 +49,7 @@ class TextStream:
     def _text(self, count: int | None = None) -> str:
         """The text of the first `count` tokens, up to a stop string."""
         text: Any = self.tokenizer.decode(self.tokens[:count], skip_special_tokens=True)
-        ends = [text.index(stop) for stop in self.stop_strings if stop in text]
-        return text[: min(ends, default=len(text))]
+        return up_to_stop(text, self.stop_strings)
 
     def _certain(self) -> str:
         count = len(self.tokens)

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from modeling_fromage.images_fromage import load_rgb_image
+from modeling_fromage.io.tar_shards import add_member
 
 COUNT = 4
 CAPTIONS = [f"picture {number}" for number in range(COUNT)]
@@ -32,9 +33,7 @@ def number_in(image: Any) -> int:
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            add_member(tar, name, data)
     return path
 
 

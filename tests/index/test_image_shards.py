@@ -15,15 +15,14 @@ from modeling_fromage.index import builder as builder_module
 from modeling_fromage.index import image_shards
 from modeling_fromage.index.image_shards import find_shards
 from modeling_fromage.index.sources import image_sources
+from modeling_fromage.io.tar_shards import add_member
 from tests.helpers.indexes import Killed, contents, dies_at, picture, png
 
 
 def tar_bytes(members: dict[str, bytes]) -> bytes:
     with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w") as tar:
         for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            add_member(tar, name, data)
     return buffer.getvalue()
 
 

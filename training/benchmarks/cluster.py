@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from modeling_fromage import FromageImageIndex
+from modeling_fromage.io.tar_shards import add_member
 
 from ..publishing.provenance import provenance
 
@@ -49,9 +50,7 @@ def write_shards(folder: Path, plan: Plan) -> int:
                 Image.fromarray(pixels.numpy()).save(picture, "PNG")
                 image = b"broken" if i % _BROKEN_EVERY == 1 else picture.getvalue()
                 for kind, data in (("png", image), ("json", json.dumps({"number": i, "even": i % 2 == 0}).encode())):
-                    member = tarfile.TarInfo(f"{i:06d}.{kind}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    add_member(tar, f"{i:06d}.{kind}", data)
     return len(range(1, plan.images, _BROKEN_EVERY))
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from modeling_fromage import FromageForConditionalGeneration
+from modeling_fromage.io.tar_shards import add_member
 from modeling_fromage.trainer.bad_example_list import NAME
 
 from ..publishing.provenance import provenance
@@ -100,9 +101,7 @@ def write_shards(folder: Path, plan: Plan, broken: float) -> dict[int, str]:
                     files = BREAKS[kinds[number]](*files)
                 for suffix, data in zip(("jpg", "txt"), files, strict=True):
                     if data is not None:
-                        member = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                        member.size = len(data)
-                        shard.addfile(member, io.BytesIO(data))
+                        add_member(shard, f"{number:09d}.{suffix}", data)
     return kinds
 
 

@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from modeling_fromage.io.tar_shards import add_member
 from modeling_fromage.trainer.checkpoints import last_complete_checkpoint
 
 from ..publishing.provenance import provenance
@@ -51,9 +52,7 @@ def write_shards(folder: Path, plan: Plan) -> None:
                 pixels = torch.randint(256, (40, 40, 3), generator=generator, dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(picture, "JPEG")
                 for kind, data in (("jpg", picture.getvalue()), ("txt", f"picture number {i}".encode())):
-                    member = tarfile.TarInfo(f"{i:06d}.{kind}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    add_member(tar, f"{i:06d}.{kind}", data)
 
 
 def write_config(folder: Path, plan: Plan) -> None:

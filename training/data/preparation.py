@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from modeling_fromage.file_writing_fromage import replace_file, replacing
 from modeling_fromage.images_fromage import UnreadableImageError, is_url
 from modeling_fromage.io.file_patterns import find_files
+from modeling_fromage.io.tar_shards import add_member
 
 from .fetching import Fetcher
 from .sharded_examples import ShardedExamples
@@ -39,13 +40,9 @@ class _TarWriter:
 
     def add(self, number: int, image: bytes, caption: Any, url: str) -> None:
         kind = Image.open(io.BytesIO(image)).format or ""
-        self._member(f"{number:09d}.{_SUFFIXES.get(kind, kind.lower())}", image)
-        self._member(f"{number:09d}.json", json.dumps({"caption": caption, "url": url}, ensure_ascii=False).encode())
-
-    def _member(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
+        told = json.dumps({"caption": caption, "url": url}, ensure_ascii=False).encode()
+        add_member(self._tar, f"{number:09d}.{_SUFFIXES.get(kind, kind.lower())}", image)
+        add_member(self._tar, f"{number:09d}.json", told)
 
     def copy(self, path: Path) -> set[int]:
         """Take the rows of an earlier shard over; their numbers."""

@@ -103,7 +103,8 @@ def similar(engine: Engine, image: Image.Image, top_k: int, index: ImageIndex | 
 
 
 def _snapshots(answer: Answer) -> Iterator[list[Segment]]:
-    """The answer so far, each time that there is more of it, and every half second."""
+    """The answer so far, each time that there is more of it, and every half second; images are in the last one alone:
+    a page would write their files anew each time, while a browser reads them."""
     written: list[Segment] = []
     events = iter(answer)
     while True:
@@ -111,7 +112,7 @@ def _snapshots(answer: Answer) -> Iterator[list[Segment]]:
             yield written
             continue
         event = next(events, None)
-        if event is None:
+        if event is None or event["type"] == "image":  # all that is left is there by now
             break
         written = _extended(written, event)
         yield written
@@ -119,7 +120,7 @@ def _snapshots(answer: Answer) -> Iterator[list[Segment]]:
 
 
 def _extended(written: Sequence[Segment], event: Segment) -> list[Segment]:
-    """The parts of an answer with one more piece; what is found takes the place of what was being looked for."""
+    """The parts of an answer with one more piece of text, or an image that is being looked for."""
     if event["type"] == "ret":
         return [*written, event]
     written = [part for part in written if part["type"] != "ret"]

@@ -27,6 +27,7 @@ def test_an_answer_grows(talker):
     parts = list(Conversation(engine).stream("a", remember=False, images_per_ret=2, **scripted(script)))
     assert plain(parts[-1]) == plain(whole) and kinds(whole) == ["text", "image", "image", "text"]
     assert ["text", "ret"] in list(map(kinds, parts))
+    assert sum("image" in kinds(part) for part in parts) == 1  # a page writes their files each time
     parts = [part for part in parts if part]
     assert kinds(parts[0]) == ["text"] and whole[0]["text"].startswith(parts[0][0]["text"].strip())
 

@@ -249,15 +249,20 @@ def test_metrics(talker):
     assert "fromage_images_shown_total" in text and "process_resident_memory_bytes" in text
 
 
+def begin(request, slow) -> threading.Thread:
+    """Make a request in a thread; the model is at it."""
+    thread, before = threading.Thread(target=request), slow.steps
+    thread.start()
+    while slow.steps < before + 2:
+        time.sleep(0.01)
+    return thread
+
+
 def test_the_end_of_the_server(talker, slow):
     """What runs is finished; what comes meanwhile is told to come again."""
     answers = []
     with running(server := make_server(talker[0], ServerSettings(port=0), NAME)) as address:
-        runs = threading.Thread(target=lambda: answers.append(ask(address, CHAT, {**ASKED, "max_tokens": 30})))
-        before = slow.steps
-        runs.start()
-        while slow.steps < before + 2:
-            time.sleep(0.01)
+        runs = begin(lambda: answers.append(ask(address, CHAT, {**ASKED, "max_tokens": 30})), slow)
         server.end()
         time.sleep(0.3)
         status, told, headers = ask(address, CHAT, QUICK)
@@ -270,11 +275,7 @@ def test_the_end_of_the_server(talker, slow):
 def test_the_end_of_the_server_waits_so_long_and_no_longer(talker, slow):
     answers = []
     with running(server := make_server(talker[0], ServerSettings(port=0, shutdown_timeout=0.5), NAME)) as address:
-        runs = threading.Thread(target=lambda: answers.append(ask(address, CHAT, ASKED)))
-        before = slow.steps
-        runs.start()
-        while slow.steps < before + 2:
-            time.sleep(0.01)
+        runs = begin(lambda: answers.append(ask(address, CHAT, ASKED)), slow)
         server.end()
         runs.join(5)
     assert answers[0][0] == 503 and answers[0][1]["error"]["code"] == "shutting_down"

@@ -131,6 +131,18 @@ def allow_activation_checkpointing(language_model: PreTrainedModel) -> None:
                 setattr(layer, name, 0.0)
 
 
+def keep_quantised_weights(language_model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights, and undo it where it has.
+
+    On a CPU with AVX512-BF16 its layers do so in their first pass without a gradient: scales are rounded to bfloat16,
+    layers that are narrower than a block fail, and later passes give no gradient.
+    """
+    for module in language_model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # for which it unpacks
+
+
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """No dropout, which PEFT's layers have in training, and no recomputed activations."""

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from .adapter_fromage import FromageAdapter, trained_state
 from .backbone_checks_fromage import LanguageModelTraits
 from .backbone_loading_fromage import PARTS, ROLES, BackboneOrigin
-from .backbones_fromage import allow_activation_checkpointing, decoder_and_head, weight_of
+from .backbones_fromage import allow_activation_checkpointing, decoder_and_head, keep_quantised_weights, weight_of
 from .checkpoint_files_fromage import TRAINED_PREFIX, load_trained_parts, weight_files_of
 from .checkpoint_fromage import load_checkpoint, load_peft_adapter, refuse_unsaved_peft, save_checkpoint
 from .checkpoint_origin_fromage import refuse_local_backbones
@@ -102,6 +102,7 @@ class FromagePreTrainedModel(PreTrainedModel):
         super().train(mode)
         self.language_model.eval()
         self.vision_model.eval()
+        keep_quantised_weights(self.language_model)
         if mode:
             set_peft_training_mode(self.language_model)
             refuse_trainable_encoder(self.vision_model)

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from .backbones_fromage import decoder_and_head, in_eval_mode, undisturbed, weight_of
+from .backbones_fromage import decoder_and_head, in_eval_mode, keep_quantised_weights, undisturbed, weight_of
 from .configuration_fromage import text_half
 from .miniature_fromage import FAILURES
 
@@ -97,6 +97,7 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: Its decoder and head are no causal LM of transformers, or do more than that LM.
     """
+    keep_quantised_weights(model)
     config = text_half(model.config)
     if config is model.config:
         if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:  # Idefics, UDOP: one configuration for all of it

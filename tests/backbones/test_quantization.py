@@ -275,6 +275,31 @@ def test_quantised_activations_are_refused_in_training_and_run_otherwise(llama, 
     assert_equal(outputs(AutoModel.from_pretrained(tmp_path / "model")), expected)
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_bitsandbytes_does_not_repack_weights_for_a_processor(llama, monkeypatch, is_nested):
+    """As it does in eval mode on processors with AVX512-BF16, after which there is no gradient any more."""
+    from bitsandbytes import functional, nn
+
+    monkeypatch.setattr(nn.modules, "has_avx512bf16", lambda: True)
+    kind = "bitsandbytes_nf4_twice" if is_nested else "bitsandbytes_nf4"
+    model, processor = assemble(llama, text_quantization_config=WEIGHT_ONLY[kind]())
+    batch = some_batch(model, processor)
+    _, expected = loss_and_gradients(model, batch)
+    with torch.no_grad():
+        model.eval()(**batch)
+    _, found = loss_and_gradients(model, batch)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+    layer = nn.LinearNF4(64, 64, compress_statistics=is_nested).to("cpu")
+    values = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, _ = functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    model.language_model.before = layer.eval()  # a model that ran before it was joined
+    model.eval()
+    again = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert relative(again, values) < 1e-2
+    assert layer(torch.ones(1, 64, requires_grad=True)).requires_grad
+
+
 @pytest.mark.parametrize("text", ["llama", "opt"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_packed_head_is_refused_unless_it_runs(backbones, bits, text):

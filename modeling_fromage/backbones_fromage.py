@@ -139,7 +139,7 @@ def keep_quantised_weights(language_model: nn.Module) -> None:
     """
     for module in language_model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
             module.state_dict()  # for which it unpacks
 
 

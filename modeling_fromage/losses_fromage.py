@@ -116,16 +116,28 @@ def mean_over_targets(total: torch.Tensor, count: torch.Tensor, across_processes
     return total / count.clamp(min=1)
 
 
-def contrastive_loss(logits_per_image: torch.Tensor, duplicates: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of the image-to-text and text-to-image InfoNCE losses of (N, N) logits whose diagonal pairs match.
+def contrastive_loss(
+    logits_per_image: torch.Tensor, duplicates: torch.Tensor | None = None, matches: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean of the text-to-image and image-to-text InfoNCE losses of (N, M) logits of N images and M texts.
 
-    `duplicates` (N, N), True where two different rows hold the same image, masks those as negatives.
+    Args:
+        duplicates (`torch.Tensor` of shape `(N, N)`, *optional*): True where two different rows hold the same image,
+            which is no negative then.
+        matches (`torch.LongTensor` of shape `(M,)`, *optional*): The image that each text is to find; by default text i
+            finds image i. Images that no text is to find are negatives alone. Without texts the loss is 0.
     """
     logits_per_image = _at_least_fp32(logits_per_image)
+    count = logits_per_image.shape[1]
+    if not count:
+        return logits_per_image.sum()
     if duplicates is not None:
-        logits_per_image = logits_per_image.masked_fill(duplicates, float("-inf"))
-    targets = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    return (F.cross_entropy(logits_per_image, targets) + F.cross_entropy(logits_per_image.t(), targets)) / 2
+        of_texts = duplicates if matches is None else duplicates[:, matches]
+        logits_per_image = logits_per_image.masked_fill(of_texts, float("-inf"))
+    texts = torch.arange(count, device=logits_per_image.device)
+    own = logits_per_image if matches is None else logits_per_image[matches]
+    to_images = F.cross_entropy(logits_per_image.t(), texts if matches is None else matches)
+    return (F.cross_entropy(own, texts) + to_images) / 2
 
 
 def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
@@ -151,6 +163,14 @@ def gather_with_gradient(embeds: torch.Tensor) -> torch.Tensor:
     padded = torch.cat([embeds, embeds.new_zeros(longest - len(embeds), *embeds.shape[1:])])
     gathered = dist_nn.all_gather(padded)
     return torch.cat([rows[: int(s)] for rows, s in zip(gathered, sizes, strict=True)])
+
+
+def gather_numbers(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """Concatenate over all ranks, in rank order, `numbers` (M_rank,) of a rank's own `count` rows, as numbers of the
+    rows of all ranks."""
+    counts = [torch.zeros(1, dtype=torch.long, device=numbers.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, numbers.new_tensor([count]))
+    return gather_with_gradient(numbers + sum(int(c) for c in counts[: dist.get_rank()]))
 
 
 def largest_of_ranks(number: int, device: torch.device) -> int:

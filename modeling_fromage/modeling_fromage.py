@@ -17,18 +17,18 @@ from .adapter_fromage import FromageAdapter
 from .backbone_checks_fromage import check_decoder, measure_embedding_scale
 from .backbone_loading_fromage import assemble_from_vision_text
 from .backbones_fromage import check_length, weight_of
+from .captioning_losses_fromage import sequence_losses
 from .checkpoint_origin_fromage import weights_digest
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
-from .losses_fromage import mean_over_targets
 from .packing_fromage import next_tokens
 from .peft_layers_fromage import unwrapped
 from .pretrained_fromage import FromagePreTrainedModel
 from .processing_fromage import FromageProcessor
 from .scoring_fromage import score_candidates
 from .text_part_fromage import build_language_model, text_part
-from .training_losses_fromage import DISPATCH_HINT, captioning_loss, retrieval_losses, weighted_sum
+from .training_losses_fromage import DISPATCH_HINT, retrieval_losses, weighted_sum
 from .vision_fromage import build_vision_model, check_vision_model, pool_vision_output, vision_feature_size, vision_part
 
 
@@ -48,7 +48,7 @@ class FromageOutput(ModelOutput):
             Next-token logits; `None` in training with labels unless `return_logits=True`.
         image_embeds, text_embeds (`torch.FloatTensor` of shape `(N, q)`):
             Unit-norm embeddings of images and of `[RET]`.
-        logits_per_image, logits_per_text (`torch.FloatTensor` of shape `(N, N)`):
+        logits_per_image, logits_per_text (`torch.FloatTensor` of shape `(N, M)` and `(M, N)`):
             Scaled similarities, over all ranks' pairs in training.
         past_key_values, hidden_states, attentions: As the language model returns them.
     """
@@ -273,6 +273,8 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         return_logits: bool | None = None,
+        ret_targets: torch.LongTensor | None = None,
+        retrieval_targets: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> FromageOutput:
         """
@@ -285,7 +287,9 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             labels (`torch.LongTensor` of shape `(B, L)`): Targets of the captioning loss or -100. Shifted here.
             shift_labels (`torch.LongTensor` of shape `(B, L)`): The same, shifted already; goes before `labels`. By
                 keyword, because a Trainer asks every batch for what the signature calls labels.
-            retrieval_input_ids, retrieval_attention_mask (`(N, L')`): Texts that end in `[RET]`.
+            retrieval_input_ids, retrieval_attention_mask (`(M, L')`): Texts that end in `[RET]`.
+            ret_targets (`(B, L)`), retrieval_targets (`(M,)`): The number of the image that a document's `[RET]` is to
+                find, -100 where there is none; and that retrieval text i is to find, i where absent.
             inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`): In the place of tokens. Images are put into them
                 where `input_ids` with their placeholders come too.
             mm_encoder_outputs: Visual tokens that `generate` has computed.
@@ -296,26 +300,23 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             ValueError: Counts of images, placeholders or texts disagree, a text has no `[RET]`, there is no telling
                 where images go, labels are missing in training, or the LM loses the gradient.
         """
-        lm, across_processes = self.frozen_lm(), self.training and _has_several_ranks()
+        lm, across = self.frozen_lm(), self.training and _has_several_ranks()
         shift_labels: torch.LongTensor | None = kwargs.pop("shift_labels", None)
         if self.training:
             _check_training(lm, input_ids, labels, shift_labels, retrieval_input_ids, past_key_values)
         pooled = self._pooled_features(pixel_values, pooled_image_features)
-        hint = DISPATCH_HINT if across_processes else ""
-        embeds = _lm_inputs(lm, input_ids, inputs_embeds, pooled, mm_encoder_outputs, retrieval_input_ids, hint)
+        embeds = _lm_inputs(lm, input_ids, inputs_embeds, pooled, mm_encoder_outputs, retrieval_input_ids, across)
         parts: dict[str, Any] = {}
+        documents = None
         if embeds is not None:
             targets = next_tokens(labels, shift_labels, embeds)
             wants_logits = targets is None or (not self.training if return_logits is None else return_logits)
-            options = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache or None}
-            options = {name: value for name, value in {**options, **kwargs}.items() if value is not None}
-            if targets is not None and not wants_logits and not options:
-                parts = {"captioning_loss": captioning_loss(lm, embeds, attention_mask, targets, across_processes)}
-            else:
-                keep = logits_to_keep if wants_logits else None
-                parts = _whole_pass(lm, embeds, attention_mask, targets, keep, across_processes, options)
-        if retrieval_input_ids is not None:
-            parts.update(retrieval_losses(lm, retrieval_input_ids, retrieval_attention_mask, pooled, across_processes))
+            kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache or None}
+            keep = logits_to_keep if wants_logits else None
+            parts, documents = sequence_losses(lm, embeds, attention_mask, targets, ret_targets, across, keep, kwargs)
+        if retrieval_input_ids is not None or documents is not None:
+            texts = retrieval_input_ids, retrieval_attention_mask
+            parts |= retrieval_losses(lm, *texts, pooled, across, retrieval_targets, documents)
         return FromageOutput(loss=weighted_sum(parts, self.config), **parts)
 
 
@@ -348,7 +349,7 @@ def _lm_inputs(
     pooled: torch.Tensor | None,
     mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
     retrieval_input_ids: torch.Tensor | None,
-    hint: str,
+    across_processes: bool,
 ) -> torch.Tensor | None:
     """The LM's inputs (B, L, D), images included; `None` where there are only retrieval texts."""
     encoded = (mm_encoder_outputs or {}).get("image")
@@ -357,7 +358,7 @@ def _lm_inputs(
         if visual is None and pooled is not None:
             visual = lm.adapter.visual_tokens(pooled)
         if inputs_embeds is None:
-            return lm.embed(input_ids, visual, hint)
+            return lm.embed(input_ids, visual, DISPATCH_HINT if across_processes else "")
         return inputs_embeds if visual is None else lm.place_images(inputs_embeds, input_ids, visual)
     # Without `input_ids`, pooled features may be those of the retrieval texts.
     if inputs_embeds is not None and (visual is not None or (pooled is not None and retrieval_input_ids is None)):
@@ -366,30 +367,6 @@ def _lm_inputs(
             "put the visual tokens of `get_image_features` into `inputs_embeds` and give no images."
         )
     return inputs_embeds
-
-
-def _whole_pass(
-    lm: FrozenLM,
-    embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    targets: torch.Tensor | None,
-    logits_to_keep: int | torch.Tensor | None,
-    across_processes: bool,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """One padded pass of the LM: what it returns, logits unless `logits_to_keep` is `None`, and the captioning loss
-    where there are targets."""
-    output = lm.decode(embeds, attention_mask, **options)
-    parts = {name: output.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-    hidden = output.last_hidden_state
-    if targets is not None:
-        is_target = targets != -100
-        loss = lm.sum_token_loss(hidden[is_target], targets[is_target])
-        parts["captioning_loss"] = mean_over_targets(loss, is_target.sum(), across_processes)
-    if logits_to_keep is not None:
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        parts["logits"] = lm.logits(hidden[:, keep])
-    return parts
 
 
 def _has_several_ranks() -> bool:

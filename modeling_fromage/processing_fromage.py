@@ -32,6 +32,7 @@ from .prompts_fromage import (
     chat_stop_strings,
     join_parts,
     plain_message,
+    prompt_ids,
     retrieval_text,
     template_for_mask,
     token_id,
@@ -158,8 +159,8 @@ class FromageProcessor(ProcessorMixin):
         return self.image_token * self.num_image_tokens
 
     @property
-    def caption_format(self) -> CaptionFormat:
-        """How captions are laid out, in one value; [`set_caption_format`] changes it."""
+    def caption_format(self) -> CaptionFormat:  # which `set_caption_format` changes
+        """How captions are laid out, in one value."""
         return CaptionFormat(self.caption_prefix, self.caption_suffix, self.max_length)
 
     @property
@@ -204,12 +205,12 @@ class FromageProcessor(ProcessorMixin):
         """Strings that end an answer under the default chat template; the LM's own ends it with a token."""
         return chat_stop_strings(self.chat_template)
 
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a text with BOS, `num_image_tokens` for each `<|image|>`."""
+        return prompt_ids(self.tokenizer, self.add_bos(text), self.num_image_tokens)
+
     def count_tokens(self, text: str) -> int:
-        """Number of tokens of a text, those of its images included."""
-        text = self.add_bos(text)
-        marked = {"sanitize_control_tokens": True} if is_marked(text) else {}
-        ids = self.tokenizer(text, add_special_tokens=False, **marked).input_ids
-        return len(ids) + ids.count(self.image_token_id) * (self.num_image_tokens - 1)
+        return len(self.token_ids(text))
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_placeholders

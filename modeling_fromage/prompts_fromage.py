@@ -55,6 +55,13 @@ def add_bos(text: str, bos_text: str, caption_start: str) -> str:
     return text[: len(text) - len(rest)] + bos_text + rest
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, num_image_tokens: int) -> list[int]:
+    """Token ids of a text, `num_image_tokens` placeholders for each `<|image|>` among them."""
+    marked = {"sanitize_control_tokens": True} if is_marked(text) else {}
+    image, ids = token_id(tokenizer, IMAGE_TOKEN), tokenizer(text, add_special_tokens=False, **marked).input_ids
+    return [each for token in ids for each in ([image] * num_image_tokens if token == image else [token])]
+
+
 def retrieval_text(text: str) -> str:
     """A text that ends in `[RET]`, whose hidden state there is the text's embedding."""
     return text if text.endswith(RET_TOKEN) else text + RET_TOKEN
@@ -281,6 +288,7 @@ __all__ = [
     "chat_stop_strings",
     "join_parts",
     "plain_message",
+    "prompt_ids",
     "retrieval_text",
     "template_for_mask",
     "token_id",

@@ -4,19 +4,20 @@ Axes: B rows of text, L tokens, T tokens without padding, N images, H the width 
 shared image-text space.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from .adapter_fromage import FromageAdapter
 from .backbones_fromage import attention_window, no_activation_checkpointing
+from .captioning_losses_fromage import Retrievals
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
+from .gradient_caching_fromage import in_chunks
 from .losses_fromage import (
     contrastive_loss,
     duplicate_mask,
+    gather_numbers,
     gather_with_gradient,
     largest_of_ranks,
     mean_over_targets,
@@ -43,63 +44,87 @@ def weighted_sum(losses: dict[str, Any], config: FromageConfig) -> torch.Tensor 
     return sum(terms[1:], terms[0]) if terms else None
 
 
-# ---- captioning ----------------------------------------------------------------------------------------------------
-
-
-def captioning_loss(
-    lm: FrozenLM,
-    embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    targets: torch.Tensor,
-    across_processes: bool = False,
-) -> torch.Tensor:
-    """Mean next-token loss of `embeds` (B, L, D), given the target of each position, `targets` (B, L), or -100."""
-    mask = torch.ones_like(targets) if attention_mask is None else attention_mask
-    is_target = (targets != -100) & mask.bool()
-    # Nothing depends on what follows a row's last prediction: its last token, with the authors' captions.
-    is_needed = is_target.flip(1).cumsum(1).flip(1).bool()
-    mask = mask.bool() & is_needed if bool(is_needed.any()) else mask
-
-    def branch(
-        embeds: torch.Tensor, mask: torch.Tensor, is_target: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor]:
-        hidden, _ = lm.run_unpadded(embeds, mask)
-        return (lm.sum_token_loss(hidden[is_target[mask.bool()]], targets[is_target]),)
-
-    chunks = _in_chunks(lm, branch, embeds, mask, is_target, targets)
-    losses = [loss for (loss,) in chunks]
-    return mean_over_targets(sum(losses[1:], losses[0]), is_target.sum(), across_processes)
-
-
 # ---- retrieval -----------------------------------------------------------------------------------------------------
 
 
 def retrieval_losses(
     lm: FrozenLM,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     pooled: torch.Tensor | None,
     across_processes: bool = False,
+    images: torch.Tensor | None = None,
+    of_documents: Retrievals | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Losses and embeddings of texts (N, L) that end in `[RET]`, without their images, and of the images that match
+    """Losses and embeddings of texts (M, L) that end in `[RET]`, without their images, and of the images that match
     them.
 
     Args:
         pooled: (N, vision width), pooled features of the images.
         across_processes: Whether the pairs of all ranks are one batch.
+        images: (M,), the number of each text's image. By default text i has image i, and there are no others.
+        of_documents: `[RET]`s in documents, which find images of the same batch, and are negatives of the texts.
 
     Returns:
-        `ret_token_loss`, `contrastive_loss`, `image_embeds` (N, q), and `logits_per_image` and `logits_per_text`
-        over the pairs of all ranks.
+        `ret_token_loss`, `contrastive_loss`, `image_embeds` (M, q) and `text_embeds` (M, q) of matching pairs, in the
+        order of the images, and `logits_per_image` (N, M) and `logits_per_text` (M, N) over the images and texts of all
+        ranks.
 
     Raises:
-        ValueError: There are not as many images as texts.
+        ValueError: There are not as many images as texts, or there is no image of that number.
     """
-    if pooled is None or len(pooled) != len(input_ids):
+    count = 0 if input_ids is None else len(input_ids)
+    pooled = _checked_images(count, pooled, images, of_documents, across_processes)
+    if lm.traits.is_sharded and not count and largest_of_ranks(count, pooled.device):
         raise ValueError(
-            f"Retrieval text i pairs with image i, but there are {len(input_ids)} texts and "
-            f"{0 if pooled is None else len(pooled)} images.{DISPATCH_HINT if across_processes else ''}"
+            "With sharded layers all processes make the same passes, and of this step's batches one has captioned "
+            "images and another documents alone. Train on one kind of data, or without `shard_backbones`."
         )
+    found = [] if of_documents is None else [of_documents]
+    if input_ids is not None and count:
+        numbers = torch.arange(count, device=pooled.device) if images is None else images
+        found.insert(0, _of_texts(lm, input_ids, attention_mask, numbers))
+    loss, targets = (sum(values[1:], values[0]) for values in list(zip(*found, strict=True))[:2])
+    embeds, numbers = (torch.cat(values) for values in list(zip(*found, strict=True))[2:])
+    matches = None
+    if images is not None or of_documents is not None:
+        matches, order = numbers.sort(stable=True)
+        embeds = embeds[order]
+    return {
+        "ret_token_loss": mean_over_targets(loss, targets, across_processes),
+        **matching_loss(lm.adapter, lm.config, pooled, embeds, across_processes, matches),
+    }
+
+
+def _checked_images(
+    count: int,
+    pooled: torch.Tensor | None,
+    images: torch.Tensor | None,
+    of_documents: Retrievals | None,
+    across_processes: bool,
+) -> torch.Tensor:
+    """`pooled`, which has an image for each of `count` texts and each `[RET]` of documents; else a `ValueError`."""
+    hint = DISPATCH_HINT if across_processes else ""
+    there = 0 if pooled is None else len(pooled)
+    numbers = [] if images is None else [images]
+    numbers += [] if of_documents is None else [of_documents.images]
+    if images is None and (there < count or (there > count and of_documents is None)):
+        raise ValueError(f"Retrieval text i pairs with image i, but there are {count} texts and {there} images.{hint}")
+    if images is not None and len(images) != count:
+        raise ValueError(f"`retrieval_targets` names {len(images)} images for {count} retrieval texts.{hint}")
+    named = torch.cat(numbers) if numbers else torch.arange(0)
+    if pooled is None or bool(((named < 0) | (named >= there)).any()):
+        raise ValueError(
+            f"The targets of [RET] name images {sorted(set(named.tolist()))[:20]}, and there are {there}, counted from "
+            f"0.{hint}"
+        )
+    return pooled
+
+
+def _of_texts(
+    lm: FrozenLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, images: torch.Tensor
+) -> Retrievals:
+    """What the `[RET]`s of texts (M, L) without images, at their ends, are to find: `images` (M,)."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     fallback = why_not_ret_only(lm, input_ids, mask)
     if lm.traits.is_sharded and largest_of_ranks(fallback is not None, input_ids.device) and fallback is None:
@@ -110,12 +135,8 @@ def retrieval_losses(
     def branch(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return ret_only_pass(lm, input_ids, mask) if fallback is None else ordinary_pass(lm, input_ids, mask)
 
-    losses, embeds = zip(*_in_chunks(lm, branch, input_ids, mask), strict=True)
-    count = has_previous_token(mask).sum()
-    return {
-        "ret_token_loss": mean_over_targets(sum(losses[1:], losses[0]), count, across_processes),
-        **matching_loss(lm.adapter, lm.config, pooled, torch.cat(embeds), across_processes),
-    }
+    losses, embeds = zip(*in_chunks(lm, branch, input_ids, mask), strict=True)
+    return Retrievals(sum(losses[1:], losses[0]), has_previous_token(mask).sum(), torch.cat(embeds), images)
 
 
 def matching_loss(
@@ -124,22 +145,28 @@ def matching_loss(
     pooled: torch.Tensor,
     text_embeds: torch.Tensor,
     across_processes: bool = False,
+    matches: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The contrastive loss of images, by their pooled features (N, vision width), and the texts that match them, by
-    their embeddings (N, q): the part of [`retrieval_losses`] that comes after the language model.
+    their embeddings (M, q): the part of [`retrieval_losses`] that comes after the language model.
+
+    Args:
+        matches: (M,), the number of each text's image; by default text i matches image i.
 
     Returns:
         `contrastive_loss`, `image_embeds`, `text_embeds`, `logits_per_image` and `logits_per_text`.
     """
     image_embeds = adapter.image_embeds(pooled)
-    images, texts = image_embeds, text_embeds
+    images, texts, own = image_embeds, text_embeds, image_embeds if matches is None else image_embeds[matches]
     if across_processes:
+        local = torch.arange(len(texts), device=texts.device) if matches is None else matches
+        matches = gather_numbers(local, len(images))
         images, texts, pooled = (gather_with_gradient(tensor) for tensor in (images, texts, pooled))
     logits_per_image = adapter.logit_scale.exp() * images @ texts.t()
     duplicates = duplicate_mask(pooled) if config.mask_duplicate_images else None
     return {
-        "contrastive_loss": contrastive_loss(logits_per_image, duplicates),
-        "image_embeds": image_embeds,
+        "contrastive_loss": contrastive_loss(logits_per_image, duplicates, matches),
+        "image_embeds": own,
         "text_embeds": text_embeds,
         "logits_per_image": logits_per_image,
         "logits_per_text": logits_per_image.t(),
@@ -269,26 +296,4 @@ def has_previous_token(mask: torch.Tensor) -> torch.Tensor:
     return is_token[:, 1:] & is_token[:, :-1]
 
 
-def _in_chunks(
-    lm: FrozenLM, branch: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor
-) -> list[tuple[torch.Tensor, ...]]:
-    """Run `branch` on chunks of `tensors` (B, ...), recomputing each in backward: gradient caching (Gao et al. 2021),
-    which gives a contrastive batch the memory of one chunk."""
-    size, rows = lm.config.gradient_cache_chunk_size, len(tensors[0])
-    if not size or not torch.is_grad_enabled():
-        return [branch(*tensors)]
-    pieces = [tensor.split(size) for tensor in tensors]
-    if lm.traits.is_sharded:  # as many chunks in every process
-        count = largest_of_ranks(len(pieces[0]), tensors[0].device)
-        if largest_of_ranks(rows < count, tensors[0].device):
-            raise ValueError(
-                f"With sharded layers all processes run as many chunks, here {count}, and one has fewer sequences "
-                f"(this one {rows}). Set `dataloader_drop_last=True`, or a larger `gradient_cache_chunk_size`."
-            )
-        pieces = [tensor.tensor_split(count) for tensor in tensors]
-    if len(pieces[0]) == 1:
-        return [branch(*tensors)]
-    return [checkpoint(branch, *piece, use_reentrant=False) for piece in zip(*pieces, strict=True)]
-
-
-__all__ = ["LOSS_WEIGHTS", "captioning_loss", "matching_loss", "ret_hidden_states", "retrieval_losses", "weighted_sum"]
+__all__ = ["LOSS_WEIGHTS", "matching_loss", "ret_hidden_states", "retrieval_losses", "weighted_sum"]

@@ -1,4 +1,4 @@
-"""Image-caption pairs to training batches (section 3.3), with concatenated captions."""
+"""Image-caption pairs, with concatenated captions, and interleaved documents to training batches (section 3.3)."""
 
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass, fields
@@ -12,19 +12,29 @@ from ..images_fromage import load_rgb_image
 from ..processing_fromage import FromageProcessor
 from ..prompts_fromage import CaptionFormat, CaptionIds
 from .bad_examples import BadExampleError, PreparedExample
+from .captions import check_caption, usable_captions
+from .document_sequences import DocumentLayout, sequences_of
+from .documents import document_of
 from .draws import number_of
+from .image_batches import image_tensors, pooled_features
 
 
 @dataclass
 class FromageDataCollator:
-    """Turn a list of `{"image" or "pooled_image_features", "caption"}` into a batch for the model's `forward`.
+    """Turn a list of `{"image" or "pooled_image_features", "caption"}`, and of documents, into a batch for the model's
+    `forward`.
 
     An example may have several captions, a list of texts, and cached features of several views of its image, of shape
     `(num_views, vision_width)`. One of each is drawn in every batch, one that stands there twice twice as often; with
     `training=False` it is the first. Captions that cannot be used are left out while another remains. A
     `"retrieval_caption"`, one or several, is what the image is found by in place of its caption.
 
-    [`CaptionIds`] describes the two sequences of a caption. Those for retrieval are never concatenated.
+    [`CaptionIds`] describes the two sequences of a caption. Those for retrieval are never concatenated, and beside
+    documents none is.
+
+    A document is `{"messages": ...}`, a chat, or `{"document": [...]}`, a list of texts and images in order; see
+    [`document_of`] for other names. [`DocumentLayout`] lays it out as one sequence. Its images may be cached too:
+    `"pooled_image_features"` of shape `(num_images, vision_width)`.
 
     Args:
         processor ([`FromageProcessor`]): Tokenizer, image processor, token ids and the layout of captions.
@@ -36,13 +46,17 @@ class FromageDataCollator:
         caption_suffix (`str`, *optional*): Text that ends a caption, a target of captioning.
         seed (`int`, defaults to 0): Seed of all draws.
         training (`bool`, defaults to `True`): With `False` nothing is drawn or concatenated.
+        max_document_length (`int`, defaults to 512): Tokens of a document, images included; the rest is left out.
+        document_ret_prob (`float`, defaults to 1.0): Probability that a document's image is to be found by a `[RET]`
+            before it. The others are shown without one, as a user shows images.
 
     `max_length`, `caption_prefix` and `caption_suffix` default to the processor's. Values given here are set on the
     processor too, so that what is saved is what was trained.
 
     Raises:
-        ValueError: A batch is empty; a caption is empty or contains a special token; an image cannot be read; or the
-            processor's caption format has changed since, by another collator for example.
+        ValueError: A batch is empty; a caption is empty or contains a special token; a document is malformed or has no
+            image; an image cannot be read; or the processor's caption format has changed since, by another collator for
+            example.
 
     Example:
 
@@ -58,8 +72,15 @@ class FromageDataCollator:
     caption_suffix: str | None = None
     seed: int = 0
     training: bool = True
+    max_document_length: int = 512
+    document_ret_prob: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.max_document_length < 2 or not 0 <= self.document_ret_prob <= 1:
+            raise ValueError(
+                "`max_document_length` must be at least 2 and `document_ret_prob` in [0, 1], got "
+                f"{self.max_document_length} and {self.document_ret_prob}."
+            )
         self.processor.set_caption_format(self.caption_prefix, self.caption_suffix, self.max_length)
         self._layout = self.processor.caption_layout
         for field in fields(CaptionFormat):
@@ -83,36 +104,59 @@ class FromageDataCollator:
             `retrieval_input_ids` and `retrieval_attention_mask` of shape `(batch_size, retrieval_length)`, and either
             `pixel_values` of shape `(batch_size, num_channels, height, width)` or `pooled_image_features` of shape
             `(batch_size, vision_width)`. `num_sequences` is smaller than `batch_size` where captions are concatenated.
+
+            With documents among the examples there are as many images as all of them have, in order; retrieval texts
+            of the pairs alone, with `retrieval_targets`, the number of the image of each; and `ret_targets` of the
+            shape of `input_ids`, the number of the image that a `[RET]` is to find, -100 elsewhere.
         """
         if not examples:
             raise ValueError("The batch is empty.")
         self.check_format(self.processor)
         prepared = [self._prepare_row(row, example) for row, example in enumerate(examples)]
-        pixels = self._pixels(prepared)  # first: where the image processor raises, other examples come in
+        pixels = image_tensors(
+            self.processor, prepared
+        )  # first: where the image processor raises, other examples come in
         examples = self._draw(prepared)
-        captions = [self._layout.encode(example["caption"]) for example in examples]
-        retrieval = [
-            self._layout.encode(example["retrieval_caption"]) if "retrieval_caption" in example else caption
-            for row, (example, caption) in enumerate(zip(examples, captions, strict=True))
-        ]
+        if any("document_ids" in example for example in examples):
+            return {**self._with_documents(examples), **(pixels or pooled_features(examples))}
+        captions, retrieval = self._encoded(examples)
         rows = [(caption.input_ids, caption.labels) for caption in captions]
         if self._concatenates(captions):
             rows = [
                 (sum((ids for ids, _ in pair), []), sum((labels for _, labels in pair), []))
                 for pair in (rows[i : i + 2] for i in range(0, len(rows), 2))
             ]
-        pad_id = self.processor.tokenizer.pad_token_id
-        input_ids, attention_mask = _pad([ids for ids, _ in rows], pad_id)
-        labels, _ = _pad([labels for _, labels in rows], -100)
         return {
             # First come tensors with a row for each example, then those with fewer rows, of concatenated captions:
             # accelerate cuts a streamed batch by the length of its first tensor, and the Trainer counts it.
-            **self._retrieval_inputs([caption.retrieval_input_ids for caption in retrieval]),
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            **(pixels or _pooled(examples)),
+            **self._retrieval_inputs(retrieval),
+            **self._sequences(rows),
+            **(pixels or pooled_features(examples)),
         }
+
+    def _encoded(self, pairs: Sequence[dict[str, Any]]) -> tuple[list[CaptionIds], list[list[int]]]:
+        """The captions of pairs, and the sequences that their images are found by."""
+        captions = [self._layout.encode(pair["caption"]) for pair in pairs]
+        found_by = [
+            self._layout.encode(pair["retrieval_caption"]) if "retrieval_caption" in pair else caption
+            for pair, caption in zip(pairs, captions, strict=True)
+        ]
+        return captions, [caption.retrieval_input_ids for caption in found_by]
+
+    def _sequences(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        input_ids, attention_mask = _pad([ids for ids, _ in rows], self.processor.tokenizer.pad_token_id)
+        labels, _ = _pad([labels for _, labels in rows], -100)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def _with_documents(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch of documents, and of pairs beside them: sequences in order, retrieval texts of the pairs."""
+        captions, retrieval = self._encoded([example for example in examples if "document_ids" not in example])
+        rows, of_pairs = sequences_of(examples, captions)
+        batch = {**self._sequences([(row.input_ids, row.labels) for row in rows]),
+                 "ret_targets": _pad([row.finds for row in rows], -100)[0]}  # fmt: skip
+        if of_pairs:
+            batch |= {**self._retrieval_inputs(retrieval), "retrieval_targets": torch.tensor(of_pairs)}
+        return batch
 
     def prepare(self, example: dict[str, Any]) -> PreparedExample:
         """Decode the image of an example, to RGB, and check its captions. Of several captions, those that cannot be
@@ -128,12 +172,28 @@ class FromageDataCollator:
         if example.get("problem") and None in (example.get("caption"), example.get("image")):
             raise BadExampleError("malformed row", str(example["problem"]))
         prepared = PreparedExample(example)
+        if (document := document_of(example)) is not None:
+            return self._prepare_document(prepared, document)
         for name in ("caption", "retrieval_caption"):
             if name == "caption" or name in example:
-                prepared[name] = self._usable(example.get(name))
+                prepared[name] = usable_captions(example.get(name), self.processor)
         if example.get("pooled_image_features") is None:
             prepared.pop("pooled_image_features", None)
             prepared["image"] = load_rgb_image(example.get("image"))  # type: ignore[arg-type]  # says what None is
+        return prepared
+
+    def _prepare_document(self, prepared: PreparedExample, document: dict[str, Any]) -> PreparedExample:
+        ids, images = DocumentLayout(self.processor, self.max_document_length).encode(document)
+        prepared["document_ids"], prepared["num_images"] = ids, len(images)
+        features = prepared.get("pooled_image_features")
+        if features is None:
+            prepared.pop("pooled_image_features", None)
+            prepared["image"] = [load_rgb_image(image) for image in images]
+        elif len(features) < len(images):
+            told = f"{len(features)} of {len(images)} images"
+            raise BadExampleError("cached features of fewer images than a document has", told)
+        else:
+            prepared["pooled_image_features"] = features[: len(images)]
         return prepared
 
     def _prepare_row(self, row: int, example: dict[str, Any]) -> PreparedExample:
@@ -145,13 +205,14 @@ class FromageDataCollator:
     def _draw(self, examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Examples with one of their captions and one of their views each."""
         several = [_choices(example) for example in examples]
-        if not any(several):
+        leaves_out = self.training and self.document_ret_prob < 1
+        if not any(several) and not leaves_out:
             return list(examples)
         generator = torch.Generator()
         if self.training:
-            texts = [(example["caption"], retrieval_caption(example)) for example in examples]
+            texts = [_text_of(example) for example in examples]
             generator.manual_seed(number_of(repr((self.seed, texts)).encode()))
-        return [
+        drawn = [
             example
             | {
                 name: values[int(torch.randint(len(values), (), generator=generator)) if self.training else 0]
@@ -159,43 +220,22 @@ class FromageDataCollator:
             }
             for example, choices in zip(examples, several, strict=True)
         ]
+        for example in drawn if leaves_out else ():
+            if "document_ids" in example:
+                chances = torch.rand(example["num_images"], generator=generator)
+                shown = (chances >= self.document_ret_prob).nonzero().flatten().tolist()
+                example["document_ids"] = example["document_ids"].without_rets(set(shown))
+        return drawn
 
     def retrieval_inputs(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """`retrieval_input_ids` and `retrieval_attention_mask` of captions alone, as in a batch."""
         for caption in captions:
-            self._check(caption)
+            check_caption(caption, self.processor)
         return self._retrieval_inputs(self._layout.retrieval_ids(captions))
 
     def _retrieval_inputs(self, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         input_ids, mask = _pad(rows, self.processor.tokenizer.pad_token_id)
         return {"retrieval_input_ids": input_ids, "retrieval_attention_mask": mask}
-
-    def _usable(self, caption: Any) -> Any:
-        """A caption, or those of several that can be used."""
-        if not isinstance(caption, (list, tuple)) or not caption:
-            self._check(caption)
-            return caption
-        usable, last = [], None
-        for text in caption:
-            try:
-                self._check(text)
-                usable.append(text)
-            except BadExampleError as error:
-                last = error
-        if not usable and last is not None:
-            raise last
-        return usable
-
-    def _check(self, caption: Any) -> None:
-        if not isinstance(caption, str) or not caption.strip():
-            raise BadExampleError("empty caption", repr(caption)[:100])
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:  # half of an emoji, as JSON may have it; tokenizers refuse it
-            raise BadExampleError("caption is not Unicode", ascii(caption)[:100]) from error
-        for token in (self.processor.image_token, self.processor.ret_token):
-            if token in caption:
-                raise BadExampleError("caption with a special token", f"{token} in {caption!r}")
 
     def _concatenates(self, captions: Sequence[CaptionIds]) -> bool:
         """Draw whether this batch's captions are concatenated."""
@@ -214,43 +254,18 @@ class FromageDataCollator:
             for example in examples
         ]
         given = list(prepared)
-        inputs = self._pixels(prepared) or _pooled(prepared)
+        inputs = image_tensors(self.processor, prepared) or pooled_features(prepared)
         for row, (before, after) in enumerate(zip(given, prepared, strict=True)):
             if after is not before:
                 examples[row] = after
         return inputs
 
-    def _pixels(self, examples: list[Any]) -> dict[str, torch.Tensor]:
-        """`pixel_values`; nothing of cached features. An example with an image that the processor refuses makes way for
-        its substitute in the list."""
-        if "pooled_image_features" in examples[0]:
-            return {}
-        try:
-            return self._process(examples)
-        except Exception:  # whatever it raises for a picture says nothing about others
-            if not any([self._replaces(examples, row) for row in range(len(examples))]):
-                raise
-            return self._process(examples)
 
-    def _process(self, examples: list[Any]) -> dict[str, torch.Tensor]:
-        images = [example["image"] for example in examples]
-        return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
-
-    def _replaces(self, examples: list[Any], row: int) -> bool:
-        """Whether the image of an example had to be replaced: the processor raises for it alone."""
-        is_replaced = False
-        while True:
-            try:
-                self._process([examples[row]])
-                return is_replaced
-            except Exception as error:
-                refused = BadExampleError("image processor raises", f"{type(error).__name__}: {error}")
-                examples[row] = examples[row].replaced(refused)
-                is_replaced = True
-
-
-def _pooled(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {"pooled_image_features": torch.stack([torch.as_tensor(e["pooled_image_features"]) for e in examples])}
+def _text_of(example: dict[str, Any]) -> Any:
+    """What draws for an example depend on."""
+    if "document_ids" in example:
+        return example["document_ids"].input_ids
+    return example["caption"], retrieval_caption(example)
 
 
 def takes_common_examples(collator: Any) -> bool:
@@ -267,6 +282,8 @@ def retrieval_caption(example: dict[str, Any]) -> Any:
 def _choices(example: dict[str, Any]) -> dict[str, Any]:
     """What an example has several of: captions, cached features."""
     several: dict[str, Any] = {}
+    if "document_ids" in example:
+        return several
     for name in ("caption", "retrieval_caption"):
         if isinstance(texts := example.get(name), (list, tuple)) and texts:
             several[name] = texts

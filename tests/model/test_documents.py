@@ -1,0 +1,306 @@
+"""Training on documents against a plain pass: the LM as it is, one sequence at a time, over all its vocabulary."""
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from modeling_fromage import FromageDataCollator
+from modeling_fromage.losses_fromage import contrastive_loss
+from tests.helpers.backbones import make_processor
+from tests.helpers.batches import CAPTIONS, IMAGE, RET, double_model, pad
+
+# Tokens of documents; "image" with a [RET] before it, that is to find it, or without.
+DOCUMENTS = [
+    [2, 5, 6, "ret", "image", 7, 8, "ret", "image", 9],
+    ["image", 2, 10, 11, "ret", "image"],
+    [2, 12, "image", 13, 14, 15, "ret", "image", 16, 17, 18, 19],
+]
+IMAGES = [2, 2, 2]
+
+
+def document_rows(k):
+    """Ids, labels and the images to find of the documents, whose images are numbered through."""
+    rows, image = [], 0
+    for document in DOCUMENTS:
+        ids, finds = [], []
+        for part in document:
+            ids += {"ret": [RET], "image": [IMAGE] * k}.get(part, [part])
+            finds += [image] if part == "ret" else [-100] * (k if part == "image" else 1)
+            image += part == "image"
+        rows.append((ids, [-100 if token == IMAGE else token for token in ids], finds))
+    return rows
+
+
+def padded(rows, value):
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+def make_batch(model, pixels, captions=()):
+    """The documents, and captioned images after them."""
+    k = model.config.num_image_tokens
+    rows = document_rows(k)
+    for caption in captions:
+        ids = [IMAGE] * k + CAPTIONS[caption]
+        rows.append((ids, [-100] * k + CAPTIONS[caption], [-100] * len(ids)))
+    batch = {
+        **pad([ids for ids, _, _ in rows], "right"),
+        "labels": padded([labels for _, labels, _ in rows], -100),
+        "ret_targets": padded([finds for _, _, finds in rows], -100),
+        "pixel_values": pixels[: sum(IMAGES) + len(captions)],
+    }
+    if captions:
+        retrieval = pad([CAPTIONS[i] + [RET] for i in captions], "right")
+        batch |= {f"retrieval_{name}": value for name, value in retrieval.items()}
+        batch["retrieval_targets"] = torch.arange(len(captions)) + sum(IMAGES)
+    return batch
+
+
+class PlainPass:
+    """One sequence, by the LM as it is.
+
+    Args:
+        images: (number of images, k, D), its visual tokens.
+    """
+
+    def __init__(self, model, ids, images):
+        self.model, adapter, lm = model, model.adapter, model.language_model
+        ret_out, rows, images = (adapter.ret_lm_head or adapter.ret_embedding).weight, [], iter(images)
+        ret_in = adapter.ret_embedding.weight[0] * model.config.ret_embedding_scale
+        for place, token in enumerate(ids):
+            if token == IMAGE and ids[max(place - 1, 0) : place] != [IMAGE]:
+                rows += list(next(images))
+            elif token != IMAGE:
+                rows.append(ret_in if token == RET else lm.get_input_embeddings()(torch.tensor(token)))
+        self.out = lm(inputs_embeds=torch.stack(rows)[None], output_hidden_states=True, use_cache=False)
+        hidden, frozen = self.out.hidden_states[-1][0], self.out.logits[0][:, :RET]
+        ret = model.frozen_lm().transform(hidden @ ret_out.t())
+        filler = frozen.new_full((len(frozen), RET - frozen.shape[1]), torch.finfo(frozen.dtype).min)
+        self.log_probs = torch.cat([frozen, filler, ret], 1).log_softmax(-1)
+
+    def losses(self, ids):
+        """Of each token but the first, -100 for none: those of words, and those of `[RET]`."""
+        found = [(token, -self.log_probs[place, token]) for place, token in enumerate(ids[1:]) if token >= 0]
+        return [loss for token, loss in found if token != RET], [loss for token, loss in found if token == RET]
+
+    def embed(self, place):
+        layers = zip(self.model.config.text_embed_layers, self.model.adapter.text_projection, strict=True)
+        return F.normalize(sum(p(self.out.hidden_states[n][0, place]) for n, p in layers), dim=-1)
+
+
+def plain_losses(model, pixels, captions=()):
+    adapter, k = model.adapter, model.config.num_image_tokens
+    pooled = model.get_pooled_image_features(pixels[: sum(IMAGES) + len(captions)])
+    visual = adapter.multi_modal_projector(pooled).unflatten(-1, (k, -1))
+    captioning, rets, texts, targets, image = [], [], [], [], 0
+    for (ids, labels, finds), count in zip(document_rows(k), IMAGES, strict=True):
+        one = PlainPass(model, ids, visual[image : image + count])
+        image += count
+        words, of_rets = one.losses(labels)
+        captioning, rets = captioning + words, rets + of_rets
+        places = [place for place, found in enumerate(finds) if found >= 0]
+        texts += [one.embed(place) for place in places]
+        targets += [finds[place] for place in places]
+    for number, caption in enumerate(captions, start=image):
+        words = [-100] * k + CAPTIONS[caption]
+        captioning += PlainPass(model, [IMAGE] * k + CAPTIONS[caption], visual[number][None]).losses(words)[0]
+        text = CAPTIONS[caption] + [RET]
+        one = PlainPass(model, text, [])
+        rets += sum(one.losses(text), [])
+        texts.append(one.embed(-1))
+        targets.append(number)
+    images, targets = F.normalize(adapter.visual_projection(pooled), dim=-1), torch.tensor(targets)
+    similarity = images @ torch.stack(texts).t() * adapter.logit_scale.exp()
+    to_images = F.cross_entropy(similarity.t(), targets)
+    to_texts = F.cross_entropy(similarity[targets], torch.arange(len(targets)))
+    return {
+        "captioning_loss": torch.stack(captioning).mean(),
+        "ret_token_loss": torch.stack(rets).mean(),
+        "contrastive_loss": (to_images + to_texts) / 2,
+    }
+
+
+@pytest.mark.parametrize("captions", [(), (0, 3)], ids=["documents alone", "with pairs"])
+@pytest.mark.parametrize("chunk", [None, 2], ids=["whole", "gradient cache"])
+@pytest.mark.parametrize("name", ["opt_clip", "opt350m_vit", "gpt2_resnet", "llama_clip"])
+def test_losses_and_gradients_are_those_of_a_plain_pass(name, chunk, captions):
+    layers = [1, -1] if name == "opt_clip" else [-1]
+    model = double_model(name, num_image_tokens=2, text_embed_layers=layers, gradient_cache_chunk_size=chunk)
+    pixels = torch.rand(8, 3, 32, 32, dtype=torch.double)
+    batch = make_batch(model, pixels, captions)
+    output = model(**batch)
+    output.loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected = plain_losses(model, pixels, captions)
+    for loss, value in expected.items():
+        torch.testing.assert_close(output[loss], value, rtol=1e-9, atol=1e-9, msg=lambda m, loss=loss: f"{loss}: {m}")
+    sum(expected.values()).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == {name for name, gradient in gradients.items() if gradient is not None}
+    for name, gradient in found.items():
+        assert (gradient - gradients[name]).norm() <= 1e-8 * gradients[name].norm(), name
+    finds = batch["ret_targets"]
+    numbers = torch.tensor([*finds[finds != -100].tolist(), *range(6, 6 + len(captions))])
+    assert torch.equal(output.image_embeds, model.get_image_embeds(batch["pixel_values"])[numbers])
+    assert output.logits_per_image.shape == (6 + len(captions), len(numbers))
+
+
+def test_a_pass_with_logits_gives_the_same_losses():
+    model = double_model("opt_clip").eval()
+    batch = make_batch(model, torch.rand(6, 3, 32, 32, dtype=torch.double))
+    with torch.no_grad():
+        output, alone = model(**batch), model(**batch, return_logits=False)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                       pixel_values=batch["pixel_values"]).logits  # fmt: skip
+    assert alone.logits is None and torch.equal(output.logits, logits)
+    for name in ("loss", "captioning_loss", "ret_token_loss", "contrastive_loss"):
+        torch.testing.assert_close(output[name], alone[name])
+
+
+def test_an_image_that_no_text_is_to_find_is_a_negative():
+    logits = torch.randn(5, 3, dtype=torch.double)
+    matches = torch.tensor([4, 0, 2])
+    expected = (F.cross_entropy(logits.t(), matches) + F.cross_entropy(logits[matches], torch.arange(3))) / 2
+    torch.testing.assert_close(contrastive_loss(logits, matches=matches), expected)
+    duplicates = torch.zeros(5, 5, dtype=torch.bool)
+    duplicates[1, 4] = duplicates[4, 1] = True
+    without = logits.clone()
+    without[1, 0] = -torch.inf  # image 1 is another copy of image 4, which text 0 is to find
+    expected = (F.cross_entropy(without.t(), matches) + F.cross_entropy(without[matches], torch.arange(3))) / 2
+    torch.testing.assert_close(contrastive_loss(logits, duplicates, matches), expected)
+    assert contrastive_loss(torch.zeros(4, 0, requires_grad=True)).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": None}, "come with `labels`"),
+        ({"ret_targets": torch.full((3, 14), 7)}, "name images .*7.*there are 6"),
+        ({"position_ids": torch.arange(14)[None]}, "without other options.*position_ids"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, words):
+    model = double_model("opt_clip")
+    batch = make_batch(model, torch.rand(6, 3, 32, 32, dtype=torch.double))
+    with pytest.raises(ValueError, match=words):
+        model(**batch | change)
+
+
+# ---- layout ---------------------------------------------------------------------------------------------------------
+
+
+def collate(*documents, processor=None, **options):
+    """Examples with cached features of nine images each, whose first entry is their number."""
+    processor = processor or make_processor()
+    examples = [
+        {"pooled_image_features": torch.arange(9.0)[:, None] + 10 * row, **document}
+        for row, document in enumerate(documents)
+    ]
+    return processor, FromageDataCollator(processor, **options)(examples)
+
+
+def text_of(processor, ids, mask):
+    return processor.tokenizer.decode(ids[mask.bool()]).replace("<|image|>" * processor.num_image_tokens, "<|image|>")
+
+
+def test_a_document_is_laid_out_as_the_pipeline_lays_out_a_prompt():
+    parts = ["A cat ", {"type": "image", "url": "x.png"}, " and a dog", {"type": "image", "image": "y.png"}, "."]
+    processor, batch = collate({"document": parts})
+    ids, finds, labels = (batch[name][0] for name in ("input_ids", "ret_targets", "labels"))
+    assert text_of(processor, ids, batch["attention_mask"][0]) == "</s>A cat [RET]<|image|> and a dog[RET]<|image|>."
+    prompt = processor(text="A cat [RET]<|image|> and a dog[RET]<|image|>.", images=[red(), red()])
+    assert ids.tolist() == prompt["input_ids"][0]
+    rets = ids == processor.ret_token_id
+    assert finds[rets].tolist() == [0, 1] and (finds[~rets] == -100).all()
+    assert torch.equal(labels, ids.masked_fill(ids == processor.image_token_id, -100))
+    assert batch["pooled_image_features"].flatten().tolist() == [0, 1]
+    assert "retrieval_input_ids" not in batch
+
+
+def test_an_image_that_nothing_precedes_is_not_to_be_found():
+    image = {"type": "image", "image": "x.png"}
+    processor, batch = collate({"document": [image, image, "Both."]})
+    assert text_of(processor, batch["input_ids"][0], batch["attention_mask"][0]) == "<|image|></s>[RET]<|image|>Both."
+    assert batch["ret_targets"][batch["ret_targets"] != -100].tolist() == [1]
+
+
+def test_of_a_chat_the_images_of_the_assistant_are_to_be_found():
+    image = {"type": "image", "image": "x.png"}
+    chat = [
+        {"role": "user", "content": ["Like this?", image]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Rather:"}, image]},
+    ]
+    processor, batch = collate({"messages": chat})
+    text = text_of(processor, batch["input_ids"][0], batch["attention_mask"][0])
+    assert text == "</s>Q: Like this?<|image|>\nA: Rather:[RET]<|image|>\n"
+    assert batch["ret_targets"][batch["ret_targets"] != -100].tolist() == [1]
+
+
+def test_pairs_and_documents_of_a_batch_keep_their_order():
+    image = {"type": "image", "image": "x.png"}
+    pair = {"caption": "a cat", "pooled_image_features": torch.full((1,), 50.0)}
+    processor, batch = collate({"document": ["one", image, "two", image]}, pair, {"document": ["three", image]})
+    assert batch["pooled_image_features"].flatten().tolist() == [0, 1, 50, 20]
+    assert batch["retrieval_targets"].tolist() == [2] and len(batch["retrieval_input_ids"]) == 1
+    finds = [row[row != -100].tolist() for row in batch["ret_targets"]]
+    assert finds == [[0, 1], [], [3]]
+    texts = [text_of(processor, *row) for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    assert texts == ["</s>one[RET]<|image|>two[RET]<|image|>", "<|image|></s>a cat", "</s>three[RET]<|image|>"]
+
+
+@pytest.mark.parametrize("length", range(2, 14))
+def test_a_long_document_ends_before_an_image_that_has_no_room(length):
+    image = {"type": "image", "image": "x.png"}
+    document = {"document": ["one", image, "two", image, image, " three"]}
+    processor = make_processor(num_image_tokens=3)
+    whole = collate(document, processor=processor)[1]["input_ids"][0].tolist()
+    try:
+        batch = collate(document, processor=processor, max_document_length=length)[1]
+    except ValueError as error:
+        assert "document without an image" in str(error) and length < whole.index(processor.image_token_id) + 3
+        return
+    ids = batch["input_ids"][0].tolist()
+    assert len(ids) <= length and ids == whole[: len(ids)]
+    images, rets = ids.count(processor.image_token_id), ids.count(processor.ret_token_id)
+    assert images % 3 == 0 and images // 3 == rets == len(batch["pooled_image_features"])
+    # What comes next is what had no room: one token, or an image and its [RET].
+    assert len(ids) == len(whole) or len(ids) == length or whole[len(ids)] == processor.ret_token_id
+
+
+def test_images_are_shown_without_a_ret_by_chance():
+    image = {"type": "image", "image": "x.png"}
+    documents = [{"document": [f"text {row}", image, "more", image]} for row in range(40)]
+    processor, batch = collate(*documents, document_ret_prob=0.5)
+    counts = (batch["ret_targets"] != -100).sum(1)
+    assert counts.min() == 0 and counts.max() == 2 and 25 < counts.sum() < 55
+    rets = batch["input_ids"] == processor.ret_token_id
+    assert torch.equal(rets, batch["ret_targets"] != -100)
+    assert ((batch["input_ids"] == processor.image_token_id).sum(1) == 4).all()
+    assert torch.equal(collate(*documents, document_ret_prob=0.5)[1]["input_ids"], batch["input_ids"])
+    held_out = collate(*documents, document_ret_prob=0.5, training=False)[1]
+    assert ((held_out["ret_targets"] != -100).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"document": ["a [RET] b", {"type": "image"}]}, "special token"),
+        ({"document": ["text alone"]}, "without an image"),
+        ({"document": []}, "malformed document"),
+        ({"document": "a text"}, "malformed document"),
+        ({"document": ["a", {"type": "video"}]}, "malformed document"),
+        ({"document": ["a", {"type": "ret"}, {"type": "image"}]}, "Leave parts of type 'ret' out"),
+        ({"messages": [{"role": "user", "content": 7}]}, "malformed document"),
+        ({"document": ["a", {"type": "image"}] * 10}, "cached features of fewer images"),
+        ({"document": ["a \ud83d", {"type": "image"}]}, "not Unicode"),
+    ],
+)
+def test_a_bad_document_is_told_by_its_reason(document, words):
+    with pytest.raises(ValueError, match=words):
+        collate(document)
+
+
+def red():
+    return Image.new("RGB", (8, 8), "red")

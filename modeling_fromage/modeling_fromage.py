@@ -306,8 +306,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             _check_training(lm, input_ids, labels, shift_labels, retrieval_input_ids, past_key_values)
         pooled = self._pooled_features(pixel_values, pooled_image_features)
         embeds = _lm_inputs(lm, input_ids, inputs_embeds, pooled, mm_encoder_outputs, retrieval_input_ids, across)
-        parts: dict[str, Any] = {}
-        documents = None
+        parts, documents = dict[str, Any](), None
         if embeds is not None:
             targets = next_tokens(labels, shift_labels, embeds)
             wants_logits = targets is None or (not self.training if return_logits is None else return_logits)

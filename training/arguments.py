@@ -173,6 +173,10 @@ class DataArguments:
     concat_captions_prob: float = field(default=0.5, metadata={"help": "Chance that two pairs share a sequence."})
     caption_prefix: str | None = field(default=None, metadata={"help": "Text between the image and its caption."})
     caption_suffix: str | None = field(default=None, metadata={"help": "Text that ends a caption."})
+    max_document_length: int = field(default=512, metadata={"help": "Tokens of a document, images included."})
+    document_ret_prob: float = field(
+        default=1.0, metadata={"help": "Chance that a document's image is to be found from what stands before it."}
+    )
     feature_cache: str | None = field(default=None, metadata={"help": "Folder that the command cache-features wrote."})
     eval_feature_cache: str | None = field(default=None, metadata={"help": "The same, of eval_data."})
 

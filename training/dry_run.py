@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import TrainerState
 
-from modeling_fromage import FromageProcessor, FromageTrainer
+from modeling_fromage import FromageTrainer
 from modeling_fromage.losses_fromage import duplicate_mask
-from modeling_fromage.trainer.pictures import Cell, Word, draw_sheet, words_of
 from modeling_fromage.trainer.warm_start import check_warm_start
 
+from .first_batch import sheet_of_batch
 from .rehearsal import LONG_STEPS, USUAL_STEPS, Rehearsal, first_batches, rehearse
 
-_SHOWN = 24  # pairs on the picture
 _PEFT = ("modules_to_save", "default")  # what PEFT puts between a copy of a part and its name
 
 
@@ -82,6 +80,13 @@ def describe_batch(trainer: FromageTrainer, batch: dict[str, torch.Tensor]) -> l
         f"{args.train_batch_size:,} x {args.gradient_accumulation_steps} accumulated x {processes}",
         f"{pairs - 1:,} negatives for each pair in the contrastive loss (accumulated batches do not see each other)",
     ]
+    if "ret_targets" in batch:
+        images, found = len(pooled_features(trainer, batch)), int((batch["ret_targets"] != -100).sum())
+        lines[0] = lines[0].replace("pairs", "documents and pairs")
+        lines[1] = (
+            f"{images:,} images in the first batch, so {images - 1:,} negatives for each in the contrastive loss; "
+            f"{found:,} are found from a document"
+        )
     if config.mask_duplicate_images:
         masked = duplicate_mask(pooled_features(trainer, batch)).sum(1).float().mean().item()
         lines[-1] += f", less other copies of its image: {masked:.1f} in the first batch"
@@ -156,7 +161,7 @@ def duration(seconds: float) -> str:
 
 
 def draw_first_batch(trainer: FromageTrainer) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Write the pairs of the first batch as the model gets them: what is left of an image, and each token."""
+    """Draw the first batch; returns the picture's path, and the batch."""
     with first_batches(trainer) as loader:
         batch = {name: tensor.cpu() for name, tensor in next(iter(loader)).items()}
     path = Path(trainer.args.output_dir or "", "dry_run", "first_batch.png")
@@ -164,59 +169,6 @@ def draw_first_batch(trainer: FromageTrainer) -> tuple[Path, dict[str, torch.Ten
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet_of_batch(batch, trainer.processing_class).save(path)
     return path, batch
-
-
-def sheet_of_batch(batch: dict[str, torch.Tensor], processor: FromageProcessor) -> Image.Image:
-    """A row for each of the first pairs of a batch."""
-    count, rows = len(batch["retrieval_input_ids"]), len(batch["input_ids"])
-    captions_per_row = -(-count // rows)
-    texts, masks = batch["retrieval_input_ids"], batch["retrieval_attention_mask"]
-    cells = []
-    for number in range(min(count, _SHOWN)):
-        row, place = divmod(number, captions_per_row)
-        caption = words_of("(the second caption of the text above)")
-        if not place:
-            caption = tokens_as_words(*(batch[name][row] for name in ("input_ids", "attention_mask")), processor,
-                                      batch["labels"][row])  # fmt: skip
-        picture = picture_of(batch["pixel_values"][number], processor) if "pixel_values" in batch else None
-        text = tokens_as_words(texts[number], masks[number], processor)
-        cells.append([Cell(picture), Cell(words=caption), Cell(words=text)])
-    images = "image" if "pixel_values" in batch else "image (cached features)"
-    titles = [images, "captioning: targets on green", f"retrieval: {processor.ret_token} on orange"]
-    return draw_sheet(titles, cells, [200, 460, 320])
-
-
-def tokens_as_words(
-    ids: torch.Tensor, mask: torch.Tensor, processor: FromageProcessor, labels: torch.Tensor | None = None
-) -> list[Word]:
-    """Tokens (L,) as they are read, with their spaces; placeholders of an image as one."""
-    words: list[Word] = []
-    for place, number in enumerate(ids.tolist()):
-        if not mask[place]:
-            continue
-        text = processor.tokenizer.decode([number])
-        if number == processor.image_token_id:
-            if not (words and words[-1].text == text):
-                words.append(Word(text, "lightblue"))
-            continue
-        ground = "palegreen" if labels is not None and labels[place] != -100 else "whitesmoke"
-        if number == processor.ret_token_id:
-            ground = "orange"
-        words.append(Word(text.replace(" ", "\u00b7").replace("\n", "\\n"), ground))
-    return words
-
-
-def picture_of(pixels: torch.Tensor, processor: FromageProcessor) -> Image.Image | None:
-    """The image that the encoder gets, (3, height, width); `None` where it gets patches."""
-    if pixels.dim() != 3 or pixels.shape[0] != 3:
-        return None
-    pixels = pixels.float()
-    mean, std = (getattr(processor.image_processor, f"image_{name}", None) for name in ("mean", "std"))
-    if getattr(processor.image_processor, "do_normalize", True) and mean is not None and std is not None:
-        pixels = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    else:
-        pixels = (pixels - pixels.amin()) / (pixels.amax() - pixels.amin()).clamp_min(1e-6)
-    return Image.fromarray((255 * pixels.clamp(0, 1)).byte().permute(1, 2, 0).numpy())
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl
 
 from modeling_fromage import FromageTrainer, NormalizeRetEmbeddingCallback
 from modeling_fromage.trainer.data_collator import retrieval_caption
+from modeling_fromage.trainer.document_sequences import DocumentLayout
+from modeling_fromage.trainer.documents import document_of
 from modeling_fromage.trainer.monitoring import TrainingMonitor
 
 LONG_STEPS, USUAL_STEPS = 2, 3  # steps of the longest batch, which memory is measured on, and of others, for the time
@@ -200,7 +202,10 @@ def longest_batch(trainer: FromageTrainer, dataset: Any, size: int) -> Subset:
 def _length(collator: Any, dataset: Any, number: int, draw: random.Random) -> int:
     """Tokens of an example's text; 0 where it cannot be read."""
     try:
-        texts = retrieval_caption(dataset[number])
+        row = dataset[number]
+        if (document := document_of(row)) is not None:
+            return len(DocumentLayout(collator.processor, collator.max_document_length).encode(document)[0].input_ids)
+        texts = retrieval_caption(row)
         text = texts if isinstance(texts, str) or not texts else draw.choice(texts)
         return collator.retrieval_inputs([text])["retrieval_attention_mask"].sum().item()
     except Exception:  # whatever a data set raises for a row; the run itself will say so, or skip it

@@ -64,6 +64,8 @@ def make_collator(processor: FromageProcessor, data_args: DataArguments, seed: i
         caption_prefix=data_args.caption_prefix,
         caption_suffix=data_args.caption_suffix,
         seed=seed,
+        max_document_length=data_args.max_document_length,
+        document_ret_prob=data_args.document_ret_prob,
     )
 
 

@@ -16,6 +16,7 @@ from transformers.utils.logging import tqdm
 
 from ..modeling_fromage import FromageForConditionalGeneration
 from .data_collator import FromageDataCollator, retrieval_caption
+from .documents import document_of
 from .draws import number_of
 from .ret_states import RetStates, as_stored, cache_ret_states
 
@@ -147,6 +148,11 @@ def _read(
     captions: list[Sequence[Any]] = []
     for start in tqdm(range(0, len(dataset), 64), desc="Reading image features"):
         rows = [dataset[i] for i in range(start, min(len(dataset), start + 64))]
+        if any(document_of(row) is not None for row in rows):
+            raise ValueError(
+                "The warm start trains on pairs of an image and its caption, and there are documents in the data: what "
+                "stands before their images holds trained visual tokens. Train on the pairs first, then on both."
+            )
         if "pooled_image_features" in rows[0]:
             views = [torch.as_tensor(row["pooled_image_features"]) for row in rows]
             views = [view if view.dim() == 2 else view[None] for view in views]

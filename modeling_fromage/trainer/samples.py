@@ -102,7 +102,7 @@ def _read(dataset: Any, number: int) -> dict[str, Any] | None:
         example = dict(dataset[number])
         if example.get("image") is not None:
             example["image"] = load_rgb_image(example["image"])
-        return example if _first(example["caption"]).strip() else None
+        return example if _first(example.get("caption")).strip() else None  # not of documents
     except (ValueError, OSError):
         return None
 

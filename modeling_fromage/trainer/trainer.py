@@ -281,6 +281,8 @@ class FromageTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, torch.Tensor | None]:
+        if "ret_targets" in inputs and self.args.world_size > 1:
+            raise ValueError("Documents have several images each: evaluate on them in one process.")
         inputs = {**self._prepare_inputs(inputs), "return_logits": False}
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)

@@ -8,39 +8,51 @@ import torch.distributed as dist
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from modeling_fromage.trainer.rank_batches import RankBatches
-from tests.helpers.batches import double_model, make_batch
+from tests.helpers.batches import double_model
 from tests.helpers.distributed import assert_close, in_two_processes, make_trainer, pixel_examples, record
+from tests.helpers.documents import make_batch as documents_and_pairs
 from tests.helpers.processes import run_ranks
 from tests.helpers.training_runs import examples
 
+# The captions and the documents that a rank's batch has, in two cases.
+SHARES = {
+    "pairs": [([0, 1, 2], []), ([3, 4], [])],  # uneven
+    "documents and pairs": [([0, 1], []), ([2], [0, 1])],
+    "one with documents alone": [([], [2]), ([0, 1, 3], [])],
+}
 
-def gradients(rows: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+
+def gradients(captions: list[int], documents: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = double_model("opt_clip")
-    pixels = torch.rand(5, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    loss = model(**make_batch(model, pixels, rows)).loss
+    pixels = torch.rand(11, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    loss = model(**documents_and_pairs(model, pixels, captions, documents)).loss
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
 def worker(rank: int, folder: str):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    loss, grads = gradients([[0, 1, 2], [3, 4]][rank])  # uneven
-    for value in (loss, *grads.values()):
-        dist.all_reduce(value)
-        value /= 2  # as DDP averages
+    found = {}
+    for case, shares in SHARES.items():
+        found[case] = loss, grads = gradients(*shares[rank])
+        for value in (loss, *grads.values()):
+            dist.all_reduce(value)
+            value /= 2  # as DDP averages
     if rank == 0:
-        torch.save((loss, grads), f"{folder}/result.pt")
+        torch.save(found, f"{folder}/result.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    expected_loss, expected = gradients([0, 1, 2, 3, 4])
     run_ranks(worker, str(tmp_path))
-    loss, grads = torch.load(tmp_path / "result.pt", weights_only=True)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0)
-    assert grads.keys() == expected.keys()
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    for case, (loss, grads) in torch.load(tmp_path / "result.pt", weights_only=True).items():
+        (first, second) = SHARES[case]
+        expected_loss, expected = gradients(first[0] + second[0], first[1] + second[1])
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0, msg=lambda m, case=case: f"{case}: {m}")
+        assert grads.keys() == expected.keys()
+        for name, grad in grads.items():
+            told = f"{case}, {name}"
+            torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-12, msg=lambda m, t=told: f"{t}: {m}")
 
 
 # ---- the Trainer -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from modeling_fromage.trainer.pictures import Word
 from tests.helpers import processes
 from tests.helpers.backbones import PARITY, make_processor
-from training.dry_run import describe_parts, draw_first_batch, dry_run, duration, picture_of, tokens_as_words
+from training.dry_run import describe_parts, draw_first_batch, dry_run, duration
+from training.first_batch import picture_of, tokens_as_words
 from training.rehearsal import LONG_STEPS, USUAL_STEPS, Rehearsal, longest_batch, rehearse
 from training.train import main, parse_config, prepare
 

@@ -1,0 +1,120 @@
+"""Runs on documents, and on documents and pairs together."""
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageTrainer
+from tests.helpers.backbones import make_model, make_processor
+from tests.helpers.distributed import in_two_processes
+from tests.helpers.training_runs import arguments
+from training.first_batch import sheet_of_batch
+from training.rehearsal import longest_batch
+
+COLORS = ["red", "green", "blue", "yellow"]
+
+
+def documents(count: int) -> list[dict]:
+    """Documents that show one colour, and then what follows it."""
+    rows = []
+    for number in range(count):
+        first, second = (Image.new("RGB", (32, 32), COLORS[(number + step) % 4]) for step in (0, 1))
+        text = f"After {number} comes" + " and so on" * (number % 3)
+        rows.append({"document": [text, {"type": "image", "image": first}, "the next", second, "."]})
+    return rows
+
+
+def make_trainer(folder, data, collator=None, **options):
+    processor = make_processor()
+    kwargs = {"train_dataset": data, "eval_dataset": options.pop("eval_dataset", None), "processing_class": processor}
+    collator = collator or FromageDataCollator(processor, concat_captions_prob=1.0)
+    return FromageTrainer(make_model("opt_clip"), arguments(folder, **options), collator, **kwargs)
+
+
+def test_a_run_is_evaluated_saved_and_loaded(tmp_path):
+    trainer = make_trainer(tmp_path, documents(8), eval_dataset=documents(8), max_steps=8, learning_rate=3e-2)
+    before = trainer.evaluate()
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_num_pairs"] == 16
+    assert metrics["eval_loss"] < before["eval_loss"]
+    assert all(metrics[f"eval_{name}"] > 0 for name in ("captioning_loss", "ret_token_loss", "contrastive_loss"))
+    trainer.save_model()
+    model = FromageForConditionalGeneration.from_pretrained(tmp_path).eval()
+    batch = trainer.data_collator(documents(4))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, trainer.model.eval()(**batch).loss)
+
+
+def test_embeddings_in_training_are_those_of_the_pipelines_prompts():
+    """A `[RET]` of a document stands behind what a user's prompt has, with the image of an answer fed back."""
+    model, processor, (row,) = make_model("opt_clip"), make_processor(), documents(1)
+    text, image, more, following, _ = row["document"]
+    parts = [text, {"type": "ret"}, image, more, {"type": "ret"}]
+    prompt = processor.join_parts([{"type": "text", "text": p} if isinstance(p, str) else p for p in parts])
+    with torch.no_grad():
+        found = model(**FromageDataCollator(processor)([row])).text_embeds
+        inputs = processor(images=[image["image"]], text=prompt, return_tensors="pt")
+        expected = model.get_ret_embeds(**inputs)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_pairs_and_documents_train_together(tmp_path):
+    pairs = [
+        {"image": Image.new("RGB", (32, 32), color), "caption": f"a {color} square"}
+        for color in COLORS
+        for _ in range(2)
+    ]
+    rows = [row for both in zip(pairs, documents(8), strict=True) for row in both]
+    trainer = make_trainer(tmp_path, rows, eval_dataset=rows, max_steps=3, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_num_pairs"] == 8 + 16
+    assert (tmp_path / "samples" / "step-3.png").is_file()  # of the pairs
+    batch = trainer.data_collator(rows[:4])
+    assert batch["input_ids"].shape[0] == 4  # nothing is concatenated beside documents
+    assert sheet_of_batch(batch, trainer.processing_class).height > 6 * 100
+    assert all("document" in rows[i] for i in longest_batch(trainer, rows, 4).indices)
+
+
+def test_a_warm_start_on_documents_is_refused(tmp_path):
+    processor = make_processor()
+    trainer = FromageTrainer(
+        make_model("opt_clip"), arguments(tmp_path), train_dataset=documents(4), processing_class=processor,
+        retrieval_warm_start_steps=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="there are documents in the data.*Train on the pairs first"):
+        trainer.train()
+
+
+def test_a_bad_document_is_passed_over(tmp_path):
+    rows = documents(8)
+    rows[3] = {"document": ["no image here"]}
+    rows[5] = {"document": ["broken", {"type": "image", "image": {"bytes": b"no picture", "path": None}}]}
+    processor = make_processor()
+    trainer = FromageTrainer(
+        make_model("opt_clip"), arguments(tmp_path, max_steps=4), train_dataset=rows, processing_class=processor,
+        on_bad_example="skip", max_bad_share=0.5,
+    )  # fmt: skip
+    metrics = trainer.train().metrics
+    assert metrics["bad_examples"] == 2
+
+
+def evaluate_in_two(rank: int, folder: str):
+    trainer = make_trainer(folder, documents(4), ddp_backend="gloo")
+    with pytest.raises(ValueError, match="evaluate on them in one process"):
+        trainer.evaluate(documents(4))
+
+
+def test_several_processes_do_not_evaluate_on_documents(tmp_path):
+    in_two_processes(evaluate_in_two, str(tmp_path))
+
+
+def test_cached_features_give_the_batch_that_pixels_give(tmp_path):
+    model, processor, rows = make_model("opt_clip"), make_processor(), documents(4)
+    collator = FromageDataCollator(processor)
+    live = collator(rows)
+    features = model.get_pooled_image_features(live["pixel_values"]).split(2)
+    cached = collator([{**row, "pooled_image_features": own} for row, own in zip(rows, features, strict=True)])
+    assert cached.keys() - {"pooled_image_features"} == live.keys() - {"pixel_values"}
+    torch.testing.assert_close(model(**cached).loss, model(**live).loss)

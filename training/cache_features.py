@@ -21,7 +21,7 @@ from modeling_fromage.io.command_line import at_least, command_parser, device_op
 from .arguments import parse_config
 from .data.feature_cache import read_manifest
 from .data.feature_writing import VisionEncoder, write_features
-from .data.training_data import INDEXES, DataLoading
+from .data.training_data import INDEXES, DataLoading, refuse_documents
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--eval, but {options.config} has no eval_data. Name it there, or as eval_data=...")
         loading = DataLoading(data_args, args.seed, args.on_bad_example == "skip", Path(options.directory) / INDEXES)
         dataset = loading.all_examples(for_evaluation=options.eval)
+        refuse_documents(dataset)
         default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         encoder = VisionEncoder.from_pretrained(
             model_args.vision_model, model_args.vision_pooling, model_args.dtype, options.device or default

@@ -13,6 +13,16 @@ IMAGE_COLUMNS = ("image", "file_name", "url", "image_url", "image_path", "jpg", 
 CAPTION_COLUMNS = ("caption", "text", "captions", "title", "txt")
 
 
+# Of documents: chats, lists of parts, and the names in OBELICS and MMC4. A group counts where all of it is there.
+DOCUMENT_COLUMNS = (("messages",), ("document",), ("images", "texts"), ("text_list", "image_info"))
+
+
+def document_columns(columns: Iterable[str]) -> tuple[str, ...]:
+    """The columns of a table that hold a document; none where it has captioned images."""
+    there = set(columns)
+    return next((group for group in DOCUMENT_COLUMNS if there.issuperset(group)), ())
+
+
 def find_column(columns: Iterable[str], wanted: str | None, known: tuple[str, ...]) -> str | None:
     """The column that is `wanted`, or else the first that is `known`; `None` where there is none."""
     if wanted is not None:
@@ -64,4 +74,14 @@ def bad_row(place: str, problem: str) -> dict[str, Any]:
     return {"image": None, "caption": None, "place": place, "problem": problem}
 
 
-__all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "as_image", "bad_row", "find_column", "find_columns", "image_suffixes"]
+__all__ = [
+    "CAPTION_COLUMNS",
+    "DOCUMENT_COLUMNS",
+    "IMAGE_COLUMNS",
+    "as_image",
+    "bad_row",
+    "document_columns",
+    "find_column",
+    "find_columns",
+    "image_suffixes",
+]

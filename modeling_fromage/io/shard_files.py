@@ -5,12 +5,14 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..file_writing_fromage import replace_file
+from .columns import document_columns
 
 
 class Shard(ABC):
@@ -23,6 +25,7 @@ class Shard(ABC):
     """
 
     suffixes: tuple[str, ...]
+    documents: tuple[str, ...] = ()  # the columns that hold documents, of a shard that has these
 
     def __init__(
         self,
@@ -48,6 +51,10 @@ class Shard(ABC):
         self._kept = str(kept)
         self._count = len(_map(self._kept))
 
+    def documents_among(self, columns: Iterable[str]) -> tuple[str, ...]:
+        """The columns that hold documents, unless those of images or captions are named."""
+        return document_columns(columns) if self.image_column is self.caption_column is None else ()
+
     @property
     def index(self) -> np.ndarray:
         return self._held if self._kept is None else _map(self._kept)
@@ -58,7 +65,7 @@ class Shard(ABC):
 
     @abstractmethod
     def read(self, number: int, with_image: bool = True) -> dict[str, Any]:
-        """An example: `image`, `caption`, `place`; and `problem` where its row cannot be read."""
+        """An example: `image`, `caption`, `place`, or a document; and `problem` where its row cannot be read."""
 
     def __len__(self) -> int:
         return len(self._held) if self._kept is None else self._count

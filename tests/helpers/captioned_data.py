@@ -81,9 +81,9 @@ def _table(rows: list[dict], separator: str) -> str:
 def _write_tables(folder: Path, rows: list[dict]) -> None:
     (folder / "pairs.tsv").write_text(_table(rows, "\t"))
     (folder / "pairs.csv").write_text(_table(rows, ","))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _write_lines(folder / "pairs.jsonl", rows)
     several = [{"file_name": row["image"], "captions": [row["caption"]] * 2} for row in rows]
-    (folder / "several.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
+    _write_lines(folder / "several.jsonl", several)
     Dataset.from_list(rows).to_parquet(folder / "pairs.parquet")
     urls = [f"data:image/png;base64,{base64.b64encode(picture(n)).decode()}" for n in range(COUNT)]
     (folder / "Train_GCC.tsv").write_text("".join(f"{CAPTIONS[n]}\t{urls[n]}\n" for n in range(COUNT)))
@@ -91,10 +91,31 @@ def _write_tables(folder: Path, rows: list[dict]) -> None:
     Dataset.from_dict({"photo": [picture(n) for n in range(COUNT)], "alt": CAPTIONS}).to_parquet(
         folder / "bytes.parquet"
     )
+    _write_documents(folder, rows)
     (folder / "cc3m").mkdir()
     for part in range(2):
         chosen = [{"title": row["caption"], "url": urls[2 * part + n]} for n, row in enumerate(rows[2 * part :][:2])]
         (folder / "cc3m" / f"part-{part:02d}.tsv").write_text(_table(chosen, "\t"))
+
+
+def _write_documents(folder: Path, rows: list[dict]) -> None:
+    """A caption and its picture each."""
+    images = [{"type": "image", "image": row["image"]} for row in rows]
+    _write_lines(folder / "pages.jsonl", [{"document": [row["caption"], image]}
+                                          for row, image in zip(rows, images, strict=True)])  # fmt: skip
+    _write_lines(folder / "obelics.jsonl", [{"images": [None, row["image"]], "texts": [row["caption"], None]}
+                                            for row in rows])  # fmt: skip
+    _write_lines(folder / "mmc4.jsonl", [{"text_list": [row["caption"], "."], "image_info": [
+        {"image_name": row["image"], "matched_text_index": 1}]} for row in rows])  # fmt: skip
+    chats = [
+        {"role": "user", "content": [{"type": "text", "text": row["caption"], "path": None},
+                                     {"type": "image", "text": None, "path": row["image"]}]} for row in rows
+    ]  # fmt: skip
+    Dataset.from_list([{"messages": [chat]} for chat in chats]).to_parquet(folder / "chats.parquet")
+
+
+def _write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_folders(folder: Path, rows: list[dict]) -> None:

@@ -1,12 +1,17 @@
 """The table of input forms in docs/train.md: every row is loaded as it says, and refusals say what to do."""
 
+import json
 import re
 
 import pytest
 import yaml
 
+from modeling_fromage import FromageDataCollator
 from modeling_fromage.io.file_patterns import expand_braces, find_files
 from modeling_fromage.io.option_files import to_dataclasses
+from modeling_fromage.messages_fromage import as_parts, image_source
+from modeling_fromage.trainer.documents import document_of
+from tests.helpers.backbones import make_processor
 from tests.helpers.captioned_data import CAPTIONS, COUNT, hub_files, number_in, picture, write_all_forms, write_tar
 from tests.helpers.hub import run
 from tests.helpers.hub_server import hub_server
@@ -33,7 +38,17 @@ def loaded(lines: str) -> dict[int, str]:
     found, evaluation = DataLoading(arguments).train_and_eval(lambda dataset, directory: dataset)
     examples = [*found, *(evaluation or [])]
     assert len(examples) == COUNT if isinstance(arguments.train_data, str) else 2 * COUNT
-    return {number_in(example["image"]): example["caption"] for example in examples}
+    return dict(map(picture_and_caption, examples))
+
+
+def picture_and_caption(example: dict) -> tuple[int, str]:
+    """Of a pair, or of a document of a caption and its picture."""
+    document = document_of(example)
+    if document is None:
+        return number_in(example["image"]), example["caption"]
+    parts = document["document"] if "document" in document else document["messages"][0]["content"]
+    text, image, *_ = as_parts(parts)
+    return number_in(image_source(image)), text["text"]
 
 
 def test_the_table_is_whole():
@@ -112,6 +127,39 @@ def test_rows_with_one_caption_and_with_several(tmp_path):
     table.write_text('{"image": "a.png", "caption": "one"}\n{"image": "b.png", "caption": ["two", "three"]}\n')
     assert load_captioned_images(str(table))["caption"] == [["one"], ["two", "three"]]
     assert load_captioned_images(str(table), streaming=True)["caption"] == ["one", ["two", "three"]]
+
+
+@pytest.mark.parametrize("name", ["pages.jsonl", "obelics.jsonl", "mmc4.jsonl", "chats.parquet"])
+def test_documents_are_trained_on_from_a_file(name, tmp_path):
+    write_all_forms(tmp_path)
+    for streaming, keep in ((False, False), (True, True)):
+        dataset = load_captioned_images(str(tmp_path / name), streaming=streaming, keep_problems=keep)
+        batch = FromageDataCollator(make_processor())([dataset[number] for number in range(COUNT)])
+        assert len(batch["pixel_values"]) == COUNT
+        assert (batch["ret_targets"] >= 0).sum() == (0 if "chats" in name else COUNT)  # a user shows images
+    with pytest.raises(ValueError, match="there are documents in the data.*without `feature_cache`"):
+        (arguments,) = to_dataclasses({"train_data": str(tmp_path / name), "feature_cache": "x"}, (DataArguments,))
+        DataLoading(arguments).train_and_eval(lambda dataset, directory: dataset)
+
+
+def test_documents_with_errors_in_them(tmp_path):
+    rows = [
+        {"document": ["one", {"type": "image", "image": "a.png"}]},
+        {"document": "no list"},
+        {"document": None},
+        {"images": ["a.png"], "texts": ["two"]},
+    ]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    (tmp_path / "a.png").write_bytes(picture(0))
+    dataset = load_captioned_images(str(tmp_path / "pages.jsonl"), keep_problems=True)
+    collator = FromageDataCollator(make_processor())
+    collator.prepare(dataset[0])
+    for number, words in ((1, "malformed document"), (2, "malformed document"), (3, "malformed"), (4, "malformed row")):
+        with pytest.raises(ValueError, match=words):
+            collator.prepare(dataset[number])
+    strict = load_captioned_images(str(tmp_path / "pages.jsonl"))
+    with pytest.raises(ValueError, match="line 5: not JSON"):
+        strict[4]
 
 
 def write_split(folder, form: str, split: str) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from modeling_fromage.io.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_columns, image_suffixes
+from modeling_fromage.io.columns import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    as_image,
+    bad_row,
+    document_columns,
+    find_columns,
+    image_suffixes,
+)
 from modeling_fromage.io.file_patterns import find_files
 from modeling_fromage.io.tables import is_table, read_rows
 
@@ -28,7 +36,8 @@ def load_captioned_images(
     index_dir: str | Path | None = None,
     shuffle_window: int = SHUFFLE_WINDOW,
 ) -> Dataset | ShardedExamples:
-    """Load a dataset with columns `image` and `caption`. Images stay encoded until the collator reads them.
+    """Load a dataset with columns `image` and `caption`, or of documents: see [`document_of`]. Images stay encoded
+    until the collator reads them.
 
     Args:
         source: One of
@@ -61,7 +70,7 @@ def load_captioned_images(
     if files and files[0].is_dir():
         return _load_folder(files[0], split, in_place, options)
     if files:
-        if in_place or not all(map(is_table, files)):
+        if in_place or not all(map(is_table, files)) or _is_of_documents(files[0], image_column, caption_column):
             return ShardedExamples(files, *options)
         return _load_tables(source, files, image_column, caption_column)
     if source.lower().endswith(SHARD_SUFFIXES) or source.startswith(("/", ".", "~")):
@@ -69,6 +78,12 @@ def load_captioned_images(
     if streaming:
         return ShardedExamples(files_of_split(source, split), *options)
     return _named(source, load_dataset(source, split=split), image_column, caption_column)
+
+
+def _is_of_documents(table: Path, image_column: str | None, caption_column: str | None) -> bool:
+    """Whether the first row of a table is a document, of which a copy in Arrow's columns would need parts alike."""
+    first = next(read_rows(table), None) if image_column is caption_column is None else None
+    return first is not None and bool(document_columns(first[1]))
 
 
 def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Dataset | ShardedExamples:
@@ -130,9 +145,11 @@ def _load_images_with_texts(folder: Path, split: str, keep_problems: bool) -> Da
 
 def _named(source: str, dataset: Dataset, image_column: str | None, caption_column: str | None) -> Dataset:
     """`dataset` with columns `image`, encoded, and `caption`."""
-    image_column, caption_column = find_columns(source, dataset.column_names, image_column, caption_column)
     if not len(dataset):
         raise ValueError(f"{source} has no examples.")
+    if image_column is caption_column is None and (documents := document_columns(dataset.column_names)):
+        return dataset.select_columns(list(documents))
+    image_column, caption_column = find_columns(source, dataset.column_names, image_column, caption_column)
     dataset = dataset.select_columns([image_column, caption_column])
     names = {image_column: "image", caption_column: "caption"}
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})

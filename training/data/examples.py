@@ -116,6 +116,8 @@ class Mixture(Examples):
             if not 0 < weight < float("inf"):
                 raise ValueError(f"`weight` is how often a source is seen in an epoch: more than 0, got {weight}.")
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
+        names = (getattr(dataset, "column_names", Examples.column_names) for dataset in self.datasets)
+        self.column_names = list(dict.fromkeys(name for own in names for name in own))
 
     def __len__(self) -> int:
         return int(self._ends[-1])

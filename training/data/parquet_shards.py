@@ -10,6 +10,7 @@ from pyarrow import ArrowException, Table, parquet
 
 from modeling_fromage.io.columns import as_image, bad_row, find_columns
 from modeling_fromage.io.shard_files import Shard
+from modeling_fromage.trainer.documents import document_in
 
 MOST_BYTES = 256_000_000  # of row groups of a source that a process holds at a time, without compression
 
@@ -30,7 +31,9 @@ class ParquetShard(Shard):
             self.damage: str | None = str(error).partition("\n")[0]
             return np.array([[1, 0]], dtype=np.int64)  # one row, which tells of it
         self.damage, metadata = None, file.metadata
-        self.columns = find_columns(str(self.path), file.schema_arrow.names, self.image_column, self.caption_column)
+        names = file.schema_arrow.names
+        self.documents = self.documents_among(names)
+        self.columns = self.documents or find_columns(str(self.path), names, self.image_column, self.caption_column)
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         sizes = [_bytes_of(group, self.columns) for group in groups]
         if max(sizes, default=0) > MOST_BYTES:
@@ -59,18 +62,20 @@ class ParquetShard(Shard):
         if self.damage is not None:
             return bad_row(self.path.name, f"not a Parquet file, or damaged: {self.damage}")
         group = int(np.searchsorted(self.index[:, 0], number, side="right"))
-        columns = self.columns if with_image else self.columns[1:]
+        columns = self.columns if with_image or self.documents else self.columns[1:]
         try:
             table = self.groups.read(self._stamp, group, columns, int(self.index[group, 1]))
             first = int(self.index[group - 1, 0]) if group else 0
             row = table.slice(number - first, 1).to_pylist()[0]
         except (ArrowException, OSError, UnicodeDecodeError) as error:
             return bad_row(place, f"damaged: {str(error).partition(chr(10))[0]}")
+        if self.documents:
+            return {**document_in(self.path.parent, row), "place": place}
         image = as_image(row.get(self.columns[0]), self.path.parent)
         return {"image": image, "caption": row[self.columns[1]], "place": place}
 
 
-def _bytes_of(group: Any, columns: tuple[str, str]) -> int:
+def _bytes_of(group: Any, columns: tuple[str, ...]) -> int:
     """The size of these columns of a row group, without compression."""
     chunks = (group.column(number) for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)

@@ -8,6 +8,7 @@ import numpy as np
 
 from modeling_fromage.io.shard_files import Shard
 from modeling_fromage.io.tar_shards import TarShard
+from modeling_fromage.trainer.documents import document_of
 
 from .examples import Examples
 from .parquet_shards import MOST_BYTES, ParquetShard, RowGroups
@@ -54,6 +55,8 @@ class ShardedExamples(Examples):
             if isinstance(shard, ParquetShard):
                 shard.groups = groups
         self._ends = np.cumsum([len(shard) for shard in self.shards])
+        if any(shard.documents for shard in self.shards):
+            self.column_names = ("document",)
         if not len(self):
             raise ValueError(f"{', '.join(map(str, paths[:3]))}{' ...' * (len(paths) > 3)} has no examples.")
 
@@ -112,8 +115,10 @@ def _check(example: dict[str, Any]) -> None:
     if "problem" in example:
         advice = "Repair it, take it out, or skip such rows: on_bad_example=skip."
         raise ValueError(f"{example['place']}: {example['problem']}. {advice}")
+    if document_of(example) is not None:
+        return
     for name in ("image", "caption"):
-        if example[name] is None:
+        if example.get(name) is None:
             raise ValueError(
                 f"{example['place']} has no {name}. Complete the row, take it out, or skip such rows: "
                 "on_bad_example=skip."

@@ -13,6 +13,7 @@ import numpy as np
 from modeling_fromage.images_fromage import is_url
 from modeling_fromage.io.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_column, find_columns
 from modeling_fromage.io.shard_files import Shard
+from modeling_fromage.trainer.documents import document_in
 
 _BOM = b"\xef\xbb\xbf"  # spreadsheets begin a table with it
 
@@ -32,8 +33,8 @@ class TableShard(Shard):
         columns = _header(path)
         if _is_headerless(path, columns):
             columns = [self.caption_column or CAPTION_COLUMNS[0], self.image_column or IMAGE_COLUMNS[0]]
-        self.columns = columns
-        if columns:
+        self.columns, self.documents = columns, self.documents_among(columns)
+        if columns and not self.documents:
             find_columns(str(path), columns, self.image_column, self.caption_column)
 
     def make_index(self) -> np.ndarray:
@@ -54,6 +55,8 @@ class TableShard(Shard):
             return bad_row(place, f"not UTF-8: {error}")
         except (ValueError, RecursionError, csv.Error) as error:  # ValueError also of a number of thousands of digits
             return bad_row(place, str(error) if isinstance(error, _Malformed) else f"{self._not} {error}")
+        if self.documents:
+            return {**document_in(self.path.parent, row), "place": place}
         image = row.get(find_column(row, self.image_column, IMAGE_COLUMNS))
         caption = row.get(find_column(row, self.caption_column, CAPTION_COLUMNS))
         return {"image": as_image(image, self.path.parent), "caption": caption, "place": place}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from modeling_fromage.io.columns import document_columns
 from modeling_fromage.io.command_line import did_you_mean
 
 from .captioned_images import load_captioned_images
@@ -128,6 +129,15 @@ class DataLoading:
         return parts[0] if is_plain else Mixture(parts, weights), evaluation
 
 
+def refuse_documents(dataset: Any) -> None:
+    """Raise a `ValueError` where there are documents among the examples, whose features no cache holds."""
+    if document_columns(getattr(dataset, "column_names", ())):
+        raise ValueError(
+            "A feature cache holds a vector for each captioned image, and there are documents in the data. Train on "
+            "these without `feature_cache`; the encoder then runs in every step."
+        )
+
+
 def _joined(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else Mixture(parts)
 
@@ -136,6 +146,7 @@ def _with_features(parts: list[Any], directory: str | None, with_features: WithF
     """The same examples with the features that were cached of all of them together."""
     if directory is None:
         return parts
+    refuse_documents(_joined(parts))
     features = with_features(_joined(parts), directory)
     if len(parts) == 1:
         return [features]
@@ -143,4 +154,4 @@ def _with_features(parts: list[Any], directory: str | None, with_features: WithF
     return [Selected(features, range(end - len(part), end)) for part, end in zip(parts, ends, strict=True)]
 
 
-__all__ = ["INDEXES", "DataLoading", "Source", "read_sources"]
+__all__ = ["INDEXES", "DataLoading", "Source", "read_sources", "refuse_documents"]

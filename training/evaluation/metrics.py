@@ -3,6 +3,7 @@
 Axes: M queries, C candidates per query.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -29,6 +30,13 @@ def rank_metrics(ranks: torch.LongTensor) -> dict[str, float]:
         "mean_rank": ranks.mean().item(),
         "MRR": (1 / ranks).mean().item(),
     }
+
+
+def wilson_interval(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a rate among n (Wilson score)."""
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def ndcg(scores: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:

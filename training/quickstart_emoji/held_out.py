@@ -1,6 +1,5 @@
 """What the trained model does on images that it never saw: recall, captions, names, and the prompts of a person."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from modeling_fromage.trainer.evaluation import generate_captions
 from modeling_fromage.trainer.ranking import gallery_ranks, recall_at_k
 
 from ..evaluation.captioning import score_captions
+from ..evaluation.metrics import wilson_interval
 from ..evaluation.prompts import embed_prompts, image_embeds
 from .data import Split
 from .emoji import HANDS, Emoji
@@ -153,10 +153,3 @@ def rates(ranks: torch.Tensor, n: int | None = None) -> dict[str, Any]:
     """Recall of ranks, with the 95 % interval of each among `n`."""
     found = recall_at_k(ranks.flatten(), KS)
     return {**found, "95%": {name: wilson_interval(rate, n or ranks.numel()) for name, rate in found.items()}}
-
-
-def wilson_interval(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a rate among n (Wilson score)."""
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -43,7 +43,7 @@ def test_pages_become_documents(manual, tmp_path, capsys):
     for documents in sides.values():
         for document in documents:
             text = "".join(part.get("text", "<image>\n") for part in document)
-            (number,) = {text.partition(" ")[0].removeprefix("T") for text in texts}
+            number = text.partition(" ")[0].removeprefix("T")
             assert text == f"T{number} & more\nSome text in bold.\nUnclosed\n<image>\nafter it\nOne\nTwo\n"
     shown = {name: {part["image"] for document in own for part in document if part["type"] == "image"}
              for name, own in sides.items()}  # fmt: skip

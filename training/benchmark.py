@@ -6,7 +6,8 @@ the paper's shapes and needs a GPU. Results go to a JSON file with the hardware,
 repository; `--render` writes the repository's tables from all such files. `benchmark_answers` measures generation and
 scoring, `benchmark_chat` a chat, `benchmark_serving` the server, `benchmark_index` and `benchmark_large_index` the
 image index, `benchmark_cluster` an index that is built on Ray, `benchmark_warm_start` training for retrieval first,
-`benchmark_dirty_data` data with errors in it, `benchmark_processes` and `benchmark_kills` runs of several processes.
+`benchmark_options` what options of training are worth, `benchmark_dirty_data` data with errors in it,
+`benchmark_processes` and `benchmark_kills` runs of several processes.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from .benchmarks import (
     step,
     warm_start,
 )
+from .benchmarks import options as study
 from .benchmarks.presets import add_preset_options, choose_device
 from .publishing.results import read_results, render_pages, results_folder, write_results
 
@@ -43,7 +45,7 @@ def render() -> None:
     tables = {"benchmark": step.table, "answers": answers.table, "chat": chat.table, "index": index.table,
               "large_index": large_index.table, "milvus": milvus.table, "warm_start": warm_start.table,
               "processes": processes.table, "kills": kills.table, "cluster": cluster.table,
-              "serving": serving.table}  # fmt: skip
+              "serving": serving.table, "options": study.table}  # fmt: skip
     for name, table in tables.items():
         render_pages(name, [table(results) for results in read_results(f"{name}_*.json")], by="training.benchmark")
 

@@ -42,6 +42,7 @@ COMMANDS = {
     ),
     "cache-features": Command("training.cache_features", "encode a data set's images once", "train"),
     "prepare": Command("training.prepare", "fetch the images of a table of URLs into shards", "train"),
+    "manual-pages": Command("training.manual_pages", "turn a manual of HTML pages into documents to train on"),
     "tiny": Command("hub_scripts.make_tiny_checkpoint", "make a small random model to try code with"),
     "benchmark": Command("training.benchmark", "measure a training step", "train"),
     "benchmark-answers": Command("training.benchmark_answers", "measure generation and scoring", "train"),
@@ -51,6 +52,7 @@ COMMANDS = {
         "training.benchmark_large_index", "measure indexes of millions of images", "index"
     ),
     "benchmark-warm-start": Command("training.benchmark_warm_start", "measure the retrieval warm start", "train"),
+    "benchmark-options": Command("training.benchmark_options", "measure what options of training are worth", "train"),
     "benchmark-dirty-data": Command("training.benchmark_dirty_data", "train on data with errors in it", "train"),
     "benchmark-processes": Command("training.benchmark_processes", "compare several processes with one", "train"),
     "benchmark-cluster": Command(

@@ -19,12 +19,14 @@ from training import (
     benchmark_index,
     benchmark_kills,
     benchmark_large_index,
+    benchmark_options,
     benchmark_processes,
     benchmark_serving,
     benchmark_warm_start,
     cache_features,
     cli,
     evaluate,
+    manual_pages,
     quickstart,
     train,
 )
@@ -152,6 +154,17 @@ CASES = {
         ([OPT, VISION, "--data", "one={}/none.tsv"], "none.tsv"),
         ([OPT, VISION, "--data", "one={}/data.tsv"], "take two or more"),
         ([OPT, VISION, "--data", "one={}/data.tsv", "--output", "{}/empty"], "is a folder"),
+    ],
+    benchmark_options: [
+        ([OPT, VISION], "Name data: --pairs"),
+        ([OPT, VISION, "--pairs", "{}/data.tsv"], "NAME=TRAIN"),
+        ([OPT, VISION, "--documents", "one={}/data.tsv"], "NAME=TRAIN,TEST"),
+        ([OPT, VISION, "--pairs", "one={}/data.tsv", "--options", "magic"], "invalid choice: 'magic'"),
+        ([OPT, VISION, "--output", "{}/empty"], "is a folder"),
+    ],
+    manual_pages: [
+        (["{}/none", "{}/out"], "no HTML pages with pictures"),
+        (["{}/none", "{}/out", "--max-characters", "1"], "at least 100"),
     ],
     benchmark_dirty_data: [
         ([OPT, VISION, "--count", "3"], "at least 20"),

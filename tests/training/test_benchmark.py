@@ -1,5 +1,6 @@
 """The benchmark: its baseline computes what the model does, it runs, and the README has its numbers."""
 
+import dataclasses
 import json
 import tarfile
 
@@ -16,6 +17,7 @@ from training import (
     benchmark_chat,
     benchmark_index,
     benchmark_large_index,
+    benchmark_options,
     benchmark_warm_start,
 )
 from training.benchmarks import (
@@ -30,6 +32,7 @@ from training.benchmarks import (
     step,
     warm_start,
 )
+from training.benchmarks import options as study
 from training.benchmarks.presets import MAX_LENGTH, PRESETS
 from training.publishing.results import read_results, replace_between
 
@@ -139,6 +142,40 @@ def test_warm_start_benchmark_runs(tmp_path, capsys):
     assert own["seconds"]["cpu"] > found["pass"]["cpu"] > 0 and len(results["step_seconds"]) == 3
     assert own["share"]["cpu"] == pytest.approx(own["seconds"]["cpu"] / found["joint"][0]["seconds"]["cpu"])
     assert "the original's algorithm" in capsys.readouterr().out
+
+
+def test_options_benchmark_runs(tmp_path, capsys, monkeypatch):
+    """Each option on pairs, those of documents on documents; one that takes longer has fewer steps in equal time."""
+    case, images = PARITY / "case_a_opt_tied", sorted((PARITY / "common" / "images").resolve().glob("*.png"))[:12]
+    table, pages = tmp_path / "pairs.tsv", tmp_path / "pages.jsonl"
+    table.write_text("\n".join(["caption\timage", *(f"number {i}\t{image}" for i, image in enumerate(images))]) + "\n")
+    lines = [["a", {"type": "image", "image": str(one)}, "b", {"type": "image", "image": str(other)}]
+             for one, other in zip(images, images[1:], strict=False)]  # fmt: skip
+    pages.write_text("".join(json.dumps({"document": line}) + "\n" for line in lines))
+    options = {
+        "plain": study.OPTIONS["plain"], "documents and pairs": study.OPTIONS["documents and pairs"],
+        "LoRA": dataclasses.replace(study.OPTIONS["LoRA"], lora_rank=2),
+        "retrieval first": study.Option(
+            trainer={"retrieval_warm_start_steps": 2, "retrieval_warm_start_batch_size": 4}
+        ),
+    }  # fmt: skip
+    monkeypatch.setattr(study, "OPTIONS", options)
+    output = tmp_path / "options.json"
+    backbones = [str(case / "language_model"), str(case / "vision_model")]
+    data = ["--pairs", f"pairs={table},{table}", "--documents", f"pages={pages},{pages}"]
+    sizes = ["--minutes", "0.005", "--seeds", "2", "--batch-size", "4", "--documents-batch-size", "2"]
+    benchmark_options.main([*backbones, *data, *sizes, "--options", *options, "--output", str(output)])
+    results = json.loads(output.read_text())
+    pairs, documents = results["sets"]["pairs"]["options"], results["sets"]["pages"]["options"]
+    assert set(pairs) == {"plain", "LoRA", "retrieval first"} and set(documents) == set(options)
+    for found in (*pairs.values(), *documents.values()):
+        runs = [run for kind in ("equal steps", "equal time") for run in found.get(kind, [])]
+        assert len(runs) in (2, 4) and all(run["seconds"] > 0 and run["captioning_loss"] > 0 for run in runs)
+    assert "equal steps" not in documents["documents and pairs"]
+    assert set(documents["plain"]["equal steps"][0]["documents"]) >= {"1 text", "all texts + images"}
+    assert pairs["LoRA"]["equal steps"][0]["parameters"] > pairs["plain"]["equal steps"][0]["parameters"]
+    text = capsys.readouterr().out
+    assert text.count("| plain | steps |") == 2 and "| documents and pairs | time |" in text
 
 
 def test_each_way_to_break_an_example_is_found(tmp_path):

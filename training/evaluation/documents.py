@@ -218,6 +218,7 @@ class DocumentsEvaluator(Evaluator):
         images: A folder of images that are not where the data name them.
         texts: Lengths of the contexts, in texts; all texts come besides.
         max_tokens: Tokens of a context; longer ones lose their beginning. At most what the language model takes.
+        max_queries: Images to be found at most, spread evenly over the documents; all where absent.
         rets_in_context: Put `[RET]` before the images of a context, where a model that was trained on documents has
             seen it.
     """
@@ -229,6 +230,7 @@ class DocumentsEvaluator(Evaluator):
     images: Path | None = None
     texts: Sequence[int] = (1, 2, 4)
     max_tokens: int = 512
+    max_queries: int | None = None
     rets_in_context: bool = False
 
     @property
@@ -247,6 +249,7 @@ class DocumentsEvaluator(Evaluator):
             "--texts", type=at_least(1), nargs="+", default=list(cls.texts), help="texts of a context; and all of them"
         )
         parser.add_argument("--max-tokens", type=at_least(2), default=cls.max_tokens, help="of a context")
+        parser.add_argument("--max-queries", type=at_least(1), help="images to be found at most, spread evenly")
         parser.add_argument(
             "--rets-in-context",
             action="store_true",
@@ -263,6 +266,9 @@ class DocumentsEvaluator(Evaluator):
         queries = queries_of(documents, images)
         if not queries:
             raise ValueError(f"{self.data} has no image with a text before it: {dict(documents.left_out)}.")
+        if self.max_queries is not None:
+            step = len(queries) / min(self.max_queries, len(queries))
+            queries = [queries[int(number * step)] for number in range(min(self.max_queries, len(queries)))]
         gallery = image_embeds(model, images.features)
         figures: dict[str, dict[str, Any]] = {}
         cut = {}

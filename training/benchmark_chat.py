@@ -16,6 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add_preset_options(parser, "chat")
     parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--words", type=at_least(1), default=chat.WORDS, help="of a turn")
     return parser
 
 
@@ -23,8 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(argv)
     with errors_in_one_line(parser):
-        results = chat.measure(options.preset, choose_device(options.preset, options.device), options.rounds)
-        write_results(options.output or results_folder() / f"chat_{options.preset}.json", results)
+        device = choose_device(options.preset, options.device)
+        results = chat.measure(options.preset, device, options.rounds, options.words)
+        name = f"chat_{options.preset}{'' if options.words == chat.WORDS else f'_{options.words}'}.json"
+        write_results(options.output or results_folder() / name, results)
         print(chat.table(results))
 
 

@@ -75,7 +75,7 @@ def test_benchmark_runs(tmp_path, capsys):
 
 
 def test_chat_benchmark_runs(tmp_path, capsys):
-    benchmark_chat.main(["--preset", "tiny", "--rounds", "1", "--output", str(tmp_path / "chat.json")])
+    benchmark_chat.main(["--preset", "tiny", "--rounds", "1", "--words", "6", "--output", str(tmp_path / "chat.json")])
     results = json.loads((tmp_path / "chat.json").read_text())
     assert results["same_answers"] and all(len(each) == chat.TURNS for each in results["seconds"].values())
     assert "| turn ten |" in capsys.readouterr().out

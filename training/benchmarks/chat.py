@@ -54,9 +54,9 @@ def talk(pipe: FromagePipeline, turns: list[Turn], device: str) -> tuple[list[fl
     return seconds, [str(message["content"]) for message in chat.messages if message["role"] == "assistant"]
 
 
-def measure(preset_name: str, device: str, rounds: int) -> dict[str, Any]:
+def measure(preset_name: str, device: str, rounds: int, words: int = WORDS) -> dict[str, Any]:
     preset = PRESETS[preset_name]
-    sides, words = Sides(preset, device), 6 if preset_name == "tiny" else WORDS
+    sides = Sides(preset, device)
     processor = make_processor(preset)
     options: dict[str, Any] = {
         "max_new_tokens": ANSWER_TOKENS, "max_num_rets": 0, "eos_token_id": preset.image_id, "stop_strings": [],

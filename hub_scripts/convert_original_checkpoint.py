@@ -27,6 +27,7 @@ from modeling_fromage.backbone_loading_fromage import saved_dtype, take_ids_from
 from modeling_fromage.checkpoint_fromage import TRAINED_PREFIX
 from modeling_fromage.configuration_fromage import vision_half
 from modeling_fromage.file_writing_fromage import replacing
+from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.io.command_line import command_parser, errors_in_one_line
 from modeling_fromage.vision_fromage import auto_model_for
 
@@ -258,6 +259,8 @@ def convert_back(checkpoint_dir: Path, output_dir: Path) -> None:
         with safe_open(path, "pt") as file:
             keys = [key for key in file.keys() if key.startswith(TRAINED_PREFIX)]  # noqa: SIM118 (a method of safetensors)
             tensors.update({key.removeprefix(TRAINED_PREFIX): file.get_tensor(key) for key in keys})
+    if (vector := ImageVector.of(config)) != ImageVector():
+        raise ValueError(f"The authors' model reads an encoder's pooled output, and {checkpoint_dir} reads: {vector}.")
     names = key_map(len(config.text_embed_layers or []))
     if tensors.keys() != set(names.values()) or config.num_ret_tokens != 1:
         raise ValueError(

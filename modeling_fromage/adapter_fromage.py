@@ -12,14 +12,8 @@ from torch import nn
 
 from .backbones_fromage import hidden_state_width, weight_of
 from .configuration_fromage import FromageConfig
+from .projectors_fromage import make_projector
 from .vision_fromage import vision_feature_size
-
-
-class FromageMultiModalProjector(nn.Linear):
-    """Maps an image's pooled features to its `k` visual tokens, side by side: (N, vision width) -> (N, k * D)."""
-
-    def __init__(self, config: FromageConfig, input_width: int):
-        super().__init__(vision_feature_size(config), config.num_image_tokens * input_width)
 
 
 class FromageAdapter(nn.Module):
@@ -37,8 +31,9 @@ class FromageAdapter(nn.Module):
         super().__init__()
         self.num_image_tokens = config.num_image_tokens
         self.feature_dropout = nn.Dropout(config.image_feature_dropout)
-        self.multi_modal_projector = FromageMultiModalProjector(config, input_width)
-        self.visual_projection = nn.Linear(vision_feature_size(config), config.projection_dim)
+        self.feature_width = vision_feature_size(config) // (1 + config.vision_patch_tokens)
+        self.multi_modal_projector = make_projector(config, self.feature_width, input_width)
+        self.visual_projection = nn.Linear(self.feature_width, config.projection_dim)
         self.text_projection = nn.ModuleList(
             nn.Linear(hidden_state_width(config.text_config, layer, head_width), config.projection_dim)
             for layer in config.text_embed_layers
@@ -65,8 +60,9 @@ class FromageAdapter(nn.Module):
         return self.multi_modal_projector(self._features(pooled)).unflatten(-1, (self.num_image_tokens, -1))
 
     def image_embeds(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Pooled image features (N, vision width) -> unit-norm embeddings (N, q)."""
-        return nn.functional.normalize(self.visual_projection(self._features(pooled)), dim=-1)
+        """Pooled image features (N, vision width) -> unit-norm embeddings (N, q), of the pooled vector alone."""
+        vectors = self._features(pooled)[..., : self.feature_width]
+        return nn.functional.normalize(self.visual_projection(vectors), dim=-1)
 
     def _features(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.feature_dropout(pooled.to(self.logit_scale))
@@ -125,4 +121,4 @@ def trained_state(adapter: nn.Module) -> dict[str, torch.Tensor]:
     return adapter.state_dict()
 
 
-__all__ = ["FromageAdapter", "FromageMultiModalProjector", "trained_state"]
+__all__ = ["FromageAdapter", "trained_state"]

@@ -53,12 +53,22 @@ class FromageConfig(PreTrainedConfig):
             What the LM multiplies the embeddings of token ids by, beside its embedding module, and embeddings that are
             given to it not (Falcon-H1). Found out when a new model is assembled.
         logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Initial log of the contrastive temperature.
-        projector_type (`"linear"`): Kind of `multi_modal_projector`. There is no other yet.
+        projector_type (`"linear"`, `"mlp"` or `"resampler"`, defaults to `"linear"`):
+            What makes an image's visual tokens: a linear map (the paper's), one hidden layer more, or learned queries
+            that attend to its patch tokens.
+        resampler_num_layers (`int`, defaults to 1): Layers of the resampler, 1 or 2.
         vision_pooling (`"pooler"`, `"cls"` or `"mean"`, defaults to `"pooler"`):
             What one vector stands for an image: the encoder's `pooler_output`, its first token, or the mean over its
             tokens (or pixels of the feature map).
+        vision_patch_tokens (`int`, defaults to 0):
+            Patches that stand behind that vector, averaged over a square grid: 4, 9, 16, ... The visual tokens are made
+            of them; retrieval reads the vector alone.
+        vision_feature_layer (`int`, defaults to -1):
+            The encoder's layer (of its `hidden_states`) that `"cls"`, `"mean"` and patches are taken from; -1 is its
+            output.
         vision_feature_size (`int`, *optional*):
-            Width of that vector. Measured with a dummy image when a model is made from the configuration.
+            Width of that vector, patches included. Measured with a dummy image when a model is made from the
+            configuration.
         captioning_loss_weight, ret_token_loss_weight, contrastive_loss_weight (`float`, default to 1):
             Weights of the three losses in their sum (section 3.3).
         mask_duplicate_images (`bool`, defaults to `False`):
@@ -109,8 +119,11 @@ class FromageConfig(PreTrainedConfig):
     ret_embedding_scale: float = 1.0
     text_embedding_scale: float = 1.0
     logit_scale_init_value: float = math.log(1 / 0.07)
-    projector_type: Literal["linear"] = "linear"
+    projector_type: Literal["linear", "mlp", "resampler"] = "linear"
+    resampler_num_layers: int = 1
     vision_pooling: Literal["pooler", "cls", "mean"] = "pooler"
+    vision_patch_tokens: int = 0
+    vision_feature_layer: int = -1
     vision_feature_size: int | None = None
     captioning_loss_weight: float = 1.0
     ret_token_loss_weight: float = 1.0
@@ -156,6 +169,7 @@ class FromageConfig(PreTrainedConfig):
                 f"`num_ret_tokens` is {self.num_ret_tokens}, but only one `[RET]` token can be trained yet. "
                 "Set it to 1, or leave it out."
             )
+        self._check_vision()
         if not self.text_embed_layers or len(set(self.text_embed_layers)) != len(self.text_embed_layers):
             raise ValueError(
                 f"`text_embed_layers` must be a non-empty list without repeats, got {self.text_embed_layers}."
@@ -171,6 +185,25 @@ class FromageConfig(PreTrainedConfig):
                 f"`ret_token_id` ({self.ret_token_id}) must come after `image_token_id` ({self.image_token_id}): "
                 "FromageProcessor adds `<|image|>` first and `[RET]` after it."
             )
+
+    def _check_vision(self) -> None:
+        patches = self.vision_patch_tokens
+        if patches < 0 or math.isqrt(patches) ** 2 != patches:
+            raise ValueError(f"`vision_patch_tokens` must be a square number (0, 1, 4, 9, 16, ...), got {patches}.")
+        if self.vision_feature_layer != -1 and self.vision_pooling == "pooler" and not patches:
+            raise ValueError(
+                f"`vision_feature_layer` is {self.vision_feature_layer}, but the pooled output is the encoder's own. "
+                "Set `vision_pooling='cls'` or `'mean'`, or `vision_patch_tokens`."
+            )
+        if self.projector_type == "resampler" and not patches:
+            raise ValueError("`projector_type='resampler'` attends to patches. Set `vision_patch_tokens`, to 16 say.")
+        if self.projector_type != "resampler" and 0 < patches < self.num_image_tokens:
+            raise ValueError(
+                f"`num_image_tokens` is {self.num_image_tokens}, made of {patches} patches. Set `vision_patch_tokens` "
+                "to as many at least, or take `projector_type='resampler'`."
+            )
+        if self.resampler_num_layers not in (1, 2):
+            raise ValueError(f"`resampler_num_layers` must be 1 or 2, got {self.resampler_num_layers}.")
 
     @classmethod
     def from_vision_text_configs(

@@ -22,6 +22,7 @@ from .checkpoint_origin_fromage import weights_digest
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
 from .generation_fromage import FromageGenerationMixin, extend_generation_config
+from .image_vectors_fromage import ImageVector
 from .packing_fromage import next_tokens
 from .peft_layers_fromage import unwrapped
 from .pretrained_fromage import FromagePreTrainedModel
@@ -29,7 +30,7 @@ from .processing_fromage import FromageProcessor
 from .scoring_fromage import score_candidates
 from .text_part_fromage import build_language_model, text_part
 from .training_losses_fromage import DISPATCH_HINT, retrieval_losses, weighted_sum
-from .vision_fromage import build_vision_model, check_vision_model, pool_vision_output, vision_feature_size, vision_part
+from .vision_fromage import build_vision_model, check_vision_model, vision_feature_size, vision_part
 
 
 @dataclass
@@ -99,7 +100,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         ends = self.get_input_embeddings(), self.get_output_embeddings()
         input_width, head_width = (weight_of(module).shape[-1] for module in ends)
         if vision_model is not None and new_adapter:
-            config.vision_feature_size = check_vision_model(self.vision_model, config.vision_pooling)
+            config.vision_feature_size = check_vision_model(self.vision_model, ImageVector.of(config))
         vision_feature_size(config, self.vision_model)
         self.adapter = FromageAdapter(config, input_width, head_width)
         if hasattr(language_model, "hf_quantizer"):  # cannot be compared with files, which are not quantised
@@ -157,9 +158,8 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
     @torch.no_grad()
     def _encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[ModelOutput, torch.Tensor]:
         """The frozen encoder's output, and its pooled features (N, vision width)."""
-        output = self.vision_model(pixel_values.to(self.vision_model.dtype), return_dict=True, **kwargs)
-        name = type(self.vision_model).__name__
-        return output, pool_vision_output(output, self.config.vision_pooling, name, pixel_values)
+        pixels = pixel_values.to(self.vision_model.dtype)
+        return ImageVector.of(self.config).encode(self.vision_model, pixels, **kwargs)
 
     def _pooled_features(
         self, pixel_values: torch.Tensor | None, pooled_image_features: torch.Tensor | None

@@ -31,6 +31,7 @@ from .peft_layers_fromage import (
     set_peft_training_mode,
     with_names_of_compile,
 )
+from .projectors_fromage import init_weights
 
 
 class FromagePreTrainedModel(PreTrainedModel):
@@ -63,11 +64,8 @@ class FromagePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, FromageAdapter):
+        init_weights(module)
+        if isinstance(module, FromageAdapter):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
     def initialize_weights(self) -> None:

@@ -1,7 +1,4 @@
-"""What FROMAGe asks of a vision encoder: one vector per image, its width, and that images do not disturb each other.
-
-Axes: N images, T tokens of an image, h and w the height and width of a feature map.
-"""
+"""What FROMAGe asks of a vision encoder: one vector per image, its width, and that images do not disturb each other."""
 
 import copy
 import importlib
@@ -17,70 +14,9 @@ from transformers.utils import ModelOutput
 from .backbone_probes_fromage import FAILURES
 from .backbones_fromage import undisturbed
 from .configuration_fromage import FromageConfig, vision_half
+from .image_vectors_fromage import ImageVector
 
 logger = logging.getLogger(__name__)
-
-
-# ---- pooling -------------------------------------------------------------------------------------------------------
-
-
-def pool_vision_output(output: ModelOutput, pooling: str, model_name: str, pixel_values: torch.Tensor) -> torch.Tensor:
-    """One vector per image, (N, width), from a vision encoder's output for `pixel_values` (N, channels, height, width).
-
-    Raises:
-        ValueError: The output has nothing that `pooling` could take.
-    """
-    if pooling == "pooler":
-        pooled = output.get("pooler_output")
-        if pooled is None:
-            raise ValueError(
-                f"{model_name} has no pooled output. Set `vision_pooling='cls'` or `vision_pooling='mean'` in the "
-                "configuration, or use a vision model with a pooler."
-            )
-        if pooled.dim() < 2 or pooled[0].numel() != max(pooled.shape[1:]):  # ResNet gives (N, C, 1, 1)
-            raise ValueError(
-                f"The pooled output of {model_name} has shape {tuple(pooled.shape)}, not a vector for each image. Set "
-                "`vision_pooling='cls'` or `vision_pooling='mean'` in the configuration."
-            )
-        return pooled.flatten(1)
-    hidden = _hidden_states(output, model_name, pixel_values)
-    if pooling == "mean":
-        return hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2)
-    if hidden.dim() != 3:
-        raise ValueError(
-            f"`vision_pooling='cls'` needs a sequence of tokens, but {model_name} gives {tuple(hidden.shape)}."
-        )
-    return hidden[:, 0]
-
-
-def _hidden_states(output: ModelOutput, model_name: str, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The last tokens (N, T, width) or feature map (N, width, h, w) of an encoder's output."""
-    hidden = output.get("last_hidden_state")
-    if hidden is None and output.get("feature_maps"):  # of a backbone
-        hidden = output["feature_maps"][-1]
-    if isinstance(hidden, (list, tuple)):  # of timm's wrapper with `features_only`, likewise
-        hidden = hidden[-1]
-    if hidden is None or hidden.dim() not in (3, 4):
-        found = "none" if hidden is None else f"of shape {tuple(hidden.shape)}"
-        raise ValueError(
-            f"`vision_pooling='cls'` and `'mean'` need the hidden states of {model_name}, tokens or a feature map, and "
-            f"found {found}. Set `vision_pooling='pooler'`, or take another vision model."
-        )
-    if hidden.dim() == 4 and _has_channels_last(hidden, pixel_values):
-        return hidden.movedim(-1, 1)
-    count = len(pixel_values)
-    if hidden.dim() == 3 and len(hidden) == 1 and hidden.shape[1] % count == 0:  # Pixtral lays a batch in one row
-        return hidden.view(count, -1, hidden.shape[-1])
-    return hidden
-
-
-def _has_channels_last(feature_map: torch.Tensor, pixel_values: torch.Tensor) -> bool:
-    """Whether (N, h, w, width) and not (N, width, h, w) has the proportions of the images, up to rounding."""
-    height, width = pixel_values.shape[-2:]
-    first, last = (
-        abs(h * width - w * height) <= max(height, width) for h, w in (feature_map.shape[2:], feature_map.shape[1:3])
-    )
-    return last and not first
 
 
 # ---- the vision half of an image-text model ------------------------------------------------------------------------
@@ -212,8 +148,7 @@ def _measured_feature_size(config: FromageConfig, vision_model: PreTrainedModel 
             with torch.device("meta"):
                 vision_model = build(vision_config).eval()
         pixels = dummy_images(vision_config, 1).to("meta", vision_model.dtype)
-        output = vision_model(pixels, return_dict=True)
-        return pool_vision_output(output, config.vision_pooling, type(vision_model).__name__, pixels).shape[-1]
+        return ImageVector.of(config).encode(vision_model, pixels)[1].shape[-1]
     except FAILURES as error:
         why = f"{type(error).__name__}: {error}"
         logger.info("No dummy image runs through a %s without weights: %s", vision_config.model_type, why)
@@ -225,7 +160,7 @@ def _measured_feature_size(config: FromageConfig, vision_model: PreTrainedModel 
             "no width. Take another vision model; or set `vision_feature_size` in the configuration, if it does encode "
             f"pixel values by themselves once its weights are there. It says: {why}"
         )
-    return width
+    return width * (1 + config.vision_patch_tokens)
 
 
 # ---- what an encoder makes of images -------------------------------------------------------------------------------
@@ -233,14 +168,14 @@ def _measured_feature_size(config: FromageConfig, vision_model: PreTrainedModel 
 
 @undisturbed
 @torch.no_grad()
-def check_vision_model(vision_model: PreTrainedModel, pooling: str) -> int | None:
+def check_vision_model(vision_model: PreTrainedModel, vector: ImageVector) -> int | None:
     """Encode an image by itself and behind two others, which must make no difference.
 
     Returns:
         The width of its features; `None` of an encoder without weights.
 
     Raises:
-        ValueError: The encoder needs more than pixel values, has nothing that `pooling` could take, gives one image
+        ValueError: The encoder needs more than pixel values, has nothing that `vector` could take, gives one image
             other features each time (ViT-MAE masks at random), or mixes the images of a batch.
     """
     parameter = next(vision_model.parameters())
@@ -248,13 +183,13 @@ def check_vision_model(vision_model: PreTrainedModel, pooling: str) -> int | Non
         return None
     _refuse_further_inputs(vision_model)
     image, other = dummy_images(vision_model.config, 2).to(parameter.device, vision_model.dtype).split(1)
-    alone = _encode(vision_model, pooling, image)[0]
+    alone = _encode(vision_model, vector, image)[0]
     # The last two in passes of one shape, so that rounding is the same and a leak shows however small it is.
-    behind, behind_loud = (_encode(vision_model, pooling, torch.cat([each, image]))[1] for each in (other, -10 * other))
+    behind, behind_loud = (_encode(vision_model, vector, torch.cat([each, image]))[1] for each in (other, -10 * other))
     leaks = _differ(behind, behind_loud, 1e-5 if vision_model.dtype.itemsize >= 4 else 1e-3)
     if not leaks and not _differ(alone, behind, 1e-2):
         return alone.shape[-1]
-    name, again = type(vision_model).__name__, _encode(vision_model, pooling, image)[0]
+    name, again = type(vision_model).__name__, _encode(vision_model, vector, image)[0]
     if _differ(alone, again, 1e-5):
         raise ValueError(
             f"{name} gives one image other features each time (cosine similarity "
@@ -267,11 +202,12 @@ def check_vision_model(vision_model: PreTrainedModel, pooling: str) -> int | Non
     )
 
 
-def _encode(vision_model: PreTrainedModel, pooling: str, pixels: torch.Tensor) -> torch.Tensor:
+def _encode(vision_model: PreTrainedModel, vector: ImageVector, pixels: torch.Tensor) -> torch.Tensor:
     """Pooled features (N, width) of `pixels`, in fp32."""
     name = type(vision_model).__name__
+    options = {} if vector.layer == -1 else {"output_hidden_states": True}
     try:
-        output = vision_model(pixels, return_dict=True)
+        output = vision_model(pixels, return_dict=True, **options)
     except FAILURES as error:
         raise ValueError(
             f"{name} does not encode pixel values of shape {tuple(pixels.shape)} by themselves, and FROMAGe gives it "
@@ -279,11 +215,11 @@ def _encode(vision_model: PreTrainedModel, pooling: str, pixels: torch.Tensor) -
         ) from error
     if not isinstance(output, ModelOutput):
         raise ValueError(f"{name} returns a {type(output).__name__}, not a ModelOutput. Take another vision model.")
-    features = pool_vision_output(output, pooling, name, pixels)
+    features = vector.of_output(output, name, pixels, vision_model.config)
     if features.dim() != 2 or len(features) != len(pixels):
         raise ValueError(
             f"{name} gives features of shape {tuple(features.shape)} for {len(pixels)} images with `vision_pooling="
-            f"{pooling!r}`, not a vector for each. Try another `vision_pooling`, or take another vision model."
+            f"{vector.pooling!r}`, not a vector for each. Try another `vision_pooling`, or take another vision model."
         )
     return features.float()
 
@@ -310,7 +246,6 @@ __all__ = [
     "build_vision_model",
     "check_vision_model",
     "names_in_vision_half",
-    "pool_vision_output",
     "vision_feature_size",
     "vision_part",
 ]

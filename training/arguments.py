@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_fromage import FromageConfig
+from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.io.command_line import dtype_name
 from modeling_fromage.io.option_files import to_dataclasses, type_name
 from modeling_fromage.trainer.options import TrainerOptions
@@ -106,6 +107,11 @@ class ModelArguments(ConfigArguments):
         """The fields of FromageConfig that are set."""
         values = {known.name: getattr(self, known.name) for known in fields(ConfigArguments)}
         return {name: value for name, value in values.items() if value is not None}
+
+    def image_vector(self) -> ImageVector:
+        """What one vector stands for an image."""
+        values: Any = self  # whose fields are those of FromageConfig
+        return ImageVector(values.vision_pooling, values.vision_feature_layer, values.vision_patch_tokens)
 
     def quantization_config(self) -> QuantizationConfigMixin | None:
         """For `text_quantization_config`, with all of each library's defaults but double quantisation."""

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse_documents(dataset)
         default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         encoder = VisionEncoder.from_pretrained(
-            model_args.vision_model, model_args.vision_pooling, model_args.dtype, options.device or default
+            model_args.vision_model, model_args.image_vector(), model_args.dtype, options.device or default
         )
         written = write_features(
             encoder,

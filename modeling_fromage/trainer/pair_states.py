@@ -169,7 +169,8 @@ def _read(
         captions += retrieval_captions(rows)
     starts = itertools.accumulate(counts, initial=0)
     views_of = Choices(range(start, end) for start, end in itertools.pairwise(starts))
-    return as_stored(torch.cat(found)), views_of, captions
+    features = torch.cat(found)[:, : model.adapter.feature_width]  # retrieval reads no patches
+    return as_stored(features), views_of, captions
 
 
 def statistics_of(rows: torch.Tensor) -> Statistics:

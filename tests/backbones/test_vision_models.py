@@ -15,11 +15,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration
 from modeling_fromage.backbones_fromage import decoder_and_head
 from modeling_fromage.configuration_fromage import vision_half
+from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.vision_fromage import (
     _refuse_further_inputs,
     check_vision_model,
     dummy_images,
-    pool_vision_output,
     vision_part,
 )
 from tests.helpers.backbone_table import check_complete, check_row
@@ -58,7 +58,7 @@ def row_of(vision, folder):
     for pooling in POOLINGS:
         try:
             encoder = vision_part(vision)
-            width = check_vision_model(encoder, pooling)
+            width = check_vision_model(encoder, ImageVector(pooling))
         except ValueError as error:
             refused[pooling] = without_numbers(str(error))
         else:
@@ -112,7 +112,7 @@ def without_numbers(message):
 @torch.no_grad()
 def check_features(encoder, pooling, width, pixels):
     """Of a batch against one by one, by the definition of the pooling; the largest difference."""
-    features = pool_vision_output(encoder(pixels, return_dict=True), pooling, "encoder", pixels)
+    features = ImageVector(pooling).encode(encoder, pixels)[1]
     assert features.shape == (len(pixels), width) and features.isfinite().all()
     differences = []
     for found, image in zip(features, pixels, strict=True):

@@ -127,15 +127,15 @@ from tests.helpers.checkpoints import assemble
 from tests.helpers.paths import PARITY
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration
 from PIL import Image
-model, processor = assemble(PARITY / "case_a_opt_tied", projector_type="mlp")
+model, processor = assemble(PARITY / "case_a_opt_tied", projector_type="gated")
 batch = FromageDataCollator(processor)([{"image": Image.new("RGB", (8, 8)), "caption": name} for name in ("a", "b")])
 output = model.train()(**batch)
 output.loss.backward()
-assert model.adapter.multi_modal_projector[2].weight.grad.abs().sum() > 0
+assert model.adapter.multi_modal_projector.gate.weight.grad.abs().sum() > 0
 signed = output.logits_per_image * (2 * (batch["input_ids"].new_ones(2).diag()) - 1)
 assert abs(output.contrastive_loss + signed.sigmoid().log().sum() / 2) < 1e-5
-model.save_pretrained("mlp")
-assert FromageForConditionalGeneration.from_pretrained("mlp").config.projector_type == "mlp"
+model.save_pretrained("gated")
+assert FromageForConditionalGeneration.from_pretrained("gated").config.projector_type == "gated"
 """
 
 

@@ -21,6 +21,7 @@ from modeling_fromage.backbone_checks_fromage import (
 )
 from modeling_fromage.backbone_probes_fromage import ABILITIES, LENGTHS, TRAINING, Trial, has_ability
 from modeling_fromage.backbones_fromage import attention_window
+from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.miniature_fromage import miniature
 from modeling_fromage.vision_fromage import check_vision_model
 from tests.helpers.backbones import PARITY, VISION_CONFIGS, make_model
@@ -156,7 +157,7 @@ def test_an_encoder_that_masks_at_random_is_refused():
     with pytest.raises(ValueError, match="ViTMAEModel gives one image other features each time.*mask_ratio=0"):
         FromageForConditionalGeneration(config, lm, vision)
     for pooling in ("mean", "cls"):
-        check_vision_model(vit_mae(mask_ratio=0.0), pooling)
+        check_vision_model(vit_mae(mask_ratio=0.0), ImageVector(pooling))
 
 
 def test_what_is_random_in_an_encoder_can_be_switched_off(tmp_path):

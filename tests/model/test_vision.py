@@ -27,7 +27,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_fromage import FromageConfig, FromageForConditionalGeneration, vision_fromage
 from modeling_fromage.backbone_loading_fromage import load_backbone
-from modeling_fromage.vision_fromage import check_vision_model, dummy_images, pool_vision_output, vision_feature_size
+from modeling_fromage.image_vectors_fromage import ImageVector
+from modeling_fromage.vision_fromage import check_vision_model, dummy_images, vision_feature_size
 from tests.helpers.backbones import TEXT_CONFIGS, VISION_CONFIGS, make_model
 
 EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320, "image_size": 32}
@@ -91,7 +92,7 @@ def test_an_encoder_that_does_not_run_without_weights(monkeypatch):
     def fail(*args, **kwargs):
         raise NotImplementedError("no kernel for the meta device")
 
-    monkeypatch.setattr(vision_fromage, "pool_vision_output", fail)
+    monkeypatch.setattr(ImageVector, "encode", fail)
     config = FromageConfig(vision_config=ViTConfig(**VIT), text_config=TEXT_CONFIGS["opt"]())
     assert vision_feature_size(config) == 24
     config = FromageConfig(vision_config=EfficientNetConfig(**EFFICIENTNET), text_config=TEXT_CONFIGS["opt"]())
@@ -136,18 +137,18 @@ class Encoder(PreTrainedModel):
 )
 def test_encoders_that_are_refused(make, error):
     with pytest.raises(ValueError, match=error):
-        check_vision_model(Encoder(make).eval(), "pooler")
+        check_vision_model(Encoder(make).eval(), ImageVector())
 
 
 def test_an_encoder_that_is_right():
-    assert check_vision_model(Encoder(lambda features: features[:, :20, None, None]).eval(), "pooler") == 20
+    assert check_vision_model(Encoder(lambda features: features[:, :20, None, None]).eval(), ImageVector()) == 20
 
 
 def test_an_encoder_that_needs_more_than_pixels_is_refused():
     sizes = {name: value for name, value in VIT.items() if name != "image_size"}
     model = AutoModel.from_config(Siglip2VisionConfig(**sizes, num_patches=16)).eval()
     with pytest.raises(ValueError, match="needs `pixel_attention_mask` and `spatial_shapes` beside.*without `naflex`"):
-        check_vision_model(model, "pooler")
+        check_vision_model(model, ImageVector())
 
 
 def test_feature_maps_are_averaged_over_their_pixels():
@@ -156,9 +157,9 @@ def test_feature_maps_are_averaged_over_their_pixels():
     expected = hidden.mean(dim=(2, 3))
     for given in (hidden, hidden.permute(0, 2, 3, 1)):
         output = BaseModelOutputWithPooling(last_hidden_state=given)
-        torch.testing.assert_close(pool_vision_output(output, "mean", "X", pixels), expected)
+        torch.testing.assert_close(ImageVector("mean").of_output(output, "X", pixels), expected)
         with pytest.raises(ValueError, match="needs a sequence of tokens"):
-            pool_vision_output(output, "cls", "X", pixels)
+            ImageVector("cls").of_output(output, "X", pixels)
 
 
 # ---- vision halves of image-text models ---------------------------------------------------------------------------

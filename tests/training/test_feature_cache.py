@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from modeling_fromage import FromageDataCollator
+from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.trainer.bad_examples import BadExampleError, TooManyBadExamplesError
 from tests.helpers.backbones import PARITY, make_processor
 from tests.helpers.open_clip import write_vit
@@ -197,7 +198,7 @@ def test_files_that_are_gone_are_known_by_their_paths(config, tmp_path):
 
 
 def test_images_within_the_data_set_and_behind_addresses(config, tmp_path, monkeypatch):
-    encoder = VisionEncoder.from_pretrained(str(tmp_path / "backbones" / "vision_model"), "pooler")
+    encoder = VisionEncoder.from_pretrained(str(tmp_path / "backbones" / "vision_model"), ImageVector())
 
     def dataset(*images):
         return Dataset.from_list([{"image": image, "caption": "a picture"} for image in images])
@@ -269,16 +270,17 @@ def test_features_that_half_precision_does_not_hold(config, tmp_path, scale):
 
 
 def test_features_that_are_not_finite_are_refused(config, tmp_path, monkeypatch):
-    cache, pool = tmp_path / "cache", feature_writing.pool_vision_output
+    cache, encode = tmp_path / "cache", ImageVector.encode
     batches = []
 
     def overflowing(*arguments):
-        batches.append(pool(*arguments))
+        output, features = encode(*arguments)
+        batches.append(features)
         if len(batches) == 4:  # the second of the second shard, of images 8 and 9
-            batches[-1][1, 3] = float("inf")
-        return batches[-1]
+            features[1, 3] = float("inf")
+        return output, features
 
-    monkeypatch.setattr(feature_writing, "pool_vision_output", overflowing)
+    monkeypatch.setattr(ImageVector, "encode", overflowing)
     with pytest.raises(ValueError, match=r"features of image 9, .*img_009.png, are not finite in float32"):
         run(config, cache)
     assert [path.name for path in sorted(cache.iterdir())] == ["features-00000.safetensors", "manifest.json"]
@@ -391,7 +393,7 @@ def test_shards_that_another_process_finishes_meanwhile_count(config, tmp_path, 
 
 def test_images_that_a_processor_or_an_encoder_refuses(config, tmp_path, monkeypatch):
     """And rows that are none: each is a row of its own, its neighbours are as they were."""
-    encoder = VisionEncoder.from_pretrained(str(tmp_path / "backbones" / "vision_model"), "pooler")
+    encoder = VisionEncoder.from_pretrained(str(tmp_path / "backbones" / "vision_model"), ImageVector())
     colours = ["red", "green", "blue", "white", "black"]
     rows = [{"image": {"bytes": picture(colour), "path": f"{colour}.bmp"}, "caption": "a"} for colour in colours]
     rows.append({"image": None, "caption": None})

@@ -20,6 +20,7 @@ from transformers import BaseImageProcessor
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.fingerprint_fromage import fingerprint, weight_files
+from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.images_fromage import UnreadableImageError, is_url
 from modeling_fromage.trainer.bad_examples import BadExampleError
 
@@ -158,7 +159,7 @@ def describe(
     vision_model: str,
     revision: str | None,
     library: str,
-    pooling: str,
+    vector: ImageVector,
     image_processor: BaseImageProcessor,
     dataset: Dataset,
 ) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def describe(
         "vision_model": vision_model,
         "vision_model_revision": revision,
         "vision_model_weights": {name: known["sha256"] for name, known in prints.items()},
-        "vision_pooling": pooling,
+        "vision_pooling": str(vector),
         "preprocessing": json.loads(json.dumps(preprocessing, default=str)),
         "num_images": len(dataset),
         "image_digests": DIGESTS,
@@ -287,7 +288,7 @@ def with_cached_features(
         config.vision_model_id,
         config.vision_model_revision,
         config.vision_model_library,
-        config.vision_pooling,
+        ImageVector.of(config),
         processor.image_processor,
         dataset,
     )

@@ -21,6 +21,7 @@ from transformers.utils.hub import resolve_revision
 
 from modeling_fromage.backbone_loading_fromage import load_backbone
 from modeling_fromage.file_writing_fromage import replace_file
+from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.images_fromage import UnreadableImageError, is_url, load_rgb_image
 from modeling_fromage.io.fetching import fetch
 from modeling_fromage.trainer.bad_example_list import BadExampleList
@@ -32,7 +33,7 @@ from modeling_fromage.trainer.bad_examples import (
     refuse_too_many,
 )
 from modeling_fromage.trainer.ret_states import as_stored
-from modeling_fromage.vision_fromage import check_vision_model, pool_vision_output
+from modeling_fromage.vision_fromage import check_vision_model
 from modeling_fromage.vision_libraries_fromage import load_image_processor, split_library
 
 from .feature_cache import (
@@ -78,21 +79,23 @@ class VisionEncoder:
     name: str
     revision: str | None
     library: str
-    pooling: str
+    vector: ImageVector
     model: PreTrainedModel
     image_processor: BaseImageProcessor
 
     @classmethod
-    def from_pretrained(cls, name: str, pooling: str, dtype: str = "float32", device: str = "cpu") -> "VisionEncoder":
+    def from_pretrained(
+        cls, name: str, vector: ImageVector, dtype: str = "float32", device: str = "cpu"
+    ) -> "VisionEncoder":
         """Load an encoder and its image processor, both at the same commit. `name` as in training: a Hub id, a folder,
         or a checkpoint of open_clip."""
         library, own_name = split_library(name)
         revision = resolve_revision(own_name)
         image_processor = load_image_processor(name, revision=revision)
         kwargs = {"revision": revision, "dtype": dtype}
-        model = load_backbone("vision", own_name, kwargs, pooling, library).to(device).eval()
-        check_vision_model(model, pooling)
-        return cls(own_name, getattr(revision, "resolved", revision), library, pooling, model, image_processor)
+        model = load_backbone("vision", own_name, kwargs, vector.pooling, library).to(device).eval()
+        check_vision_model(model, vector)
+        return cls(own_name, getattr(revision, "resolved", revision), library, vector, model, image_processor)
 
     def collate(self, rows: list[ReadImage], skips: bool) -> Batch:
         """Preprocess N rows. Runs in the loader's workers."""
@@ -119,8 +122,7 @@ class VisionEncoder:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pooled features `(N, vision_width)` of `pixels`, on the CPU."""
-        output = self.model(pixels.to(self.model.device, self.model.dtype), return_dict=True)
-        return pool_vision_output(output, self.pooling, self.name, pixels).cpu()
+        return self.vector.encode(self.model, pixels.to(self.model.device, self.model.dtype))[1].cpu()
 
     def encode_blank(self) -> torch.Tensor:
         """The features (1, vision_width) of a white picture."""
@@ -210,7 +212,7 @@ def write_features(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    about = describe(encoder.name, encoder.revision, encoder.library, encoder.pooling, encoder.image_processor, dataset)
+    about = describe(encoder.name, encoder.revision, encoder.library, encoder.vector, encoder.image_processor, dataset)
     _write_manifest(directory, {**about, "shard_size": shard_size})
     starts = range(rank * shard_size, len(dataset), world_size * shard_size)
     shards = {start: dataset.select(range(start, min(len(dataset), start + shard_size))) for start in starts}

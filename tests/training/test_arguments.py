@@ -32,7 +32,10 @@ CHOSEN = {
     "num_ret_tokens": "1",
     "tie_ret_embedding": "false",
     "logit_scale_init_value": "1.5",
-    "projector_type": "linear",
+    "projector_type": "resampler",
+    "resampler_num_layers": "2",
+    "vision_patch_tokens": "4",
+    "vision_feature_layer": "-2",
     "vision_pooling": "cls",
     "captioning_loss_weight": "0.5",
     "ret_token_loss_weight": "0",
@@ -58,7 +61,7 @@ def test_every_field_reaches_the_model(parse):
     for name in CHOSEN:
         assert getattr(model.config, name) == getattr(arguments, name), name
     unchanged = {name for name in CHOSEN if getattr(model.config, name) == getattr(defaults, name)}
-    assert unchanged == {"num_ret_tokens", "projector_type", "text_gguf_file"}  # which have one value here
+    assert unchanged == {"num_ret_tokens", "text_gguf_file"}  # which have one value here
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -77,7 +77,7 @@ class Row:
         digests: Of these images, where prefixes are kept.
         shown: Ids of images that must not be shown again.
         on_token: Called with each token that is generated.
-        is_cancelled: Asked after each token whether the answer is still wanted.
+        is_cancelled: Asked after each token and search whether the answer is no longer wanted.
         is_isolated: Whether an error of its own search is kept in `error`, and the others' answers go on.
         is_kept: Whether it is likely to come back longer, so that what is computed for it is kept.
     """
@@ -109,6 +109,14 @@ class Row:
     def rets_left(self) -> int | None:
         most = self.options.max_num_rets
         return None if most is None else max(0, most - self.rets)
+
+    def gives_up(self) -> bool:
+        """Whether the answer is no longer wanted: then it ends as it is, and nothing more is looked up for it."""
+        if self.is_cancelled is None or not self.is_cancelled():
+            return False
+        self.segments = [segment for segment in self.segments if segment["type"] != "ret"]
+        self.done = True
+        return True
 
     def see(self, encoded: Sequence[tuple[torch.Tensor, bytes]]) -> None:
         """Add images: the features and the digest of each."""

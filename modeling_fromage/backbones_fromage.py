@@ -207,6 +207,31 @@ def context_length(text_config: PreTrainedConfig) -> float:
     return min((limit for limit in limits if limit and limit > 0), default=float("inf"))
 
 
+def room_for(prompt_tokens: int, text_config: PreTrainedConfig, cached: bool = True) -> float:
+    """Tokens that a prompt and its answer may have together: the LM's context or, where a cache holds what longrope's
+    first frequencies gave, what is before the [`rope_switch`]."""
+    limit, switch = context_length(text_config), rope_switch(text_config)
+    return min(limit, switch) if cached and prompt_tokens <= switch else limit
+
+
+def check_fits(prompt_tokens: int, new_tokens: int, text_config: PreTrainedConfig, cached: bool = True) -> None:
+    """Raise a `ValueError` where a prompt and its answer have more tokens than there is [`room_for`]."""
+    limit = room_for(prompt_tokens, text_config, cached)
+    if prompt_tokens + new_tokens <= limit:
+        return
+    told = f"The prompt's {prompt_tokens} tokens and {new_tokens} new ones"
+    if prompt_tokens + new_tokens > context_length(text_config):
+        raise ValueError(
+            f"{told} exceed the language model's context of {context_length(text_config)}. Shorten the prompt, its "
+            "images included, or lower the number of new tokens."
+        )
+    raise ValueError(
+        f"{told} go beyond {limit}, where the language model takes other rotary frequencies (longrope), and a cache "
+        "holds what the first gave. Lower the number of new tokens, or set `use_cache=False`: generation then runs the "
+        "whole text anew for each token."
+    )
+
+
 def check_length(input_ids: torch.Tensor, text_config: PreTrainedConfig) -> None:
     """Raise a `ValueError` where texts (B, L) are longer than the LM's context."""
     if input_ids.shape[1] > context_length(text_config):

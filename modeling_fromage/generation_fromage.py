@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .backbones_fromage import check_length, context_length, initial_cache, rope_switch
+from .backbones_fromage import check_fits, check_length, initial_cache
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
 from .prefix_cache_fromage import goes_on, is_plain, selected
@@ -294,18 +294,5 @@ class FromageGenerationMixin(GenerationMixin):
     ) -> None:
         parent: Any = super()
         parent._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        limit = context_length(self.config.text_config)
-        if generation_config.max_length > limit:
-            new = generation_config.max_length - input_ids_length
-            raise ValueError(
-                f"The prompt's {input_ids_length} tokens and {new} new ones exceed the language model's context of "
-                f"{limit}. Shorten the prompt (an image takes {self.config.num_image_tokens} of them), or lower "
-                "`max_new_tokens`."
-            )
-        switch = rope_switch(self.config.text_config)
-        if input_ids_length <= switch < generation_config.max_length and generation_config.use_cache:
-            raise ValueError(
-                f"The prompt's {input_ids_length} tokens and new ones go beyond {switch}, where the language model "
-                "takes other rotary frequencies (longrope), and a cache holds what the first gave. Lower "
-                "`max_new_tokens`, or set `use_cache=False`: generation then runs the whole text anew for each token."
-            )
+        new_tokens = generation_config.max_length - input_ids_length
+        check_fits(input_ids_length, new_tokens, self.config.text_config, bool(generation_config.use_cache))

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .answer_rows_fromage import MAX_NEW_TOKENS, AnswerOptions, Row, RowEnds, SeededSampling, ret_options
-from .backbones_fromage import context_length, rope_switch
+from .backbones_fromage import context_length, room_for, rope_switch
 from .contexts_fromage import Contexts
 from .generation_fromage import RET_GENERATION_DEFAULTS
 from .image_search_fromage import ImageIndex, ImageSearch, Segment
@@ -96,6 +96,7 @@ class InterleavedGeneration:
         defaults = model.generation_config
         is_default = defaults.use_cache is not False and defaults.cache_implementation is None
         self._uses_prefixes = is_default and not (self.is_beam_search or own_cache)
+        self._is_cached = generate_kwargs.get("use_cache", defaults.use_cache) is not False
         self._default_options = self.options()  # wrong ones are refused now
 
     def options(self, **own: Any) -> AnswerOptions:
@@ -154,7 +155,10 @@ class InterleavedGeneration:
         return [trimmed(row.segments) for row in rows]
 
     def run(self, rows: Sequence[Row]) -> None:
-        """Answer prompts, into their `segments`; [`trimmed`] they are an answer."""
+        """Answer prompts, into their `segments`; [`trimmed`] they are an answer.
+
+        One that is cancelled ends after its next token or search, without the images that were not looked up by then.
+        """
         from_prompt = [row for row in rows if row.options.max_new_tokens == 0]
         if from_prompt:
             self._queue_prompt_rets(from_prompt)
@@ -237,7 +241,7 @@ class InterleavedGeneration:
 
     def _retrieve(self, rows: list[Row]) -> None:
         """Replace queued retrievals by images, the first of each row in one batch: later ones exclude its images."""
-        while waiting := [row for row in rows if any(segment["type"] == "ret" for segment in row.segments)]:
+        while waiting := [row for row in rows if not row.gives_up() and any(s["type"] == "ret" for s in row.segments)]:
             for search, count in {(row.options.images, row.options.images_per_ret) for row in waiting}:
                 alike = [row for row in waiting if (row.options.images, row.options.images_per_ret) == (search, count)]
                 try:
@@ -262,11 +266,12 @@ class InterleavedGeneration:
 
     def _feed_back(self, rows: list[Row]) -> None:
         """Add the images of each row's last `[RET]` to its context, if it has room."""
-        k = self.processor.num_image_tokens
+        k, text_config = self.processor.num_image_tokens, self.model.config.text_config
         for row in rows:
             last = [s for s in row.segments if s["type"] == "image" and s["ret_index"] == row.rets - 1]
             images = [segment["image"] for segment in last if segment["image"] is not None]
-            if images and len(row.ids) + k * len(images) + row.tokens_left <= self.context_length:
+            length = len(row.ids) + k * len(images)
+            if images and length + row.tokens_left <= room_for(length, text_config, self._is_cached):
                 self.contexts.append_images(row, images)
 
 

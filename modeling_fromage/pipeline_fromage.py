@@ -10,7 +10,7 @@ import torch
 from transformers import Pipeline
 from transformers.utils.chat_template_utils import Chat
 
-from .backbones_fromage import context_length
+from .backbones_fromage import room_for
 from .image_ids_fromage import as_ids
 from .image_search_fromage import ImageIndex, ImageSearch, Segment, open_index
 from .images_fromage import DEFAULT_LIMITS, ImageLimits
@@ -251,14 +251,15 @@ class FromagePipeline(Pipeline):
 
     def tokens_left(self, prompt: Any, **kwargs: Any) -> float:
         """Tokens of the language model's context that a prompt and `max_new_tokens` leave, with `kwargs` as in
-        [`__call__`]: negative where they do not fit, infinite where the context has no end."""
+        [`__call__`]: negative where they would be refused, infinite where the context has no end."""
         kwargs.pop("index", None)  # irrelevant here, and slow to open
         preprocess_params, forward_params, _ = self._sanitize_parameters(**{**kwargs, "image_root": None})
         options = _PromptOptions(**{**self._preprocess_params, **preprocess_params})
-        max_new_tokens = {**self._forward_params, **forward_params}.get("max_new_tokens", MAX_NEW_TOKENS)
-        used = self.processor.count_tokens(self._as_text(as_prompt(prompt), options)[0]) + max_new_tokens
-        text_config: Any = self.model.config.text_config
-        return context_length(text_config) - used
+        generating = {**self._forward_params, **forward_params}
+        used = self.processor.count_tokens(self._as_text(as_prompt(prompt), options)[0])
+        cached = generating.get("use_cache", self.model.generation_config.use_cache) is not False
+        room = room_for(used, self.model.config.text_config, cached)
+        return room - used - generating.get("max_new_tokens", MAX_NEW_TOKENS)
 
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
         is_batch = isinstance(input_tensors["text"], list)

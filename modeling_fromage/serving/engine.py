@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..answer_rows_fromage import Row
-from ..backbones_fromage import context_length
+from ..backbones_fromage import check_fits
 from ..image_search_fromage import Segment
 from ..interleaved_generation_fromage import MAX_NEW_TOKENS, InterleavedGeneration, trimmed
 from ..pipeline_fromage import FromagePipeline
@@ -206,7 +206,10 @@ class Engine:
         inputs = pipe.preprocess(prompt, **pre)
         with self._counting:
             used = self._counter.count_tokens(inputs["text"]) if inputs["text"] else 0
-        check_fits(used, forward.get("max_new_tokens", MAX_NEW_TOKENS), pipe)
+        if not used:
+            raise ValueError("The prompt is empty. Give it a text or an image.")
+        cached = forward.get("use_cache", pipe.model.generation_config.use_cache) is not False
+        check_fits(used, forward.get("max_new_tokens", MAX_NEW_TOKENS), pipe.model.config.text_config, cached)
         forward.setdefault("stop_strings", inputs["stops"])
         forward.setdefault("do_sample", False)  # whatever the model's own generation config says
         generation = InterleavedGeneration(
@@ -315,19 +318,6 @@ class Engine:
                 rows.append(row)
         if rows:
             generation.run(rows)
-
-
-def check_fits(prompt_tokens: int, max_new_tokens: int, pipe: FromagePipeline) -> None:
-    """Raise a `ValueError` where a prompt and its answer do not fit the language model's context."""
-    text_config: Any = pipe.model.config.text_config
-    limit = context_length(text_config)
-    if not prompt_tokens:
-        raise ValueError("The prompt is empty. Give it a text or an image.")
-    if prompt_tokens + max_new_tokens > limit:
-        raise ValueError(
-            f"The prompt has {prompt_tokens} tokens and the answer may have {max_new_tokens}, more than the language "
-            f"model's context of {limit}. Shorten the prompt, or lower the number of new tokens."
-        )
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def test_an_error_is_a_sentence(visitor, tmp_path, kind):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     if kind == "too long":
         visitor.ask("far " * 500)
-        expected = "more than the language model's context of 128"
+        expected = "exceed the language model's context of 128"
     else:
         visitor.ask("", 0.0, tmp_path / "broken.png")
         expected = "broken.png cannot be read as a picture (no image)."

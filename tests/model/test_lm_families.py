@@ -168,7 +168,7 @@ def test_rotary_frequencies_of_long_texts(family, fields, monkeypatch):
     ids[1, 3:], mask[1, 4:] = RET, 0
     with pytest.raises(ValueError, match="longrope.* more than 12 tokens.*up to 4 tokens get beside 25"):
         model.get_text_embeds(ids, mask)
-    with pytest.raises(ValueError, match="10 tokens and new ones go beyond 12.*use_cache=False"):
+    with pytest.raises(ValueError, match="10 tokens and 6 new ones go beyond 12.*use_cache=False"):
         model.generate(torch.tensor([captions[3]]), max_new_tokens=6)
     options = {"do_sample": False, "max_new_tokens": 6, "max_num_rets": 0}
     found = model.generate(torch.tensor([captions[3]]), **options, use_cache=False)[0, -6:].tolist()

@@ -235,7 +235,7 @@ def _add_retrieval(app: FastAPI, service: Service) -> None:
                 rows: list[Any] = [row.tolist() for row in await service.embed(inputs)]
         if body.encoding_format == "base64":
             rows = [base64.b64encode(struct.pack(f"<{width}f", *row)).decode() for row in rows]
-        tokens = sum(count_tokens(service.pipe, parts) for parts in inputs)
+        tokens = await service.job(lambda: sum(count_tokens(service.engine.reader, parts) for parts in inputs))
         service.metrics.tokens.labels("read").inc(tokens)
         data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}

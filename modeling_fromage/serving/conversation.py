@@ -63,7 +63,7 @@ class Conversation:
         if self.index is not None:
             options["index"] = self.index
         if remember:
-            chat = FromageChat(self.engine.pipe)
+            chat = FromageChat(self.engine.reader)
             for each in earlier:
                 chat.messages += [{"role": "user", "content": each.content}]
                 chat.messages += [{"role": "assistant", "content": each.answer}]

@@ -132,7 +132,8 @@ class Engine:
     how a whole batch is generated, run by themselves.
 
     Args:
-        pipe ([`FromagePipeline`]): The model. Nobody else may use it meanwhile, but by [`run`].
+        pipe ([`FromagePipeline`]): The model. Nobody else may use it meanwhile, but by [`run`]; `reader` is it with a
+            tokenizer of its own, which any thread may read and count prompts with.
         max_batch_size (`int`, defaults to 16): Requests answered together.
         max_queue (`int`, defaults to 64): Requests that may wait.
         wait_seconds (`float`, defaults to 0.01): How long the first of a batch waits for others.
@@ -155,8 +156,10 @@ class Engine:
         self._running: list[Answer] = []
         self._errands: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._changed = threading.Condition()
-        # Of callers; the pipeline's own tokenizer is the thread's.
-        self._counter, self._counting = copy.deepcopy(pipe.processor), threading.Lock()
+        # The pipeline for callers: the tokenizer of `pipe` is the engine's thread's, and pads while it reads a batch.
+        self.reader = copy.copy(pipe)
+        self.reader.processor = copy.deepcopy(pipe.processor)
+        self.reader.processor.count_tokens("")  # takes off padding that a tokenizer was saved with
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="fromage-engine", daemon=True)
         self._thread.start()
@@ -198,14 +201,13 @@ class Engine:
             raise QueueFullError(f"{len(self._waiting)} requests wait already. Try again later.")
 
     def _prepare(self, prompt: Any, options: dict[str, Any]) -> Answer:
-        pipe = self.pipe
+        pipe, counter = self.pipe, self.reader.processor
         own = {name: value for name in _SAMPLING if (value := options.pop(name, None)) is not None}
         own.setdefault("seed", secrets.randbits(63))
         pre, forward, _ = pipe._sanitize_parameters(**options)
         pre, forward = {**pipe._preprocess_params, **pre}, {**pipe._forward_params, **forward}
         inputs = pipe.preprocess(prompt, **pre)
-        with self._counting:
-            used = self._counter.count_tokens(inputs["text"]) if inputs["text"] else 0
+        used = counter.count_tokens(inputs["text"]) if inputs["text"] else 0
         if not used:
             raise ValueError("The prompt is empty. Give it a text or an image.")
         cached = forward.get("use_cache", pipe.model.generation_config.use_cache) is not False

@@ -1,5 +1,6 @@
 """Embeddings by OpenAI's own client, searches for images, and the images themselves."""
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -107,3 +108,20 @@ def test_without_an_index():
         assert ask(address, "/v1/images/red")[0] == 404
         asked = {"model": NAME, "messages": [{"role": "user", "content": "a"}], "ret_bias": 20, "max_tokens": 1}
         assert ask(address, "/v1/chat/completions", asked)[1]["choices"][0]["message"]["content"] == "[RET]"
+
+
+def test_tokens_are_counted_apart_from_the_model(monkeypatch):
+    """Its tokenizer pads while it reads a batch, which is the business of the engine's thread alone."""
+    pipe, _ = make_talker()
+    kind, threads = type(pipe.processor.tokenizer), set()
+    encode = kind._encode_plus
+
+    def watched(tokenizer, *args, **kwargs):
+        if tokenizer is pipe.processor.tokenizer:
+            threads.add(threading.current_thread().name)
+        return encode(tokenizer, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "_encode_plus", watched)
+    with serving(pipe) as address:
+        answer = ask(address, "/v1/embeddings", {"model": NAME, "input": ["a", "</s> a cat"]})[1]
+    assert answer["usage"]["prompt_tokens"] > 6 and threads == {"fromage-engine"}

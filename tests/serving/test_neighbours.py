@@ -5,7 +5,9 @@ import threading
 import pytest
 
 from modeling_fromage import FromageChat
+from modeling_fromage.serving.conversation import Conversation
 from modeling_fromage.serving.engine import Engine
+from modeling_fromage.serving.retrieval import embed
 from tests.helpers.pipelines import picture, plain
 from tests.helpers.talking import ALWAYS, NEVER, make_talker
 
@@ -86,3 +88,21 @@ def test_an_image_that_would_cross_is_not_fed_back(crossing):
 def test_a_chat_forgets_turns_rather_than_cross(crossing):
     chat = FromageChat(crossing.pipe, max_new_tokens=4, ret_bias=NEVER)
     assert all(chat.send(f"turn {number}") for number in range(6)) and len(chat.messages) < 12
+
+
+def test_the_models_tokenizer_is_used_by_the_engine_alone(talker, monkeypatch):
+    """It pads the texts of a batch, and would pad those of others, or leave the batch without padding."""
+    engine, _ = talker
+    kind, threads = type(engine.pipe.processor.tokenizer), set()
+    encode = kind._encode_plus
+
+    def watched(tokenizer, *args, **kwargs):
+        if tokenizer is engine.pipe.processor.tokenizer:
+            threads.add(threading.current_thread().name)
+        return encode(tokenizer, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "_encode_plus", watched)
+    conversation = Conversation(engine)
+    assert all(list(conversation.stream("hello", max_new_tokens=2, ret_bias=NEVER)) for _ in range(2))
+    engine.run(lambda: embed(engine.pipe, [[{"type": "text", "text": text}] for text in ("a", "a cat")]))
+    assert threads == {"fromage-engine"}

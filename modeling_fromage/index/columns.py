@@ -16,6 +16,7 @@ Scalar = str | int | float | bool | None
 _ABSENT = object()
 _ROWS_AT_A_TIME = 1024
 _MOST_BYTES = 1 << 28  # of all columns of an index; a larger one is read anew for each filter
+_MOST_NAMES = 10_000  # that are remembered; beyond, a filter by an unknown one reads all metadata
 _BYTES_PER_VALUE = 120  # of a distinct value, in the dict of codes and beside its own
 
 
@@ -28,6 +29,8 @@ class MetadataColumns:
 
     def __init__(self) -> None:
         self._columns: dict[str, _Column | None] = {}  # the last was used last; `None` for one that is too large
+        self._names: set[str] = set()  # of the metadata of the first `_num_named` positions
+        self._num_named = 0
         self._lock = threading.Lock()
 
     def mask(self, where: dict[str, list[Scalar]], count: int, read: Callable[[int, int], Entries]) -> np.ndarray:
@@ -40,10 +43,24 @@ class MetadataColumns:
         with self._lock:
             for name, wanted in where.items():
                 values = {comparable(value) for value in wanted}
-                mask &= self._mask_of(name, values, count, read)
+                mask &= self._mask_of(name, values, count, self._noting_names(read))
+                if not mask.any():  # whatever else is asked for, which may be many names
+                    break
         return mask
 
+    def _noting_names(self, read: Callable[[int, int], Entries]) -> Callable[[int, int], Entries]:
+        def noted(start: int, stop: int) -> Entries:
+            entries = list(read(start, stop))
+            if start <= self._num_named < stop and len(self._names) <= _MOST_NAMES:
+                self._names.update(*(metadata for _, metadata in entries))
+                self._num_named = stop
+            return entries
+
+        return noted
+
     def _mask_of(self, name: str, wanted: set[Any], count: int, read: Callable[[int, int], Entries]) -> np.ndarray:
+        if name not in self._names and count <= self._num_named and len(self._names) <= _MOST_NAMES:
+            return np.zeros(count, dtype=bool)
         column = self._columns.pop(name, _Column())
         if column is not None:
             for start in range(len(column), count, _ROWS_AT_A_TIME):

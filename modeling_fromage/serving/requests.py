@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..io.command_line import did_you_mean
 from .errors import ApiError
@@ -32,6 +32,16 @@ _IGNORED = {"metadata", "parallel_tool_calls", "prediction", "prompt_cache_key",
 
 _MOST = 2**31 - 1  # what the generation of answers takes; larger numbers mean nothing more
 _LONGEST_NAME = 100  # characters of an unknown option that are told
+_MOST_VALUES = 1000  # of a filter or a list of ids: they are looked for at each search
+
+
+def _few_values(where: dict[str, Any]) -> dict[str, Any]:
+    count = sum(len(value) if isinstance(value, list) else 1 for value in where.values())
+    if count > _MOST_VALUES:
+        raise ValueError(f"it has {count:,} values; {_MOST_VALUES:,} are allowed")
+    return where
+
+
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
 Stops = Annotated[
@@ -39,6 +49,7 @@ Stops = Annotated[
     Field(max_length=16),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
 ]
+Where = Annotated[dict[str, Any], Field(max_length=32), AfterValidator(_few_values)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -81,8 +92,8 @@ class StreamOptions(BaseModel):
 class _Search(_Request):
     """What narrows a search down."""
 
-    where: dict[str, Any] | None = None
-    exclude_ids: list[str] = []
+    where: Where | None = None
+    exclude_ids: Annotated[list[str], Field(max_length=_MOST_VALUES)] = []
 
 
 class ChatRequest(_Search):

@@ -170,6 +170,9 @@ def test_images_in_memory_are_few_and_small(monkeypatch):
             ({name: 10**400}, f"`{name}`: ")
             for name in ("min_tokens_before_ret", "max_num_rets", "top_k", "max_tokens")
         ),
+        ({"exclude_ids": ["a"] * 1001}, "`exclude_ids`: .*1000 items"),
+        ({"where": {str(i): i for i in range(33)}}, "`where`: .*32 items"),
+        ({"where": {"a": 1, "b": [*range(1000)]}}, "`where`: .*1,001 values"),
         ({"stop": ["a"] * 17}, "`stop`: .*16 items"),
         ({"stop": "a" * 201}, "`stop.0`: .*200 characters"),
         ({"stop": ["a", "a" * 201]}, "`stop.1`: .*200 characters"),

@@ -114,3 +114,20 @@ def test_threads_filter_at_once():
     with ThreadPoolExecutor(6) as pool:
         counts = pool.map(lambda n: int(store.mask({"n": n}, 20_000).sum()), [0, 1, 2, 3, 4, 5, 6] * 4)
     assert sum(counts) == 4 * 20_000
+
+
+def test_names_that_no_image_has_cost_nothing(monkeypatch):
+    """Metadata is read once: later filters know which names there are."""
+    store = store_of([{"a": i} for i in range(5000)])
+    reads: list[int] = []
+    between = store._metadata_between
+    monkeypatch.setattr(
+        store, "_metadata_between", lambda start, stop: reads.append(stop - start) or between(start, stop)
+    )
+    assert not store.mask({f"no {i}": i for i in range(100)}, 5000).any() and sum(reads) == 5000
+    assert not store.mask({"none": 1}, 5000).any() and not store.mask({"a": 1, "none": 1}, 3000).any()
+    assert sum(reads) == 8000  # for the column "a"
+    store.add(5000, as_entries(["new"], [{"none": 1}]))
+    assert store.mask({"none": 1}, 5001).nonzero().tolist() == [[5000]]
+    monkeypatch.setattr(columns_module, "_MOST_NAMES", 1)
+    assert store.mask({"none": 1}, 5001).sum() == 1 and not store.mask({"other": 1}, 5001).any()

@@ -18,7 +18,8 @@ from transformers import (
 from .image_search_fromage import ImageSearch, Segment
 
 MAX_NEW_TOKENS = 64
-_TAIL = 16  # tokens in which a stop string is looked for, beside one for each of its letters
+_TAIL = 16  # tokens in which a stop string is looked for, beside one for each of its bytes
+_COLDEST = 1e-6  # a temperature below would divide logits to infinities, which are all alike
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Row:
         on_token: Called with each token that is generated.
         is_cancelled: Asked after each token and search whether the answer is no longer wanted.
         is_isolated: Whether an error of its own search is kept in `error`, and the others' answers go on.
+        is_stopped: Whether the answer has come to its end: by itself, or at a stop string.
         is_kept: Whether it is likely to come back longer, so that what is computed for it is kept.
     """
 
@@ -92,6 +94,7 @@ class Row:
     is_isolated: bool = False
     is_kept: bool = True
     error: Exception | None = None
+    is_stopped: bool = False
     segments: list[Segment] = field(default_factory=list)
     num_generated: int = 0
     rets: int = 0
@@ -134,6 +137,7 @@ class Row:
         """Add generated `tokens`, whose R `[RET]`s have `embeds` (R, q), to the context and the segments."""
         options = self.options
         end = next((i for i, token in enumerate(tokens) if token in options.eos_ids), len(tokens))
+        self.is_stopped = end < len(tokens)
         end += end < len(tokens) and tokens[end] in ret_ids  # a [RET] that ends an answer is part of it
         tokens = tokens[: min(end, self.tokens_left)]
         if options.feed_images_back:
@@ -161,7 +165,7 @@ class Row:
             text: Any = tokenizer.decode(piece, skip_special_tokens=True)
             self.segments.append({"type": "text", "text": up_to_stop(text, stop_strings)})
             if any(stop in text for stop in stop_strings):
-                self.done = True
+                self.done = self.is_stopped = True
                 return
             if token is not None:
                 self.segments.append({"type": "ret", "embed": next(ret_embeds)})
@@ -197,7 +201,10 @@ class RowEnds(StoppingCriteria):
 
     def __init__(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, width: int, ret_ids: Sequence[int]):
         self.rows, self.tokenizer, self.seen = rows, tokenizer, width
-        self.eos_ids = [set(row.eos_ids(ret_ids)) for row in rows]
+        self.eos_ids, self.ret_ids = [set(row.eos_ids(ret_ids)) for row in rows], set(ret_ids)
+        longest = [max((len(stop.encode(errors="surrogatepass")) for stop in row.options.stop_strings), default=0)
+                   for row in rows]  # fmt: skip
+        self.tails = [_TAIL + length for length in longest]
         self.generated: list[list[int]] = [[] for _ in rows]
         self.ended = [False for _ in rows]
 
@@ -220,7 +227,9 @@ class RowEnds(StoppingCriteria):
             return True
         if not row.options.stop_strings:
             return False
-        tail = generated[-_TAIL - max(map(len, row.options.stop_strings)) :]
+        tail = generated[-self.tails[number] :]
+        rets = [place for place, each in enumerate(tail, 1) if each in self.ret_ids]
+        tail = tail[max(rets, default=0) :]  # no text goes on behind an image
         text = self.tokenizer.decode(tail, skip_special_tokens=True)
         return any(stop in text for stop in row.options.stop_strings)
 
@@ -253,7 +262,7 @@ class SeededSampling(LogitsProcessor):
 def _warpers(options: AnswerOptions) -> list[LogitsProcessor]:
     if not options.temperature:
         return []
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(max(_COLDEST, float(options.temperature)))]
     if options.top_k:
         warpers.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1:

@@ -115,8 +115,8 @@ class Answer:
         self._ended.set()
         if self.row is not None and error is None:
             error = self.row.error
-            left = self.row.tokens_left > 0 or not self.options.max_new_tokens
-            self.finish_reason = "cancelled" if self.is_cancelled else "stop" if left else "length"
+            is_whole = self.row.is_stopped or self.row.tokens_left > 0 or not self.options.max_new_tokens
+            self.finish_reason = "cancelled" if self.is_cancelled else "stop" if is_whole else "length"
         if error is None and self.row is not None:
             for event in self._text.rest(trimmed(self.row.segments)):
                 self._events.put(event)

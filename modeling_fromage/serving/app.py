@@ -155,7 +155,12 @@ class Service:
 
     @staticmethod
     async def _call(executor: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(executor, function)
+        held = [function]
+        del function
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, lambda: held.pop()())
+        finally:
+            held.clear()  # who gives up leaves no images in the executor's queue
 
 
 def make_app(service: Service, before: Callable[[FastAPI], None] | None = None) -> Any:

@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
 import torch
@@ -155,6 +155,7 @@ class Engine:
         self._waiting: list[Answer] = []
         self._running: list[Answer] = []
         self._errands: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self._begun: list[Future[Any]] = []  # errands
         self._changed = threading.Condition()
         # The pipeline for callers: the tokenizer of `pipe` is the engine's thread's, and pads while it reads a batch.
         self.reader = copy.copy(pipe)
@@ -246,11 +247,12 @@ class Engine:
         with self._changed:
             self._closed = True
             answers, self._waiting = [*self._running, *self._waiting], []
-            errands, self._errands = self._errands, []
+            errands, self._errands = [*self._begun, *(future for future, _ in self._errands)], []
         for answer in answers:
             answer.end(error)
-        for future, _ in errands:
-            future.set_exception(error)
+        for future in errands:
+            with contextlib.suppress(InvalidStateError):  # it has just been done
+                future.set_exception(error)
 
     # ---- the thread ------------------------------------------------------------------------------------------------
 
@@ -268,13 +270,17 @@ class Engine:
             while not (self._waiting or self._errands or self._closed):
                 self._changed.wait()
             errands, self._errands = self._errands, []
+            self._begun = [future for future, _ in errands]
             if not (self._waiting or errands):
                 return False
         for future, function in errands:
+            result, failure = None, None
             try:
-                future.set_result(function())
+                result = function()
             except BaseException as error:  # it is raised where it is waited for
-                future.set_exception(error)
+                failure = error
+            with contextlib.suppress(InvalidStateError):  # the engine was closed meanwhile
+                future.set_result(result) if failure is None else future.set_exception(failure)
         self._choose()
         wanted = [answer for answer in self._running if not answer.is_cancelled]
         try:

@@ -113,7 +113,8 @@ class Gate:
         latest = asyncio.get_running_loop().time() + self.shutdown_timeout
         for timeout in self._running:
             when = timeout.when()
-            timeout.reschedule(latest if when is None else min(when, latest))
+            if not timeout.expired():  # what is over may still be ending
+                timeout.reschedule(latest if when is None else min(when, latest))
 
 
 class Ending:

@@ -301,8 +301,15 @@ def test_what_ends_early_beside_others(talker):
 def test_closing_does_not_wait_for_what_never_ends(talker, monkeypatch):
     engine, _ = talker
     monkeypatch.setattr("modeling_fromage.serving.engine._GRACE", 0.2)
-    held = threading.Event()
-    errand = threading.Thread(target=lambda: engine.run(held.wait))
+    held, told = threading.Event(), []
+
+    def run():
+        try:
+            engine.run(held.wait)
+        except EngineClosedError as error:
+            told.append(error)
+
+    errand = threading.Thread(target=run)
     errand.start()
     time.sleep(0.1)
     answer = engine.submit("hello")
@@ -311,8 +318,11 @@ def test_closing_does_not_wait_for_what_never_ends(talker, monkeypatch):
     assert time.monotonic() - start < 3
     with pytest.raises(EngineClosedError):
         answer.result()
+    errand.join(5)
+    assert told  # nor does who waits for an errand
     held.set()
-    errand.join()
+    engine._thread.join(5)
+    assert not engine._thread.is_alive()
 
 
 class Letters:

@@ -260,15 +260,19 @@ def _begins(longer: torch.Tensor, tokens: torch.Tensor) -> bool:
 
 
 def _state_of(model: PreTrainedModel) -> Any:
-    """What tells whether a model still computes what it did: its tensors, how often they were changed, one number of
-    each, as PEFT merges behind the counter's back, and the state of PEFT's layers."""
+    """What tells whether a model still computes what it did: its tensors, where they are, how often they were changed,
+    one number of each, as PEFT merges behind the counter's back, the state of PEFT's layers, and autocast."""
     tensors = [*model.parameters(), *model.buffers()]
-    versions = [(id(each), -1 if each.is_inference() else each._version, each.dtype) for each in tensors]
+    versions = [
+        (id(each), -1 if each.is_inference() else each._version, each.dtype, str(each.device)) for each in tensors
+    ]
     ordinary = [each for each in tensors if type(each) in (torch.Tensor, nn.Parameter) and not each.is_meta]
     numbers = [each.detach().flatten()[each.numel() // 2].float().cpu() for each in ordinary if each.numel()]
     peft = [str(getattr(module, name)) for module in model.modules() for name in _PEFT_STATE if hasattr(module, name)]
     attention = model.config.text_config._attn_implementation
-    return versions, torch.stack(numbers).tolist(), peft, attention
+    kind = model.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return versions, torch.stack(numbers).tolist(), peft, attention, autocast
 
 
 __all__ = ["PrefixCache"]

@@ -144,7 +144,8 @@ class IndexStore:
     def search(self, embeds: Any, top_k: int, exclude_ids: Any, where: dict[str, Any] | None) -> Hits:
         """See [`FromageImageIndex.search`]."""
         request = self.request(embeds, top_k, exclude_ids, where)
-        return request.snapshot.backend.search(request)
+        with torch.autocast(self.device.type, enabled=False):  # a caller's would make bf16 of the cosines
+            return request.snapshot.backend.search(request)
 
     # ---- changing -------------------------------------------------------------------------------------------------
 

@@ -129,3 +129,14 @@ def test_threads_search_at_once():
         with ThreadPoolExecutor(6) as pool:
             found = [future.result() for future in [pool.submit(search) for _ in range(6)]]
         assert found == [found[0]] * 6 and index.embeds.shape == (2000, DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_of_a_caller_changes_nothing(dtype):
+    torch.manual_seed(0)
+    index = FromageImageIndex(torch.randn(50, 16), [str(i) for i in range(50)], dtype=dtype)
+    queries = torch.randn(3, 16)
+    expected = index.search(queries, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = index.search(queries, 5)
+    assert found.ids == expected.ids and torch.equal(found.scores, expected.scores)

@@ -213,3 +213,26 @@ def test_rows_that_cannot_share_a_pass():
 
     assert fit([10, 20], 25, math.inf) and not fit([10, 21], 25, math.inf)
     assert fit([10, 20], 99, 25) and not fit([10, 21], 99, 25) and not fit([10, 30], 99, 25) and fit([26, 40], 99, 25)
+
+
+def test_what_another_precision_computed_is_not_gone_on_from():
+    pipe = make_pipe()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        FromageChat(pipe).send("hello there")
+    expected = answers_of(make_pipe(cache=PrefixCache(max_bytes=0)), [["hello there"], ["and?"]])
+    counted = Counted(pipe.model)
+    assert answers_of(pipe, [["hello there"]]) == expected[:1] and counted.tokens > 8  # all of it
+    chat = FromageChat(pipe)
+    chat.send("hello there")
+    known = pipe.prefix_cache.check_model(pipe.model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pipe.prefix_cache.check_model(pipe.model) != known
+
+
+def test_a_model_on_another_device_starts_over(monkeypatch):
+    """Whose tensors are the same objects there, as unchanged as before."""
+    pipe = make_pipe()
+    known = pipe.prefix_cache.check_model(pipe.model)
+    assert pipe.prefix_cache.check_model(pipe.model) == known
+    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device("cuda", 1))
+    assert pipe.prefix_cache.check_model(pipe.model) != known

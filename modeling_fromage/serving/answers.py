@@ -36,7 +36,7 @@ class ChatAnswer:
 
     async def _deltas(self) -> AsyncIterator[dict[str, Any]]:
         """Pieces of the message: "content" to append to its text, and the "images" that it stands for."""
-        ret, count = -1, 0
+        ret, count, last = -1, 0, None  # the last: the [RET] of the image that was before
         async for event in self._events:
             if event["type"] == "text":
                 yield {"content": event["text"]}
@@ -44,8 +44,10 @@ class ChatAnswer:
                 ret += 1
             else:
                 image = {"ret_index": max(ret, 0), "metadata": {}, "image": None, **event}
-                yield await self._encode(self._image_delta, image, count)
+                delta = await self._encode(self._image_delta, image, count)
+                yield {**delta, "content": " " * (last == image["ret_index"]) + delta["content"]}
                 count += 1
+            last = image["ret_index"] if event["type"] == "image" else None
 
     def _image_delta(self, image: Segment, index: int) -> dict[str, Any]:
         content = self._links.markdown(image, self._inline)

@@ -111,12 +111,15 @@ class Links:
         return {"type": "image", "id": image_id, "ret_index": int(ret) if ret.isdecimal() and len(ret) < 6 else 0}
 
     def split(self, text: str) -> list[dict[str, Any]]:
-        """An answer's text as parts: texts, and images in the place of our links."""
+        """An answer's text as parts: texts, and images in the place of our links. A space between two links of one
+        `[RET]` is no text: [`ChatAnswer`] sets them apart by it."""
         parts: list[dict[str, Any]] = []
         end = 0
         for match in _LINK.finditer(text):
             if part := self.parse(match[1]):
-                parts += [{"type": "text", "text": text[end : match.start()]}, part]
+                between = text[end : match.start()]
+                is_same = bool(parts) and parts[-1]["type"] == "image" and parts[-1]["ret_index"] == part["ret_index"]
+                parts += [{"type": "text", "text": "" if is_same and between == " " else between}, part]
                 end = match.end()
         parts.append({"type": "text", "text": text[end:]})
         return [part for part in parts if part["type"] != "text" or part["text"]]

@@ -1,17 +1,23 @@
 """Chats by OpenAI's own client with a small random model."""
 
+import asyncio
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from modeling_fromage import FromagePipeline
-from tests.helpers.pipelines import COLOURS, picture
+from modeling_fromage.serving.answers import ChatAnswer
+from modeling_fromage.serving.guard import ApiKeys
+from modeling_fromage.serving.pictures import Links
+from tests.helpers.pipelines import COLOURS, NEWLINE, RET, picture, scripted
 from tests.helpers.serving import NAME, as_data_url, ask, from_data_url, image_part, serving
 from tests.helpers.talking import ALWAYS, NEVER, make_talker
 
 HELLO = [{"role": "user", "content": "hello"}]
+CAT = 373  # " cat"
 SHOW = {"ret_bias": ALWAYS, "images_per_ret": 2, "max_num_rets": 1}
 
 
@@ -79,6 +85,27 @@ def test_a_stream_is_the_answer_in_pieces(client, extra):
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert len({chunk.id for chunk in chunks}) == 1 and deltas[0].role == "assistant"
+
+
+@pytest.mark.parametrize("between", ["", " "])
+def test_links_of_one_ret_stand_apart_and_come_back_as_images_alone(served, between):
+    """By a space that is no text, unlike one that the model wrote between two `[RET]`s."""
+    links = Links(ApiKeys([]), "http://here", served[1].index)
+    tokens = served[1].processor.tokenizer(between, add_special_tokens=False).input_ids
+    whole = served[1](HELLO, images_per_ret=2, **scripted([CAT, RET, *tokens, RET, NEWLINE]))
+    counts = SimpleNamespace(prompt_tokens=1, completion_tokens=1, finish_reason="stop")
+
+    async def events():
+        for part in whole:
+            yield part
+
+    async def encode(function, *args):
+        return function(*args)
+
+    text = asyncio.run(ChatAnswer("m", events(), counts, links, False, encode).whole())["choices"][0]["message"]
+    assert re.sub(r"!\[\w+\]\([^)]+\)", "i", text["content"]) == ("cati i i i" if between else "cati ii i")
+    back = [(part["type"], part.get("id"), part.get("text")) for part in links.split(text["content"])]
+    assert back == [(part["type"], part.get("id"), part.get("text")) for part in whole]
 
 
 def test_the_clients_own_stream_helper(client):

@@ -277,9 +277,12 @@ def unfinished_store(dim: int, dtype: torch.dtype, options: MilvusOptions) -> Mi
         ValueError: There is a collection of that name.
     """
     if MilvusCollection(options).exists():
+        token = ", token=..." if options.token else ""
         raise ValueError(
             f"There is a collection {options.collection!r} at {options.uri}. If it is the index, open the folder that "
-            "it was saved in; else give another name as `collection`, or drop it."
+            "it was saved in; else give another name as `collection`. If no folder names it, as after a run that was "
+            "killed before it wrote one, drop it: pymilvus.MilvusClient("
+            f"{options.uri!r}{token}).drop_collection({options.collection!r})"
         )
     store = MilvusStore(dim, dtype, dataclasses.replace(options, collection=options.collection + _UNFINISHED))
     if store.collection.exists():

@@ -372,6 +372,16 @@ def test_an_unfinished_move_is_made_anew(place, monkeypatch, caplog):
     assert "made anew" in caplog.text
 
 
+def test_a_move_that_was_killed_before_its_folder_was_written(place):
+    """The error says what to do, and that works."""
+    entries = make_entries(5)
+    index_of(entries).use_backend("milvus", **place)  # of which nobody knows any more
+    with pytest.raises(ValueError, match="There is a collection .* drop it: pymilvus.MilvusClient") as error:
+        index_of(entries).use_backend("milvus", **place)
+    exec("import pymilvus; " + str(error.value).partition("drop it: ")[2])  # noqa: S102
+    assert index_of(entries).use_backend("milvus", **place).ids == [entry.id for entry in entries]
+
+
 ADDING = """
 import sys, torch
 from modeling_fromage import FromageImageIndex

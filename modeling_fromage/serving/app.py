@@ -118,7 +118,8 @@ class Service:
         self._readers.submit(read)
         try:
             event = await events.get()
-            self.metrics.first_seconds.observe(time.monotonic() - began)
+            if isinstance(event, dict):  # neither an error nor an answer of nothing
+                self.metrics.first_seconds.observe(time.monotonic() - began)
             while isinstance(event, dict):
                 self.metrics.images.inc(event["type"] == "image")
                 yield event

@@ -234,6 +234,14 @@ def test_images_of_private_addresses_where_they_are_allowed(talker):
         assert status == 400 and "too many pixels" in told["error"]["message"]
 
 
+def test_an_answer_of_nothing_has_no_first_part(talker):
+    with serving(talker[0]) as address:
+        text = ask(address, CHAT, QUICK)[1]["choices"][0]["message"]["content"]
+        assert not ask(address, CHAT, {**QUICK, "stop": text[0]})[1]["choices"][0]["message"]["content"]
+        lines = ask(address, "/metrics")[1].decode().splitlines()
+    assert "fromage_first_token_seconds_count 1.0" in lines
+
+
 def test_metrics(talker):
     with serving(talker[0]) as address:
         ask(address, CHAT, {**QUICK, "ret_bias": 20})

@@ -31,7 +31,13 @@ class FromageAdapter(nn.Module):
         super().__init__()
         self.num_image_tokens = config.num_image_tokens
         self.feature_dropout = nn.Dropout(config.image_feature_dropout)
-        self.feature_width = vision_feature_size(config) // (1 + config.vision_patch_tokens)
+        self.num_vectors = 1 + config.vision_patch_tokens
+        self.feature_width, rest = divmod(vision_feature_size(config), self.num_vectors)
+        if rest:
+            raise ValueError(
+                f"`vision_feature_size` is {config.vision_feature_size}, which is no multiple of {self.num_vectors}: "
+                "of the pooled vector and `vision_patch_tokens` patches. Leave it out, and it is measured."
+            )
         self.multi_modal_projector = make_projector(config, self.feature_width, input_width)
         self.visual_projection = nn.Linear(self.feature_width, config.projection_dim)
         self.text_projection = nn.ModuleList(
@@ -65,6 +71,11 @@ class FromageAdapter(nn.Module):
         return nn.functional.normalize(self.visual_projection(vectors), dim=-1)
 
     def _features(self, pooled: torch.Tensor) -> torch.Tensor:
+        if self.num_vectors > 1 and pooled.shape[-1] != self.num_vectors * self.feature_width:
+            raise ValueError(
+                f"`pooled_image_features` has {pooled.shape[-1]} entries an image, and this model's images have "
+                f"{self.num_vectors} vectors of {self.feature_width}. Encode the images with this model."
+            )
         return self.feature_dropout(pooled.to(self.logit_scale))
 
     # ---- text -----------------------------------------------------------------------------------------------------

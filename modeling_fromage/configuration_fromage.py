@@ -189,21 +189,28 @@ class FromageConfig(PreTrainedConfig):
     def _check_vision(self) -> None:
         patches = self.vision_patch_tokens
         if patches < 0 or math.isqrt(patches) ** 2 != patches:
-            raise ValueError(f"`vision_patch_tokens` must be a square number (0, 1, 4, 9, 16, ...), got {patches}.")
+            raise ValueError(f"`vision_patch_tokens` must be 0 or a square number (4, 9, 16, ...), got {patches}.")
         if self.vision_feature_layer != -1 and self.vision_pooling == "pooler" and not patches:
             raise ValueError(
-                f"`vision_feature_layer` is {self.vision_feature_layer}, but the pooled output is the encoder's own. "
-                "Set `vision_pooling='cls'` or `'mean'`, or `vision_patch_tokens`."
+                f"`vision_feature_layer` is {self.vision_feature_layer}, but `vision_pooling='pooler'` reads no hidden "
+                "state. Set `vision_pooling` to 'cls' or 'mean', or `vision_patch_tokens`; or leave the layer out."
             )
         if self.projector_type == "resampler" and not patches:
-            raise ValueError("`projector_type='resampler'` attends to patches. Set `vision_patch_tokens`, to 16 say.")
+            raise ValueError(
+                "`projector_type='resampler'` attends to patch tokens, and `vision_patch_tokens` is 0. Set it."
+            )
         if self.projector_type != "resampler" and 0 < patches < self.num_image_tokens:
             raise ValueError(
-                f"`num_image_tokens` is {self.num_image_tokens}, made of {patches} patches. Set `vision_patch_tokens` "
-                "to as many at least, or take `projector_type='resampler'`."
+                f"{patches} patch tokens (`vision_patch_tokens`) make no {self.num_image_tokens} visual tokens "
+                "(`num_image_tokens`): each is the mean of one or more. Set more, or `projector_type='resampler'`."
             )
         if self.resampler_num_layers not in (1, 2):
             raise ValueError(f"`resampler_num_layers` must be 1 or 2, got {self.resampler_num_layers}.")
+        if self.projector_type != "resampler" and self.resampler_num_layers != 1:
+            raise ValueError(
+                f"`resampler_num_layers` is {self.resampler_num_layers}, but `projector_type={self.projector_type!r}` "
+                "has no such layers. Leave it out, or set `projector_type='resampler'`."
+            )
 
     @classmethod
     def from_vision_text_configs(

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from .configuration_fromage import FromageConfig
 from .vision_open_clip import WEIGHT_FILES as OPEN_CLIP_WEIGHTS
 
 _BLOCK = 1 << 16
@@ -93,6 +94,12 @@ def trained_fingerprint(state: dict[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def with_feature_layer(digest: str, config: FromageConfig) -> str:
+    """The digest, and behind it the encoder's layer that images' embeddings are of, where that is not its last."""
+    is_last = config.vision_feature_layer == -1 or config.vision_pooling == "pooler"
+    return digest if is_last else f"{digest}-layer{config.vision_feature_layer}"
 
 
 class TrainedFingerprint:

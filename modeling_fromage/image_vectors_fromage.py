@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_fromage import FromageConfig
-
-_MOST_OTHER_TOKENS = 16  # CLS and registers
+from .vision_patches_fromage import pooled_patches
 
 
 @dataclass(frozen=True)
@@ -50,67 +48,23 @@ class ImageVector:
         if self.layer != -1:
             kwargs["output_hidden_states"] = True
         output = vision_model(pixel_values, return_dict=True, **kwargs)
-        return output, self.of_output(output, type(vision_model).__name__, pixel_values, vision_model.config)
+        return output, self.of_output(output, vision_model, pixel_values)
 
-    def of_output(
-        self,
-        output: ModelOutput,
-        model_name: str,
-        pixel_values: torch.Tensor,
-        vision_config: PreTrainedConfig | None = None,
-    ) -> torch.Tensor:
+    def of_output(self, output: ModelOutput, vision_model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
         """The vectors (N, (1 + m) W) of an encoder's output."""
-        pooled = _pool(output, self.pooling, self.layer, model_name, pixel_values)
+        name = type(vision_model).__name__
+        pooled = _pool(output, self.pooling, self.layer, name, pixel_values)
         if not self.patch_tokens:
             return pooled
-        hidden = _hidden_states(output, self.layer, model_name, pixel_values)
-        patches = _pooled_patches(hidden, self.patch_tokens, model_name, pixel_values, vision_config)
+        hidden = _hidden_states(output, self.layer, name, pixel_values, "`vision_patch_tokens`")
+        patches = pooled_patches(hidden, pixel_values, vision_model, self.layer, self.patch_tokens)
         if pooled.shape[-1] != patches.shape[-1]:
             raise ValueError(
-                f"The pooled output of {model_name} has a width of {pooled.shape[-1]} and its tokens have "
-                f"{patches.shape[-1]}; with `vision_patch_tokens` they must be alike. Set `vision_pooling='cls'` or "
-                "`'mean'`."
+                f"The pooled vector of {name} (`vision_pooling={self.pooling!r}`) has {pooled.shape[-1]} entries, and "
+                f"its patch tokens have {patches.shape[-1]}; they must be of one width. Set `vision_pooling='mean'` or "
+                "'cls'."
             )
-        return torch.cat([pooled[:, None], patches], dim=1).flatten(1)
-
-
-def _pooled_patches(
-    hidden: torch.Tensor, count: int, model_name: str, pixel_values: torch.Tensor, config: PreTrainedConfig | None
-) -> torch.Tensor:
-    """Tokens (N, T, W), or a feature map (N, W, h, w), averaged to `count` patches in reading order: (N, m, W)."""
-    grid = hidden
-    if hidden.dim() == 3:
-        height, width = _grid_size(hidden.shape[1], model_name, pixel_values, config)
-        patches = hidden[:, hidden.shape[1] - height * width :]  # what is no patch, CLS and registers, comes first
-        grid = patches.transpose(1, 2).unflatten(-1, (height, width))
-    side = round(count**0.5)
-    if side > min(grid.shape[-2:]):
-        raise ValueError(
-            f"`vision_patch_tokens` is {count}, {side} x {side}, and {model_name} has a grid of {grid.shape[-2]} x "
-            f"{grid.shape[-1]} patches. Take fewer."
-        )
-    return F.adaptive_avg_pool2d(grid.float(), side).to(grid.dtype).flatten(2).transpose(1, 2)
-
-
-def _grid_size(
-    tokens: int, model_name: str, pixel_values: torch.Tensor, config: PreTrainedConfig | None
-) -> tuple[int, int]:
-    """Height and width of the grid of patches among an image's `tokens`."""
-    patch = getattr(config, "patch_size", None)
-    sides = patch if isinstance(patch, (list, tuple)) else (patch, patch)
-    if isinstance(sides[0], int) and isinstance(sides[-1], int):
-        height, width = pixel_values.shape[-2] // sides[0], pixel_values.shape[-1] // sides[-1]
-        if 0 <= tokens - height * width <= _MOST_OTHER_TOKENS:
-            return height, width
-    else:
-        side = int(tokens**0.5)
-        if tokens - side * side <= 1:  # a square, or CLS and a square
-            return side, side
-    raise ValueError(
-        f"`vision_patch_tokens` needs a grid of patches, and {model_name} gives {tokens} tokens for images of "
-        f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels (patch_size: {patch}). Set it to 0, or take "
-        "another vision model."
-    )
+        return torch.cat([pooled, patches.flatten(1)], dim=1)
 
 
 def _pool(output: ModelOutput, pooling: str, layer: int, model_name: str, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -128,7 +82,7 @@ def _pool(output: ModelOutput, pooling: str, layer: int, model_name: str, pixel_
                 "`vision_pooling='cls'` or `vision_pooling='mean'` in the configuration."
             )
         return pooled.flatten(1)
-    hidden = _hidden_states(output, layer, model_name, pixel_values)
+    hidden = _hidden_states(output, layer, model_name, pixel_values, "`vision_pooling='cls'` and `'mean'`")
     if pooling == "mean":
         return hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2)
     if hidden.dim() != 3:
@@ -138,8 +92,10 @@ def _pool(output: ModelOutput, pooling: str, layer: int, model_name: str, pixel_
     return hidden[:, 0]
 
 
-def _hidden_states(output: ModelOutput, layer: int, model_name: str, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The tokens (N, T, width) or the feature map (N, width, h, w) of a layer of an encoder."""
+def _hidden_states(
+    output: ModelOutput, layer: int, model_name: str, pixel_values: torch.Tensor, what: str
+) -> torch.Tensor:
+    """The tokens (N, T, width) or the feature map (N, width, h, w) of a layer of an encoder, which `what` needs."""
     hidden = output.get("last_hidden_state") if layer == -1 else _of_layer(output, layer, model_name)
     if hidden is None and output.get("feature_maps"):  # of a backbone
         hidden = output["feature_maps"][-1]
@@ -147,9 +103,10 @@ def _hidden_states(output: ModelOutput, layer: int, model_name: str, pixel_value
         hidden = hidden[-1]
     if hidden is None or hidden.dim() not in (3, 4):
         found = "none" if hidden is None else f"of shape {tuple(hidden.shape)}"
+        remedy = "`vision_patch_tokens=0`" if "patch" in what else "`vision_pooling='pooler'`"
         raise ValueError(
-            f"`vision_pooling='cls'` and `'mean'` need the hidden states of {model_name}, tokens or a feature map, and "
-            f"found {found}. Set `vision_pooling='pooler'`, or take another vision model."
+            f"{what} need the hidden states of {model_name}, tokens or a feature map, and found {found}. Set {remedy}, "
+            "or take another vision model."
         )
     if hidden.dim() == 4 and _has_channels_last(hidden, pixel_values):
         return hidden.movedim(-1, 1)
@@ -163,12 +120,12 @@ def _of_layer(output: ModelOutput, layer: int, model_name: str) -> torch.Tensor:
     hidden = output.get("hidden_states")
     if not hidden:
         raise ValueError(
-            f"{model_name} gives no hidden states of its layers, and `vision_feature_layer` is {layer}. Leave it at "
-            "-1, or take another vision model."
+            f"{model_name} gives no hidden states of its layers. Leave `vision_feature_layer` out, or take another "
+            "vision model."
         )
     if not -len(hidden) <= layer < len(hidden):
         raise ValueError(
-            f"`vision_feature_layer` is {layer}, and {model_name} has hidden states {-len(hidden)}..{len(hidden) - 1}."
+            f"`vision_feature_layer` is {layer}, but {model_name} has hidden states {-len(hidden)}..{len(hidden) - 1}."
         )
     return hidden[layer]
 

@@ -19,7 +19,7 @@ from .checkpoint_files_fromage import TRAINED_PREFIX, load_trained_parts, weight
 from .checkpoint_fromage import load_checkpoint, load_peft_adapter, refuse_unsaved_peft, save_checkpoint
 from .checkpoint_origin_fromage import refuse_local_backbones
 from .configuration_fromage import FromageConfig
-from .fingerprint_fromage import TrainedFingerprint
+from .fingerprint_fromage import TrainedFingerprint, with_feature_layer
 from .frozen_lm_fromage import FrozenLM
 from .peft_layers_fromage import (
     has_peft_parameters,
@@ -76,8 +76,9 @@ class FromagePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def retrieval_fingerprint(self) -> str:
         """A digest of the trained parts: embeddings of models that differ in it cannot be compared. Taken anew when
-        a trained tensor has changed, and of values in bfloat16, so that a checkpoint saved in it has its original's."""
-        return self.trained_fingerprint.of(trained_state(self.adapter))
+        a trained tensor has changed, and of values in bfloat16, so that a checkpoint saved in it has its original's.
+        Another layer of the encoder than its last is named behind it."""
+        return with_feature_layer(self.trained_fingerprint.of(trained_state(self.adapter)), self.config)
 
     # ---- the frozen backbones -------------------------------------------------------------------------------------
 

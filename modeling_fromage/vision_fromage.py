@@ -215,7 +215,7 @@ def _encode(vision_model: PreTrainedModel, vector: ImageVector, pixels: torch.Te
         ) from error
     if not isinstance(output, ModelOutput):
         raise ValueError(f"{name} returns a {type(output).__name__}, not a ModelOutput. Take another vision model.")
-    features = vector.of_output(output, name, pixels, vision_model.config)
+    features = vector.of_output(output, vision_model, pixels)
     if features.dim() != 2 or len(features) != len(pixels):
         raise ValueError(
             f"{name} gives features of shape {tuple(features.shape)} for {len(pixels)} images with `vision_pooling="

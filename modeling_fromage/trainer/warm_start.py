@@ -168,6 +168,7 @@ class CachedRetrieval(nn.Module):
         self.config = model.config
         self.adapter = copy.deepcopy(model.adapter).requires_grad_(False)
         self.adapter.feature_dropout.p = dropout
+        self.adapter.num_vectors = 1  # the pairs are without patches
         self.adapter.logit_scale.requires_grad_()
         for linear in self._projections(self.adapter):
             linear.requires_grad_()

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from hub_scripts.convert_original_checkpoint import convert_back
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageImageIndex, FromageTrainer
-from modeling_fromage.image_vectors_fromage import ImageVector
 from tests.helpers.backbones import make_model, make_processor
 from tests.helpers.checkpoints import assemble
 from tests.helpers.training_runs import arguments
@@ -174,27 +173,16 @@ def test_feature_maps_and_channels(monkeypatch):
     assert features.shape == (3, 2 * width)
 
 
-def test_registers_are_no_patches():
-    output = {"last_hidden_state": torch.cat([torch.full((1, 5, 2), 9.0), torch.arange(8.0).view(1, 4, 2)], 1)}
-    config = type("Config", (), {"patch_size": 16})()
-    found = ImageVector("cls", patch_tokens=4).of_output(_Output(output), "X", torch.zeros(1, 3, 32, 32), config)
-    assert found.tolist() == [[9, 9, *range(8)]]
-
-
-class _Output(dict):
-    pass
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"vision_patch_tokens": 5}, "square number"),
         ({"vision_patch_tokens": -1}, "square number"),
-        ({"vision_feature_layer": -2}, "the pooled output is the encoder's own"),
-        ({"projector_type": "resampler"}, "attends to patches"),
-        ({"vision_patch_tokens": 1, "num_image_tokens": 2}, "made of 1 patches"),
+        ({"vision_feature_layer": -2}, "reads no hidden state"),
+        ({"projector_type": "resampler"}, "attends to patch tokens"),
+        ({"vision_patch_tokens": 1, "num_image_tokens": 2}, "1 patch tokens .* make no 2"),
         ({"projector_type": "resampler", "vision_patch_tokens": 4, "resampler_num_layers": 3}, "1 or 2, got 3"),
-        ({"vision_patch_tokens": 10000}, "Take fewer"),
+        ({"vision_patch_tokens": 10000}, "at most"),
         ({"vision_pooling": "cls", "vision_feature_layer": 7}, "has hidden states"),
         ({"vision_pooling": "cls", "vision_feature_layer": -9}, "has hidden states"),
         ({"projector_type": "conv"}, "projector_type"),
@@ -204,20 +192,6 @@ def test_what_cannot_be_is_refused(fields, words):
     with pytest.raises(Exception, match=words) as error:
         make_model("opt_clip", **{"num_image_tokens": 1, **fields})
     assert isinstance(error.value, ValueError) or "Strict" in type(error.value).__name__
-
-
-def test_tokens_without_a_grid_are_refused():
-    vector, pixels = ImageVector("cls", patch_tokens=1), torch.zeros(1, 3, 32, 32)
-    for tokens, patch in ((7, None), (3, 16), (40, 16)):
-        config = type("Config", (), {"patch_size": patch})()
-        with pytest.raises(ValueError, match=f"gives {tokens} tokens for images of 32 x 32"):
-            vector.of_output(_Output(last_hidden_state=torch.zeros(1, tokens, 2)), "X", pixels, config)
-    with pytest.raises(ValueError, match="no hidden states of its layers"):
-        ImageVector("cls", layer=1).of_output(_Output(last_hidden_state=torch.zeros(1, 4, 2)), "X", pixels)
-    with pytest.raises(ValueError, match="a width of 5 and its tokens have 2"):
-        ImageVector(patch_tokens=1).of_output(
-            _Output(pooler_output=torch.zeros(1, 5), last_hidden_state=torch.zeros(1, 4, 2)), "X", pixels
-        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -157,9 +157,9 @@ def test_feature_maps_are_averaged_over_their_pixels():
     expected = hidden.mean(dim=(2, 3))
     for given in (hidden, hidden.permute(0, 2, 3, 1)):
         output = BaseModelOutputWithPooling(last_hidden_state=given)
-        torch.testing.assert_close(ImageVector("mean").of_output(output, "X", pixels), expected)
+        torch.testing.assert_close(ImageVector("mean").of_output(output, torch.nn.Identity(), pixels), expected)
         with pytest.raises(ValueError, match="needs a sequence of tokens"):
-            ImageVector("cls").of_output(output, "X", pixels)
+            ImageVector("cls").of_output(output, torch.nn.Identity(), pixels)
 
 
 # ---- vision halves of image-text models ---------------------------------------------------------------------------

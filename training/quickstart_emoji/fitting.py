@@ -125,7 +125,8 @@ def fit(
     Returns:
         The trainer, its model in eval mode.
     """
-    start_projector(model, collator, dataset)
+    if model.config.projector_type == "linear" and not model.config.vision_patch_tokens:
+        start_projector(model, collator, dataset)  # others have no closed form
     start_ret_head(model, collator, dataset, args.seed)
     steps = steps_that_fit(model, collator, dataset, args.per_device_train_batch_size, seconds)
     args.max_steps = min(args.max_steps, steps)

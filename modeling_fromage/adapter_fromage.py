@@ -4,16 +4,20 @@ Axes: N images, k visual tokens per image, D the LM's input width, H its head's 
 shared image-text space.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .backbones_fromage import hidden_state_width, weight_of
 from .configuration_fromage import FromageConfig
 from .projectors_fromage import make_projector
 from .vision_fromage import vision_feature_size
+
+LOGIT_BIAS = -10.0  # to begin with, as in SigLIP's paper: at first nearly all pairs of a batch are taken for negatives
 
 
 class FromageAdapter(nn.Module):
@@ -48,6 +52,8 @@ class FromageAdapter(nn.Module):
         tied = config.tie_ret_embedding and input_width == head_width
         self.ret_lm_head = None if tied else nn.Linear(head_width, config.num_ret_tokens, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        has_bias = config.contrastive_loss_type == "siglip"
+        self.logit_bias = nn.Parameter(torch.tensor(LOGIT_BIAS)) if has_bias else None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FromageAdapter":
         """Move tensors as in torch, but never below fp32: `half()` and `to(dtype)` are meant for the backbones."""
@@ -77,6 +83,27 @@ class FromageAdapter(nn.Module):
                 f"{self.num_vectors} vectors of {self.feature_width}. Encode the images with this model."
             )
         return self.feature_dropout(pooled.to(self.logit_scale))
+
+    def logits_per_image(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Contrastive logits (N, M) of unit-norm embeddings of images (N, q) and texts (M, q)."""
+        logits = self.logit_scale.exp() * image_embeds @ text_embeds.t()
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+    def scalars(self) -> list[nn.Parameter]:
+        """What these logits are made of beside embeddings: the scale, and with SigLIP's loss the bias."""
+        return [scalar for scalar in (self.logit_scale, self.logit_bias) if scalar is not None]
+
+    def init_scalars(self, config: FromageConfig) -> None:
+        """Start the scale and the bias, unless they have been loaded."""
+        init.constant_(self.logit_scale, config.logit_scale_init_value)
+        if self.logit_bias is not None:
+            init.constant_(self.logit_bias, LOGIT_BIAS)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self, largest: float | None) -> None:
+        """Cut what cosines are multiplied by to `largest`, if that is given, as CLIP's authors do after each step."""
+        if largest is not None:
+            self.logit_scale.clamp_(max=math.log(largest))
 
     # ---- text -----------------------------------------------------------------------------------------------------
 

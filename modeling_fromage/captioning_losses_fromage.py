@@ -77,7 +77,7 @@ def _captioning_loss(
         embeds: torch.Tensor, mask: torch.Tensor, is_target: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor]:
         hidden, _ = lm.run_unpadded(embeds, mask)
-        return (lm.sum_token_loss(hidden[is_target[mask.bool()]], targets[is_target]),)
+        return (lm.sum_token_loss(hidden[is_target[mask.bool()]], targets[is_target], _smoothing(lm)),)
 
     chunks = in_chunks(lm, branch, embeds, mask, is_target, targets)
     losses = [loss for (loss,) in chunks]
@@ -115,9 +115,9 @@ def _document_losses(
     ) -> tuple[torch.Tensor, ...]:
         hidden, layers = lm.run_unpadded(embeds, mask, all_layers=True)
         tokens = mask.bool()
-        sums = []
-        for predicts in (is_target & ~lm.is_ret(targets), is_target & lm.is_ret(targets)):
-            sums.append(lm.sum_token_loss(hidden[predicts[tokens]], targets[predicts]))
+        sums, is_ret = [], lm.is_ret(targets)
+        for predicts, smoothing in ((is_target & ~is_ret, _smoothing(lm)), (is_target & is_ret, 0.0)):
+            sums.append(lm.sum_token_loss(hidden[predicts[tokens]], targets[predicts], smoothing))
         return *sums, lm.adapter.text_embeds([layer[finds[tokens]] for layer in layers])
 
     chunks = in_chunks(lm, branch, embeds, mask, is_target, targets, finds)
@@ -144,12 +144,17 @@ def _whole_pass(
     hidden = output.last_hidden_state
     if targets is not None:
         is_target = targets != -100
-        loss = lm.sum_token_loss(hidden[is_target], targets[is_target])
+        loss = lm.sum_token_loss(hidden[is_target], targets[is_target], _smoothing(lm))
         parts["captioning_loss"] = mean_over_targets(loss, is_target.sum(), across_processes)
     if logits_to_keep is not None:
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         parts["logits"] = lm.logits(hidden[:, keep])
     return parts
+
+
+def _smoothing(lm: FrozenLM) -> float:
+    """Of captions' labels, in training alone: an evaluation reports likelihoods."""
+    return lm.config.captioning_label_smoothing if lm.adapter.training else 0.0
 
 
 def _up_to_the_last(is_needed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,11 @@ class FromageConfig(PreTrainedConfig):
         text_embedding_scale (`float`, defaults to 1):
             What the LM multiplies the embeddings of token ids by, beside its embedding module, and embeddings that are
             given to it not (Falcon-H1). Found out when a new model is assembled.
-        logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Initial log of the contrastive temperature.
+        logit_scale_init_value (`float`, *optional*):
+            Initial log of what cosines are multiplied by in the contrastive loss; by default ln(1 / 0.07), with
+            `"siglip"` ln(10).
+        logit_scale_max (`float`, *optional*):
+            The most that cosines are multiplied by: after each step the trained scale is cut to it. CLIP takes 100.
         projector_type (`"linear"`, `"mlp"` or `"resampler"`, defaults to `"linear"`):
             What makes an image's visual tokens: a linear map (the paper's), one hidden layer more, or learned queries
             that attend to its patch tokens.
@@ -71,6 +75,14 @@ class FromageConfig(PreTrainedConfig):
             configuration.
         captioning_loss_weight, ret_token_loss_weight, contrastive_loss_weight (`float`, default to 1):
             Weights of the three losses in their sum (section 3.3).
+        contrastive_loss_type (`"infonce"` or `"siglip"`, defaults to `"infonce"`):
+            The contrastive loss: the paper's, or SigLIP's pairwise sigmoid loss (Zhai et al. 2023), which trains a bias
+            too, `logit_bias`.
+        contrastive_label_smoothing (`float`, defaults to 0):
+            Label smoothing of InfoNCE, in training alone: this share of a target is spread evenly over a batch.
+        captioning_label_smoothing (`float`, defaults to 0):
+            Label smoothing of the captioning loss, in training alone: this share of a target is spread evenly over all
+            tokens that have a logit.
         mask_duplicate_images (`bool`, defaults to `False`):
             Do not count an image that occurs twice in a batch as its own negative.
         gradient_cache_chunk_size (`int`, *optional*):
@@ -106,19 +118,21 @@ class FromageConfig(PreTrainedConfig):
         text_embed_layers: list[int]
         image_token_id: int
         ret_token_id: int
+        logit_scale_init_value: float
     else:
         text_config: dict | PreTrainedConfig | None = None
         vision_config: dict | PreTrainedConfig | None = None
         text_embed_layers: list[int] | None = None
         image_token_id: int | None = None
         ret_token_id: int | None = None
+        logit_scale_init_value: float | None = None
     num_image_tokens: int = 1
     projection_dim: int = 256
     num_ret_tokens: int = 1
     tie_ret_embedding: bool = True
     ret_embedding_scale: float = 1.0
     text_embedding_scale: float = 1.0
-    logit_scale_init_value: float = math.log(1 / 0.07)
+    logit_scale_max: float | None = None
     projector_type: Literal["linear", "mlp", "resampler"] = "linear"
     resampler_num_layers: int = 1
     vision_pooling: Literal["pooler", "cls", "mean"] = "pooler"
@@ -128,6 +142,9 @@ class FromageConfig(PreTrainedConfig):
     captioning_loss_weight: float = 1.0
     ret_token_loss_weight: float = 1.0
     contrastive_loss_weight: float = 1.0
+    contrastive_loss_type: Literal["infonce", "siglip"] = "infonce"
+    contrastive_label_smoothing: float = 0.0
+    captioning_label_smoothing: float = 0.0
     mask_duplicate_images: bool = False
     gradient_cache_chunk_size: int | None = None
     image_feature_dropout: float = 0.0
@@ -158,7 +175,10 @@ class FromageConfig(PreTrainedConfig):
             self.image_token_id = self.text_config.vocab_size
         if self.ret_token_id is None:
             self.ret_token_id = self.image_token_id + 1
+        if self.logit_scale_init_value is None:
+            self.logit_scale_init_value = math.log(10 if self.contrastive_loss_type == "siglip" else 1 / 0.07)
         self._check()
+        self._check_losses()
 
     def _check(self) -> None:
         for name in ("num_image_tokens", "projection_dim", "num_ret_tokens"):
@@ -210,6 +230,22 @@ class FromageConfig(PreTrainedConfig):
             raise ValueError(
                 f"`resampler_num_layers` is {self.resampler_num_layers}, but `projector_type={self.projector_type!r}` "
                 "has no such layers. Leave it out, or set `projector_type='resampler'`."
+            )
+
+    def _check_losses(self) -> None:
+        for name in ("contrastive_label_smoothing", "captioning_label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if self.contrastive_label_smoothing and self.contrastive_loss_type == "siglip":
+            raise ValueError(
+                "`contrastive_label_smoothing` spreads a target over the batch, and SigLIP's loss decides each pair by "
+                'itself. Set it to 0, or take `contrastive_loss_type="infonce"`.'
+            )
+        first = math.exp(self.logit_scale_init_value)
+        if self.logit_scale_max is not None and self.logit_scale_max < first * (1 - 1e-6):
+            raise ValueError(
+                f"`logit_scale_max` ({self.logit_scale_max}) is below what the scale starts at, the exponential of "
+                f"`logit_scale_init_value` ({first:.6g}). Raise the one, or lower the other."
             )
 
     @classmethod

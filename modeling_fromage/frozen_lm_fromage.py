@@ -256,16 +256,17 @@ class FrozenLM:
             columns.insert(1, frozen.new_full((*frozen.shape[:-1], missing), torch.finfo(frozen.dtype).min))
         return torch.cat(columns, dim=-1)
 
-    def sum_token_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def sum_token_loss(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
         """Sum of the cross-entropies at hidden states (T, H) of `targets` (T,), with gradient to the hidden states;
         logits exist for a chunk of tokens at a time."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not smoothing:
             return self.token_losses_without_gradient(hidden, targets).sum()
         ret_rows = self.adapter.ret_head_rows().to(hidden)
         ret_token_id = self.config.ret_token_id
         if any(parameter.requires_grad for parameter in self.head.parameters()):
-            return token_losses(*self.split_logits(hidden, ret_rows), targets, ret_token_id).sum()
-        return ChunkedTokenLoss.apply(hidden, ret_rows, targets, self.split_logits, ret_token_id, ret_token_id)
+            return token_losses(*self.split_logits(hidden, ret_rows), targets, ret_token_id, smoothing).sum()
+        sizes = ret_token_id, ret_token_id, smoothing
+        return ChunkedTokenLoss.apply(hidden, ret_rows, targets, self.split_logits, *sizes)
 
     def token_losses_without_gradient(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropies (T,) at hidden states (T, H) that are constants: only the `[RET]` columns have gradient."""

@@ -12,14 +12,31 @@ from torch.nn import functional as F
 LOGITS_AT_A_TIME = 1 << 24  # elements of a chunk's logits
 
 
-def token_losses(frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int) -> torch.Tensor:
+def token_losses(
+    frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int, smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropies (M,) in fp32 or better, of the LM's logits (M, columns) and the `[RET]` columns' (M, R).
 
     With targets (M,), this is logsumexp(logsumexp(frozen), ret) - target logit: the two are never joined, and where
     the first has no gradient only the second's columns are differentiated.
+
+    Args:
+        smoothing: The share of a target that is spread evenly over all columns, as `label_smoothing` in torch.
     """
     frozen = _at_least_fp32(frozen)
-    return split_token_losses(frozen.logsumexp(-1), target_logits(frozen, targets), ret, targets, ret_token_id)
+    log_normalizer = frozen.logsumexp(-1)
+    losses = split_token_losses(log_normalizer, target_logits(frozen, targets), ret, targets, ret_token_id)
+    if not smoothing:
+        return losses
+    return _smoothed(losses, _joint_normalizer(log_normalizer, _at_least_fp32(ret)), frozen, ret, smoothing)
+
+
+def _smoothed(
+    losses: torch.Tensor, joint: torch.Tensor, frozen: torch.Tensor, ret: torch.Tensor, smoothing: float
+) -> torch.Tensor:
+    """Token losses (M,) with smoothed labels, of those without: the rest is the mean loss over all columns."""
+    mean = (frozen.sum(-1) + _at_least_fp32(ret).sum(-1)) / (frozen.shape[-1] + ret.shape[-1])
+    return (1 - smoothing) * losses + smoothing * (joint - mean)
 
 
 def target_logits(frozen: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -47,20 +64,28 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _losses_and_gradients(
-    frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int
+    frozen: torch.Tensor, ret: torch.Tensor, targets: torch.Tensor, ret_token_id: int, smoothing: float
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """[`token_losses`] and their gradients, probability less one at the target, with one copy of the logits."""
+    """[`token_losses`] and their gradients, probability less one at the target (or less its smoothed label), with one
+    copy of the logits."""
     probabilities = frozen.to(torch.promote_types(frozen.dtype, torch.float32), copy=True)
     log_normalizer = probabilities.logsumexp(-1)
     from_frozen = target_logits(probabilities, targets)
     losses = split_token_losses(log_normalizer, from_frozen, ret, targets, ret_token_id)
     joint = _joint_normalizer(log_normalizer, _at_least_fp32(ret))[:, None]
+    if smoothing:
+        losses = _smoothed(losses, joint[:, 0], probabilities, ret, smoothing)
     probabilities.sub_(joint).exp_()
     is_ret = targets >= ret_token_id
-    probabilities.scatter_add_(-1, targets.masked_fill(is_ret, 0)[:, None], is_ret.to(probabilities)[:, None] - 1)
+    own = (1 - smoothing) * (is_ret.to(probabilities)[:, None] - 1)
+    probabilities.scatter_add_(-1, targets.masked_fill(is_ret, 0)[:, None], own)
     ret_gradient = (_at_least_fp32(ret) - joint).exp()
     ret_places = torch.arange(ret.shape[-1], device=ret.device) == (targets - ret_token_id)[:, None]
-    return losses, (probabilities.to(frozen.dtype), (ret_gradient - ret_places.to(ret_gradient)).to(ret.dtype))
+    ret_gradient -= (1 - smoothing) * ret_places.to(ret_gradient)
+    if smoothing:
+        for gradient in (probabilities, ret_gradient):
+            gradient.sub_(smoothing / (frozen.shape[-1] + ret.shape[-1]))
+    return losses, (probabilities.to(frozen.dtype), ret_gradient.to(ret.dtype))
 
 
 class ChunkedTokenLoss(torch.autograd.Function):
@@ -80,6 +105,7 @@ class ChunkedTokenLoss(torch.autograd.Function):
         logits_of: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         columns: int,
         ret_token_id: int,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         total, grads, grad_rows = torch.zeros((), device=hidden.device), [], torch.zeros_like(ret_rows)
         size = max(1, LOGITS_AT_A_TIME // columns)
@@ -88,7 +114,8 @@ class ChunkedTokenLoss(torch.autograd.Function):
             with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
                 chunk, rows = chunk.detach().requires_grad_(), ret_rows.detach().requires_grad_()
                 frozen, ret = logits_of(chunk, rows)
-            losses, gradients = _losses_and_gradients(frozen.detach(), ret.detach(), chunk_targets, ret_token_id)
+            logits = frozen.detach(), ret.detach()
+            losses, gradients = _losses_and_gradients(*logits, chunk_targets, ret_token_id, smoothing)
             torch.autograd.backward((frozen, ret), gradients, inputs=(chunk, rows))
             total = total + losses.sum()
             leaves: Any = (chunk, rows)  # which have a gradient now
@@ -100,7 +127,8 @@ class ChunkedTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_rows = ctx.saved_tensors
-        return grad_hidden * grad_output.to(grad_hidden), grad_rows * grad_output.to(grad_rows), None, None, None, None
+        grads = (grad * grad_output.to(grad) for grad in (grad_hidden, grad_rows))
+        return *grads, None, None, None, None, None
 
 
 def mean_over_targets(total: torch.Tensor, count: torch.Tensor, across_processes: bool = False) -> torch.Tensor:
@@ -117,7 +145,10 @@ def mean_over_targets(total: torch.Tensor, count: torch.Tensor, across_processes
 
 
 def contrastive_loss(
-    logits_per_image: torch.Tensor, duplicates: torch.Tensor | None = None, matches: torch.Tensor | None = None
+    logits_per_image: torch.Tensor,
+    duplicates: torch.Tensor | None = None,
+    matches: torch.Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Mean of the text-to-image and image-to-text InfoNCE losses of (N, M) logits of N images and M texts.
 
@@ -126,6 +157,8 @@ def contrastive_loss(
             which is no negative then.
         matches (`torch.LongTensor` of shape `(M,)`, *optional*): The image that each text is to find; by default text i
             finds image i. Images that no text is to find are negatives alone. Without texts the loss is 0.
+        smoothing (`float`): The share of a target that is spread evenly over all candidates, itself included; other
+            rows of the same image are no candidates.
     """
     logits_per_image = _at_least_fp32(logits_per_image)
     count = logits_per_image.shape[1]
@@ -136,8 +169,35 @@ def contrastive_loss(
         logits_per_image = logits_per_image.masked_fill(of_texts, float("-inf"))
     texts = torch.arange(count, device=logits_per_image.device)
     own = logits_per_image if matches is None else logits_per_image[matches]
-    to_images = F.cross_entropy(logits_per_image.t(), texts if matches is None else matches)
-    return (F.cross_entropy(own, texts) + to_images) / 2
+    to_images = _cross_entropy(logits_per_image.t(), texts if matches is None else matches, smoothing)
+    return (_cross_entropy(own, texts, smoothing) + to_images) / 2
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """torch's, but that no label is smoothed over candidates whose logit is minus infinity."""
+    if not smoothing:
+        return F.cross_entropy(logits, targets)
+    losses, is_candidate = -logits.log_softmax(-1), logits.isfinite()
+    own = losses.gather(-1, targets[:, None])[:, 0]
+    mean = losses.masked_fill(~is_candidate, 0).sum(-1) / is_candidate.sum(-1)
+    return ((1 - smoothing) * own + smoothing * mean).mean()
+
+
+def sigmoid_loss(
+    logits_per_image: torch.Tensor, duplicates: torch.Tensor | None = None, matches: torch.Tensor | None = None
+) -> torch.Tensor:
+    """SigLIP's loss (Zhai et al. 2023) of (N, M) logits of N images and M texts: the binary cross-entropies of all
+    pairs, summed and divided by the number of texts. Args are those of [`contrastive_loss`]."""
+    logits_per_image = _at_least_fp32(logits_per_image)
+    count = logits_per_image.shape[1]
+    if not count:
+        return logits_per_image.sum()
+    matches = torch.arange(count, device=logits_per_image.device) if matches is None else matches
+    is_pair = torch.arange(len(logits_per_image), device=matches.device)[:, None] == matches
+    losses = F.binary_cross_entropy_with_logits(logits_per_image, is_pair.to(logits_per_image), reduction="none")
+    if duplicates is not None:
+        losses = losses.masked_fill(duplicates[:, matches], 0.0)
+    return losses.sum() / count
 
 
 def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:

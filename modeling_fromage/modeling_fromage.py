@@ -44,13 +44,13 @@ class FromageOutput(ModelOutput):
         ret_token_loss (`torch.FloatTensor` of shape `()`):
             Next-token cross-entropy of the texts that end in `[RET]`, unweighted.
         contrastive_loss (`torch.FloatTensor` of shape `()`):
-            Mean of the two InfoNCE losses between `[RET]` and image embeddings, unweighted.
+            Mean of the two InfoNCE losses between `[RET]` and image embeddings, or SigLIP's loss, unweighted.
         logits (`torch.FloatTensor` of shape `(B, L, V)`):
             Next-token logits; `None` in training with labels unless `return_logits=True`.
         image_embeds, text_embeds (`torch.FloatTensor` of shape `(N, q)`):
             Unit-norm embeddings of images and of `[RET]`.
         logits_per_image, logits_per_text (`torch.FloatTensor` of shape `(N, M)` and `(M, N)`):
-            Scaled similarities, over all ranks' pairs in training.
+            Scaled similarities, over all ranks' pairs in training; with SigLIP's loss, `logit_bias` is in them.
         past_key_values, hidden_states, attentions: As the language model returns them.
     """
 

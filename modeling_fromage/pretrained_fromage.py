@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from .adapter_fromage import FromageAdapter, trained_state
 from .backbone_checks_fromage import LanguageModelTraits
@@ -66,7 +65,7 @@ class FromagePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module)
         if isinstance(module, FromageAdapter):
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            module.init_scalars(self.config)
 
     def initialize_weights(self) -> None:
         for backbone in (self.language_model, self.vision_model):  # by their own classes' rules: buffers, too

@@ -21,6 +21,7 @@ from .losses_fromage import (
     gather_with_gradient,
     largest_of_ranks,
     mean_over_targets,
+    sigmoid_loss,
 )
 from .packing_fromage import PackedRows, PrefixTree, tokens_first
 
@@ -162,10 +163,15 @@ def matching_loss(
         local = torch.arange(len(texts), device=texts.device) if matches is None else matches
         matches = gather_numbers(local, len(images))
         images, texts, pooled = (gather_with_gradient(tensor) for tensor in (images, texts, pooled))
-    logits_per_image = adapter.logit_scale.exp() * images @ texts.t()
+    logits_per_image = adapter.logits_per_image(images, texts)
     duplicates = duplicate_mask(pooled) if config.mask_duplicate_images else None
+    if config.contrastive_loss_type == "siglip":
+        loss = sigmoid_loss(logits_per_image, duplicates, matches)
+    else:
+        smoothing = config.contrastive_label_smoothing if adapter.training else 0.0
+        loss = contrastive_loss(logits_per_image, duplicates, matches, smoothing)
     return {
-        "contrastive_loss": contrastive_loss(logits_per_image, duplicates, matches),
+        "contrastive_loss": loss,
         "image_embeds": own,
         "text_embeds": text_embeds,
         "logits_per_image": logits_per_image,

@@ -100,8 +100,9 @@ class ModelArguments(ConfigArguments):
         if self.lora_rank is None and (self.lora_alpha, self.lora_dropout, self.lora_target_modules) != (None, 0, None):
             raise ValueError("The other keys of LoRA do nothing without `lora_rank`. Set it, or leave them out.")
         for known in fields(ConfigArguments):
-            if known.type is float:  # FromageConfig refuses integers
-                setattr(self, known.name, float(getattr(self, known.name)))
+            value = getattr(self, known.name)
+            if known.type in (float, float | None) and value is not None:  # FromageConfig refuses integers
+                setattr(self, known.name, float(value))
 
     def config_kwargs(self) -> dict[str, Any]:
         """The fields of FromageConfig that are set."""

@@ -1,5 +1,5 @@
-"""The callback that keeps `[RET]`'s norm, and what training refuses: arguments that train something else, numbers that
-are not finite."""
+"""The callback that keeps `[RET]`'s norm and bounds the contrastive scale, and what training refuses: arguments that
+train something else, numbers that are not finite."""
 
 from typing import Any
 
@@ -27,7 +27,8 @@ _SHARDING = (
 UNSUPPORTED_IN_TRAINING = {
     "label_smoothing_factor": (
         0.0,
-        "it replaces the model's three losses by one cross-entropy of labels that are not shifted. Set it to 0",
+        "it replaces the model's three losses by one cross-entropy of labels that are not shifted. Set it to 0; "
+        "`captioning_label_smoothing` and `contrastive_label_smoothing` of FromageConfig smooth the labels of two",
     ),
     "neftune_noise_alpha": (
         None,
@@ -56,7 +57,8 @@ UNSUPPORTED_IN_EVALUATION = {
 
 
 class NormalizeRetEmbeddingCallback(TrainerCallback):
-    """After each optimiser step, rescale `[RET]` to the mean norm of the LM's other embeddings (authors' code).
+    """After each optimiser step, rescale `[RET]` to the mean norm of the LM's other embeddings (authors' code),
+    and cut the contrastive scale to `logit_scale_max`, if there is one.
 
     It also stops a plain `Trainer` from training something other than the model's losses, and from continuing with
     numbers that are not finite.
@@ -91,6 +93,7 @@ class NormalizeRetEmbeddingCallback(TrainerCallback):
         model: torch.nn.Module = kwargs["model"]
         unwrapped: Any = getattr(model, "module", model)
         unwrapped.normalize_ret_embedding()
+        unwrapped.adapter.clamp_logit_scale(unwrapped.config.logit_scale_max)
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         refuse_non_finite(trained, state, "left numbers that are not finite:")
 

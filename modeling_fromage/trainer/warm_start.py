@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, SchedulerType, Trainer, TrainingArguments
+from transformers import EvalPrediction, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
 from ..modeling_fromage import FromageForConditionalGeneration
 from ..training_losses_fromage import matching_loss
@@ -93,6 +93,7 @@ class RetrievalWarmStart:
             train_dataset=pairs,
             eval_dataset=held_out,
             compute_metrics=_recall,
+            callbacks=[_ClampLogitScale()],
         )
         metrics = trainer.train(resume_from_checkpoint).metrics
         if held_out is not None:
@@ -153,8 +154,16 @@ class _CachedTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
 
+class _ClampLogitScale(TrainerCallback):
+    """As [`NormalizeRetEmbeddingCallback`] does in joint training."""
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        module: CachedRetrieval = kwargs["model"]
+        module.adapter.clamp_logit_scale(module.config.logit_scale_max)
+
+
 class CachedRetrieval(nn.Module):
-    """An adapter's two projections and its temperature, trained on standardised vectors.
+    """An adapter's two projections, and the scale and bias of its logits, trained on standardised vectors.
 
     Args:
         model ([`FromageForConditionalGeneration`]): Its adapter is copied.
@@ -169,7 +178,8 @@ class CachedRetrieval(nn.Module):
         self.adapter = copy.deepcopy(model.adapter).requires_grad_(False)
         self.adapter.feature_dropout.p = dropout
         self.adapter.num_vectors = 1  # the pairs are without patches
-        self.adapter.logit_scale.requires_grad_()
+        for scalar in self.adapter.scalars():
+            scalar.requires_grad_()
         for linear in self._projections(self.adapter):
             linear.requires_grad_()
             if statistics is not None:
@@ -208,7 +218,8 @@ class CachedRetrieval(nn.Module):
     def fold_into(self, model: FromageForConditionalGeneration) -> None:
         """Give the model these projections, the standardisation within them."""
         owner: Any = model.adapter
-        owner.logit_scale.copy_(self.adapter.logit_scale)
+        for scalar, trained in zip(owner.scalars(), self.adapter.scalars(), strict=True):
+            scalar.copy_(trained)
         pairs = zip(self._projections(owner), self._projections(self.adapter), strict=True)
         for number, (theirs, ours) in enumerate(pairs):
             theirs.weight.copy_(ours.weight)

@@ -1,5 +1,6 @@
 """Two processes train as one: losses over all ranks' targets and pairs, with gradient."""
 
+import itertools
 import math
 
 import pytest
@@ -22,9 +23,17 @@ SHARES = {
 }
 
 
-def gradients(captions: list[int], documents: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model = double_model("opt_clip")
+LOSSES = {
+    "InfoNCE": {},
+    "SigLIP": {"contrastive_loss_type": "siglip", "mask_duplicate_images": True},
+    "smoothed": {"contrastive_label_smoothing": 0.2, "captioning_label_smoothing": 0.1},
+}
+
+
+def gradients(captions: list[int], documents: list[int], options: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model = double_model("opt_clip", **options)
     pixels = torch.rand(11, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    pixels[7] = pixels[6]  # of captions 0 and 1, which two processes may have
     loss = model(**documents_and_pairs(model, pixels, captions, documents)).loss
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -33,8 +42,8 @@ def gradients(captions: list[int], documents: list[int]) -> tuple[torch.Tensor, 
 def worker(rank: int, folder: str):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
-    for case, shares in SHARES.items():
-        found[case] = loss, grads = gradients(*shares[rank])
+    for (case, shares), (kind, options) in itertools.product(SHARES.items(), LOSSES.items()):
+        found[case, kind] = loss, grads = gradients(*shares[rank], options)
         for value in (loss, *grads.values()):
             dist.all_reduce(value)
             value /= 2  # as DDP averages
@@ -45,9 +54,10 @@ def worker(rank: int, folder: str):
 
 def test_two_processes_equal_one(tmp_path):
     run_ranks(worker, str(tmp_path))
-    for case, (loss, grads) in torch.load(tmp_path / "result.pt", weights_only=True).items():
+    for (case, kind), (loss, grads) in torch.load(tmp_path / "result.pt", weights_only=True).items():
         (first, second) = SHARES[case]
-        expected_loss, expected = gradients(first[0] + second[0], first[1] + second[1])
+        expected_loss, expected = gradients(first[0] + second[0], first[1] + second[1], LOSSES[kind])
+        case = f"{case}, {kind}"
         torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0, msg=lambda m, case=case: f"{case}: {m}")
         assert grads.keys() == expected.keys()
         for name, grad in grads.items():

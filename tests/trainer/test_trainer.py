@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from datasets import IterableDataset as StreamedDataset
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_fromage import FromageDataCollator, FromageTrainer, NormalizeRetEmbeddingCallback
@@ -45,7 +45,7 @@ def test_batches_are_grouped_by_a_column_of_lengths(tmp_path):
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 REPLACING = [
-    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1.*Set it to 0"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1.*Set it to 0.*captioning_label_smoothing"),
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0.*eval mode"),
     ({"use_liger_kernel": True}, "use_liger_kernel=True.*Leave it out"),
     ({"torch_compile": True}, "torch_compile=True.*vision_model.compile"),
@@ -89,6 +89,27 @@ def test_a_loss_function_is_refused(tmp_path):
         trainer = make_trainer(tmp_path, Trainer, options=options, **kwargs)  # nothing of ours but the model
         with pytest.raises(ValueError, match="no labels.*label_smoothing_factor.*compute_loss_func"):
             trainer.train()
+
+
+# ---- the contrastive scale -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer_class", [FromageTrainer, Trainer])
+def test_the_scale_is_cut_after_each_step(tmp_path, trainer_class):
+    args = arguments(tmp_path, max_steps=4, learning_rate=1e-3, remove_unused_columns=False)
+    kwargs = {"data_collator": FromageDataCollator(make_processor()), "train_dataset": examples(8)}
+    for largest in (20.0, None):
+        model, seen = make_model("opt_clip", logit_scale_max=largest), []
+        torch.nn.init.constant_(model.adapter.logit_scale, 5.0)
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, *args, model, seen=seen, **kwargs):
+                seen.append(model.adapter.logit_scale.exp().item())
+
+        callbacks = [*([NormalizeRetEmbeddingCallback()] if trainer_class is Trainer else []), Watch()]
+        trainer_class(model=model, args=args, callbacks=callbacks, **kwargs).train()
+        assert len(seen) == 4
+        assert max(seen) == pytest.approx(20) if largest else min(seen) > 140
 
 
 # ---- numbers that are none ------------------------------------------------------------------------------------------

@@ -63,9 +63,13 @@ def test_choices():
     assert drawn == {1, 2, 3}
 
 
-@pytest.mark.parametrize("duplicates", [False, True])
-def test_loss_and_gradients_are_the_models_own(collator, duplicates):
-    model = make_model("opt_clip", **LAYERS, mask_duplicate_images=duplicates).train()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask_duplicate_images": True}, {"contrastive_loss_type": "siglip"}, {"contrastive_label_smoothing": 0.2}],
+    ids=str,
+)
+def test_loss_and_gradients_are_the_models_own(collator, options):
+    model = make_model("opt_clip", **LAYERS, **options).train()
     rows = examples(12)
     rows[3]["pooled_image_features"] = rows[7]["pooled_image_features"]
     inputs, cached = batch_of(model, collator, rows)
@@ -74,7 +78,8 @@ def test_loss_and_gradients_are_the_models_own(collator, duplicates):
     found = module(**cached)["loss"]
     torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
     trained = {name: p for name, p in module.adapter.named_parameters() if p.requires_grad}
-    assert {name.split(".")[0] for name in trained} == set(PROJECTIONS)
+    has_bias = "contrastive_loss_type" in options
+    assert {name.split(".")[0] for name in trained} == {*PROJECTIONS, *(["logit_bias"] if has_bias else [])}
     expected = dict(model.adapter.named_parameters())
     gradients = torch.autograd.grad(loss, [expected[name] for name in trained])
     for ours, theirs in zip(torch.autograd.grad(found, list(trained.values())), gradients, strict=True):
@@ -165,13 +170,13 @@ def test_states_of_something_else_are_refused(collator, tmp_path, monkeypatch):
     cache_ret_states(make_model("opt_clip"), collator, CAPTIONS, tmp_path)
 
 
-def warm_trainer(folder, steps=150, joint=2, **options):
+def warm_trainer(folder, steps=150, joint=2, config=None, **options):
     options = {"retrieval_warm_start_batch_size": 16, "retrieval_warm_start_dropout": 0.1, **options}
     args = arguments(folder, max_steps=joint, save_strategy="steps", save_steps=50)
     data = examples(40)
     return FromageTrainer(
-        make_model("opt_clip", **LAYERS), args, FromageDataCollator(make_processor()), train_dataset=data,
-        eval_dataset=data[:19], retrieval_warm_start_steps=steps, **options,
+        make_model("opt_clip", **LAYERS, **(config or {})), args, FromageDataCollator(make_processor()),
+        train_dataset=data, eval_dataset=data[:19], retrieval_warm_start_steps=steps, **options,
     )  # fmt: skip
 
 
@@ -191,6 +196,19 @@ def test_a_warm_start_finds_what_few_joint_steps_do_not(tmp_path):
     cold = warm_trainer(tmp_path / "cold", steps=0, joint=2)
     cold.train()
     assert cold.evaluate()["eval_text_to_image_R@1"] < metrics["eval_text_to_image_R@1"] - 0.2
+
+
+def test_bias_and_scale_are_warmed_up_too(tmp_path):
+    config = {"contrastive_loss_type": "siglip", "logit_scale_max": 10.0}
+    trainer = warm_trainer(tmp_path, steps=30, config=config, retrieval_warm_start_learning_rate=0.1)
+    trainer._train_retrieval(resume=False)
+    adapter = trainer.model.adapter
+    assert adapter.logit_bias.item() != -10 and adapter.logit_scale.exp().item() <= 10 * (1 + 1e-6)
+    free = warm_trainer(
+        tmp_path / "free", steps=30, config={**config, "logit_scale_max": None}, retrieval_warm_start_learning_rate=0.1
+    )
+    free._train_retrieval(resume=False)
+    assert free.model.adapter.logit_scale.exp() > 10.5
 
 
 def test_joint_training_that_may_undo_it_is_warned_of(caplog):

@@ -40,11 +40,15 @@ CHOSEN = {
     "captioning_loss_weight": "0.5",
     "ret_token_loss_weight": "0",
     "contrastive_loss_weight": "2e0",
+    "contrastive_loss_type": "siglip",
+    "captioning_label_smoothing": "0.1",
+    "logit_scale_max": "100",
     "mask_duplicate_images": "true",
     "gradient_cache_chunk_size": "4",
     "image_feature_dropout": "0.25",
     "text_gguf_file": "null",
 }
+OF_INFONCE = {"contrastive_label_smoothing": "0.2"}  # refused with SigLIP's loss
 
 
 @pytest.fixture
@@ -54,7 +58,10 @@ def parse(tmp_path):
 
 
 def test_every_field_reaches_the_model(parse):
-    assert set(OWN) == DECIDED_ELSEWHERE.keys() | CHOSEN.keys()
+    assert set(OWN) == DECIDED_ELSEWHERE.keys() | CHOSEN.keys() | OF_INFONCE.keys()
+    arguments, *_ = parse(*(f"{name}={value}" for name, value in OF_INFONCE.items()))
+    _, model = assemble(arguments)
+    assert all(getattr(model.config, name) == float(value) for name, value in OF_INFONCE.items())
     arguments, *_ = parse(*(f"{name}={value}" for name, value in CHOSEN.items()))
     _, model = assemble(arguments)
     defaults = FromageConfig()

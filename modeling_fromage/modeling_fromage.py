@@ -275,36 +275,36 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         return_logits: bool | None = None,
         ret_targets: torch.LongTensor | None = None,
         retrieval_targets: torch.LongTensor | None = None,
+        negative_pixel_values: torch.Tensor | None = None,
+        negative_image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> FromageOutput:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, `k` placeholders for each image.
-            attention_mask (`torch.Tensor` of shape `(B, L)`): 1 for tokens, 0 for padding on either side.
-            position_ids (`torch.LongTensor` of shape `(B, L)`): Counted from the mask where absent.
+            attention_mask, position_ids (`(B, L)`): 1 for tokens, 0 for padding on either side; counted from it.
             pixel_values (`(N, num_channels, height, width)`) or pooled_image_features (`(N, vision width)`):
                 The images, in the order of their placeholders; in retrieval, image i is the match of text i.
             labels (`torch.LongTensor` of shape `(B, L)`): Targets of the captioning loss or -100. Shifted here.
-            shift_labels (`torch.LongTensor` of shape `(B, L)`): The same, shifted already; goes before `labels`. By
-                keyword, because a Trainer asks every batch for what the signature calls labels.
+            shift_labels: The same, shifted already; goes before `labels`. By keyword: no Trainer looks for it then.
             retrieval_input_ids, retrieval_attention_mask (`(M, L')`): Texts that end in `[RET]`.
             ret_targets (`(B, L)`), retrieval_targets (`(M,)`): The number of the image that a document's `[RET]` is to
                 find, -100 where there is none; and that retrieval text i is to find, i where absent.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`): In the place of tokens. Images are put into them
-                where `input_ids` with their placeholders come too.
+            negative_pixel_values or negative_image_features (`(N', ...)`): Images, in that form, that no text finds.
+            inputs_embeds (`(B, L, D)`): In the place of tokens; images are put into them where `input_ids` come too.
             mm_encoder_outputs: Visual tokens that `generate` has computed.
             return_logits (`bool`): Whether to return logits beside a loss; by default in eval mode only.
             kwargs: For the language model (`output_hidden_states`, `output_attentions`, ...).
 
         Raises:
-            ValueError: Counts of images, placeholders or texts disagree, a text has no `[RET]`, there is no telling
-                where images go, labels are missing in training, or the LM loses the gradient.
+            ValueError: Counts disagree, a text has no `[RET]`, there is no telling where images go, ...
         """
         lm, across = self.frozen_lm(), self.training and _has_several_ranks()
         shift_labels: torch.LongTensor | None = kwargs.pop("shift_labels", None)
         if self.training:
             _check_training(lm, input_ids, labels, shift_labels, retrieval_input_ids, past_key_values)
         pooled = self._pooled_features(pixel_values, pooled_image_features)
+        negatives = _negatives(self, negative_pixel_values, negative_image_features, pixel_values)
         embeds = _lm_inputs(lm, input_ids, inputs_embeds, pooled, mm_encoder_outputs, retrieval_input_ids, across)
         parts, documents = dict[str, Any](), None
         if embeds is not None:
@@ -315,7 +315,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             parts, documents = sequence_losses(lm, embeds, attention_mask, targets, ret_targets, across, keep, kwargs)
         if retrieval_input_ids is not None or documents is not None:
             texts = retrieval_input_ids, retrieval_attention_mask
-            parts |= retrieval_losses(lm, *texts, pooled, across, retrieval_targets, documents)
+            parts |= retrieval_losses(lm, *texts, pooled, across, retrieval_targets, documents, negatives)
         return FromageOutput(loss=weighted_sum(parts, self.config), **parts)
 
 
@@ -339,6 +339,23 @@ def _check_training(
         )
     if torch.is_grad_enabled():
         lm.traits.require_gradient(lm.language_model)
+
+
+def _negatives(
+    model: FromageForConditionalGeneration,
+    negative_pixel_values: torch.Tensor | None,
+    negative_image_features: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The pooled features (N', vision width) of negatives, which come as the other images do: equal images are known by
+    equal features."""
+    negatives = model._pooled_features(negative_pixel_values, negative_image_features)
+    if negatives is not None and (negative_pixel_values is None) != (pixel_values is None):
+        raise ValueError(
+            "Negative images come as the images of texts do: `negative_pixel_values` beside `pixel_values`, "
+            "`negative_image_features` beside `pooled_image_features`."
+        )
+    return negatives
 
 
 def _lm_inputs(

@@ -56,6 +56,7 @@ def retrieval_losses(
     across_processes: bool = False,
     images: torch.Tensor | None = None,
     of_documents: Retrievals | None = None,
+    negatives: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Losses and embeddings of texts (M, L) that end in `[RET]`, without their images, and of the images that match
     them.
@@ -65,11 +66,12 @@ def retrieval_losses(
         across_processes: Whether the pairs of all ranks are one batch.
         images: (M,), the number of each text's image. By default text i has image i, and there are no others.
         of_documents: `[RET]`s in documents, which find images of the same batch, and are negatives of the texts.
+        negatives: (N', vision width), pooled features of further images, that no text is to find.
 
     Returns:
         `ret_token_loss`, `contrastive_loss`, `image_embeds` (M, q) and `text_embeds` (M, q) of matching pairs, in the
-        order of the images, and `logits_per_image` (N, M) and `logits_per_text` (M, N) over the images and texts of all
-        ranks.
+        order of the images, and `logits_per_image` (N + N', M) and `logits_per_text` (M, N + N') over the images and
+        texts of all ranks, a rank's negatives behind its other images.
 
     Raises:
         ValueError: There are not as many images as texts, or there is no image of that number.
@@ -93,7 +95,7 @@ def retrieval_losses(
         embeds = embeds[order]
     return {
         "ret_token_loss": mean_over_targets(loss, targets, across_processes),
-        **matching_loss(lm.adapter, lm.config, pooled, embeds, across_processes, matches),
+        **matching_loss(lm.adapter, lm.config, pooled, embeds, across_processes, matches, negatives),
     }
 
 
@@ -147,24 +149,36 @@ def matching_loss(
     text_embeds: torch.Tensor,
     across_processes: bool = False,
     matches: torch.Tensor | None = None,
+    negatives: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The contrastive loss of images, by their pooled features (N, vision width), and the texts that match them, by
     their embeddings (M, q): the part of [`retrieval_losses`] that comes after the language model.
 
     Args:
         matches: (M,), the number of each text's image; by default text i matches image i.
+        negatives: (N', vision width), of further images. One that is a copy of a text's own image is no negative of
+            that text.
 
     Returns:
         `contrastive_loss`, `image_embeds`, `text_embeds`, `logits_per_image` and `logits_per_text`.
     """
-    image_embeds = adapter.image_embeds(pooled)
-    images, texts, own = image_embeds, text_embeds, image_embeds if matches is None else image_embeds[matches]
+    is_negative = torch.zeros(len(pooled), device=pooled.device)
+    if negatives is not None:
+        pooled = torch.cat([pooled, negatives])
+        is_negative = torch.cat([is_negative, is_negative.new_ones(len(negatives))])
+        matches = torch.arange(len(text_embeds), device=text_embeds.device) if matches is None else matches
+    images, texts = adapter.image_embeds(pooled), text_embeds
+    own = images if matches is None else images[matches]
     if across_processes:
         local = torch.arange(len(texts), device=texts.device) if matches is None else matches
         matches = gather_numbers(local, len(images))
-        images, texts, pooled = (gather_with_gradient(tensor) for tensor in (images, texts, pooled))
+        images, texts, pooled, is_negative = map(gather_with_gradient, (images, texts, pooled, is_negative))
     logits_per_image = adapter.logits_per_image(images, texts)
-    duplicates = duplicate_mask(pooled) if config.mask_duplicate_images else None
+    duplicates = None
+    if config.mask_duplicate_images:
+        duplicates = duplicate_mask(pooled)
+    elif negatives is not None or (across_processes and bool(is_negative.any())):
+        duplicates = duplicate_mask(pooled) & is_negative.bool()[:, None]
     if config.contrastive_loss_type == "siglip":
         loss = sigmoid_loss(logits_per_image, duplicates, matches)
     else:

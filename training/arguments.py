@@ -184,6 +184,9 @@ class DataArguments:
     document_ret_prob: float = field(
         default=1.0, metadata={"help": "Chance that a document's image is to be found from what stands before it."}
     )
+    hard_negatives: int = field(
+        default=1, metadata={"help": "Images drawn of an example's negative_images, where the data have them; 0: none."}
+    )
     feature_cache: str | None = field(default=None, metadata={"help": "Folder that the command cache-features wrote."})
     eval_feature_cache: str | None = field(default=None, metadata={"help": "The same, of eval_data."})
 

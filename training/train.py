@@ -66,6 +66,7 @@ def make_collator(processor: FromageProcessor, data_args: DataArguments, seed: i
         seed=seed,
         max_document_length=data_args.max_document_length,
         document_ret_prob=data_args.document_ret_prob,
+        hard_negatives=data_args.hard_negatives,
     )
 
 

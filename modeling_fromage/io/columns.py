@@ -1,6 +1,6 @@
 """The image and the caption of a row, whatever its columns are called."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..images_fromage import DEFAULT_LIMITS, is_url
 # The first that a row has counts; upper and lower case are one.
 IMAGE_COLUMNS = ("image", "file_name", "url", "image_url", "image_path", "jpg", "jpeg", "png", "webp", "path", "img")
 CAPTION_COLUMNS = ("caption", "text", "captions", "title", "txt")
+NEGATIVES = "negative_images"  # hard negatives, a list of images, as `fromage mine-negatives` writes it
 
 
 # Of documents: chats, lists of parts, and the names in OBELICS and MMC4. A group counts where all of it is there.
@@ -64,6 +65,14 @@ def as_image(value: Any, folder: Path) -> Any:
     return value or None if isinstance(value, (str, dict)) else value
 
 
+def negatives_of(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The hard negatives of a row as an example has them, where it has some."""
+    found = row.get(NEGATIVES)
+    if found is None:
+        return {}
+    return {NEGATIVES: [as_image(image, folder) for image in found] if isinstance(found, list) else found}
+
+
 def image_suffixes() -> set[str]:
     """The suffixes, as in ".jpg", of files of the formats that are decoded."""
     return {suffix for suffix, name in Image.registered_extensions().items() if name in DEFAULT_LIMITS.formats}
@@ -78,10 +87,12 @@ __all__ = [
     "CAPTION_COLUMNS",
     "DOCUMENT_COLUMNS",
     "IMAGE_COLUMNS",
+    "NEGATIVES",
     "as_image",
     "bad_row",
     "document_columns",
     "find_column",
     "find_columns",
     "image_suffixes",
+    "negatives_of",
 ]

@@ -17,6 +17,7 @@ from .document_sequences import DocumentLayout, sequences_of
 from .documents import document_of
 from .draws import number_of
 from .image_batches import image_tensors, pooled_features
+from .negative_images import check_negatives, draw_negatives
 
 
 @dataclass
@@ -28,6 +29,10 @@ class FromageDataCollator:
     `(num_views, vision_width)`. One of each is drawn in every batch, one that stands there twice twice as often; with
     `training=False` it is the first. Captions that cannot be used are left out while another remains. A
     `"retrieval_caption"`, one or several, is what the image is found by in place of its caption.
+
+    An example may have hard negatives: `"negative_images"`, a list of images, as `fromage mine-negatives` writes it;
+    beside cached features, `"negative_image_features"` of shape `(num_negatives, vision_width)`. In training,
+    `hard_negatives` of them are drawn in every batch.
 
     [`CaptionIds`] describes the two sequences of a caption. Those for retrieval are never concatenated, and beside
     documents none is.
@@ -49,6 +54,7 @@ class FromageDataCollator:
         max_document_length (`int`, defaults to 512): Tokens of a document, images included; the rest is left out.
         document_ret_prob (`float`, defaults to 1.0): Probability that a document's image is to be found by a `[RET]`
             before it. The others are shown without one, as a user shows images.
+        hard_negatives (`int`, defaults to 1): Negative images drawn of each example that has some; 0 for none.
 
     `max_length`, `caption_prefix` and `caption_suffix` default to the processor's. Values given here are set on the
     processor too, so that what is saved is what was trained.
@@ -74,8 +80,11 @@ class FromageDataCollator:
     training: bool = True
     max_document_length: int = 512
     document_ret_prob: float = 1.0
+    hard_negatives: int = 1
 
     def __post_init__(self) -> None:
+        if self.hard_negatives < 0:
+            raise ValueError(f"`hard_negatives` is a number of images, 0 or more; got {self.hard_negatives}.")
         if self.max_document_length < 2 or not 0 <= self.document_ret_prob <= 1:
             raise ValueError(
                 "`max_document_length` must be at least 2 and `document_ret_prob` in [0, 1], got "
@@ -108,17 +117,18 @@ class FromageDataCollator:
             With documents among the examples there are as many images as all of them have, in order; retrieval texts
             of the pairs alone, with `retrieval_targets`, the number of the image of each; and `ret_targets` of the
             shape of `input_ids`, the number of the image that a `[RET]` is to find, -100 elsewhere.
+            Hard negatives are `negative_pixel_values` or `negative_image_features`.
         """
         if not examples:
             raise ValueError("The batch is empty.")
         self.check_format(self.processor)
         prepared = [self._prepare_row(row, example) for row, example in enumerate(examples)]
-        pixels = image_tensors(
-            self.processor, prepared
-        )  # first: where the image processor raises, other examples come in
+        seed = repr((self.seed, "negatives", [_text_of(example) for example in prepared]))
+        negatives = draw_negatives(self.processor, prepared, self.hard_negatives if self.training else 0, seed)
+        pixels = image_tensors(self.processor, prepared)  # as above: other examples come in where images are bad
         examples = self._draw(prepared)
         if any("document_ids" in example for example in examples):
-            return {**self._with_documents(examples), **(pixels or pooled_features(examples))}
+            return {**self._with_documents(examples), **(pixels or pooled_features(examples)), **negatives}
         captions, retrieval = self._encoded(examples)
         rows = [(caption.input_ids, caption.labels) for caption in captions]
         if self._concatenates(captions):
@@ -132,6 +142,7 @@ class FromageDataCollator:
             **self._retrieval_inputs(retrieval),
             **self._sequences(rows),
             **(pixels or pooled_features(examples)),
+            **negatives,
         }
 
     def _encoded(self, pairs: Sequence[dict[str, Any]]) -> tuple[list[CaptionIds], list[list[int]]]:
@@ -169,6 +180,7 @@ class FromageDataCollator:
         """
         if isinstance(example, PreparedExample):
             return example
+        check_negatives(example)
         if example.get("problem") and None in (example.get("caption"), example.get("image")):
             raise BadExampleError("malformed row", str(example["problem"]))
         prepared = PreparedExample(example)

@@ -10,11 +10,13 @@ from datasets.exceptions import DatasetGenerationError
 from modeling_fromage.io.columns import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
+    NEGATIVES,
     as_image,
     bad_row,
     document_columns,
     find_columns,
     image_suffixes,
+    negatives_of,
 )
 from modeling_fromage.io.file_patterns import find_files
 from modeling_fromage.io.tables import is_table, read_rows
@@ -150,7 +152,8 @@ def _named(source: str, dataset: Dataset, image_column: str | None, caption_colu
     if image_column is caption_column is None and (documents := document_columns(dataset.column_names)):
         return dataset.select_columns(list(documents))
     image_column, caption_column = find_columns(source, dataset.column_names, image_column, caption_column)
-    dataset = dataset.select_columns([image_column, caption_column])
+    more = [NEGATIVES] if NEGATIVES in dataset.column_names else []
+    dataset = dataset.select_columns([image_column, caption_column, *more])
     names = {image_column: "image", caption_column: "caption"}
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     return dataset.cast_column("image", Image(decode=False))
@@ -165,18 +168,20 @@ class _SeveralCaptions(ValueError):
 
 def _load_tables(source: str, files: list[Path], image_column: str | None, caption_column: str | None) -> Dataset:
     headerless = (caption_column or CAPTION_COLUMNS[0], image_column or IMAGE_COLUMNS[0])
-    columns, listed = [], False
+    columns, listed, has_negatives = [], False, False
     for path in files:
         first = next(read_rows(path, headerless), None)
         if first is not None:
             columns.append((str(path), find_columns(str(path), list(first[1]), image_column, caption_column)))
             listed = listed or isinstance(first[1][columns[-1][1][1]], list)
+            has_negatives = has_negatives or NEGATIVES in first[1]
     if not columns:
         raise ValueError(f"{source} has no examples.")
     found = [path.stat() for path in files]
     arguments = {
         "tables": tuple(columns),
         "headerless": headerless,
+        "has_negatives": has_negatives,
         # Part of the cache key of `datasets`.
         "version": tuple(
             (str(path.absolute()), stat.st_mtime_ns, stat.st_size) for path, stat in zip(files, found, strict=True)
@@ -195,9 +200,14 @@ def _load_tables(source: str, files: list[Path], image_column: str | None, capti
 
 
 def _pairs(
-    tables: tuple[tuple[str, tuple[str, str]], ...], headerless: tuple[str, str], version: Any, listed: bool
+    tables: tuple[tuple[str, tuple[str, str]], ...],
+    headerless: tuple[str, str],
+    has_negatives: bool,
+    version: Any,
+    listed: bool,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the dataset from those of tables; with `listed` every caption is a list."""
+    none: dict[str, Any] = {NEGATIVES: None} if has_negatives else {}
     for path, (image_column, caption_column) in tables:
         for line, row in read_rows(Path(path), headerless):
             image, caption = row.get(image_column), row.get(caption_column)
@@ -207,4 +217,5 @@ def _pairs(
             if isinstance(caption, list) and not listed:
                 raise _SeveralCaptions
             caption = [caption] if listed and not isinstance(caption, list) else caption
-            yield {"image": as_image(image, Path(path).parent), "caption": caption}
+            negatives = negatives_of(row, Path(path).parent) if has_negatives else {}
+            yield {"image": as_image(image, Path(path).parent), "caption": caption} | none | negatives

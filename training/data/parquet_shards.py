@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pyarrow import ArrowException, Table, parquet
 
-from modeling_fromage.io.columns import as_image, bad_row, find_columns
+from modeling_fromage.io.columns import NEGATIVES, as_image, bad_row, find_columns, negatives_of
 from modeling_fromage.io.shard_files import Shard
 from modeling_fromage.trainer.documents import document_in
 
@@ -34,6 +34,8 @@ class ParquetShard(Shard):
         names = file.schema_arrow.names
         self.documents = self.documents_among(names)
         self.columns = self.documents or find_columns(str(self.path), names, self.image_column, self.caption_column)
+        if NEGATIVES in names and not self.documents:
+            self.columns = (*self.columns, NEGATIVES)
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         sizes = [_bytes_of(group, self.columns) for group in groups]
         if max(sizes, default=0) > MOST_BYTES:
@@ -72,7 +74,8 @@ class ParquetShard(Shard):
         if self.documents:
             return {**document_in(self.path.parent, row), "place": place}
         image = as_image(row.get(self.columns[0]), self.path.parent)
-        return {"image": image, "caption": row[self.columns[1]], "place": place}
+        example = {"image": image, "caption": row[self.columns[1]], "place": place}
+        return example | negatives_of(row, self.path.parent)
 
 
 def _bytes_of(group: Any, columns: tuple[str, ...]) -> int:

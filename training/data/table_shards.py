@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from modeling_fromage.images_fromage import is_url
-from modeling_fromage.io.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, as_image, bad_row, find_column, find_columns
+from modeling_fromage.io.columns import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    as_image,
+    bad_row,
+    find_column,
+    find_columns,
+    negatives_of,
+)
 from modeling_fromage.io.shard_files import Shard
 from modeling_fromage.trainer.documents import document_in
 
@@ -59,7 +67,8 @@ class TableShard(Shard):
             return {**document_in(self.path.parent, row), "place": place}
         image = row.get(find_column(row, self.image_column, IMAGE_COLUMNS))
         caption = row.get(find_column(row, self.caption_column, CAPTION_COLUMNS))
-        return {"image": as_image(image, self.path.parent), "caption": caption, "place": place}
+        example = {"image": as_image(image, self.path.parent), "caption": caption, "place": place}
+        return example | negatives_of(row, self.path.parent)
 
     @property
     def _not(self) -> str:

@@ -43,6 +43,7 @@ COMMANDS = {
     "cache-features": Command("training.cache_features", "encode a data set's images once", "train"),
     "prepare": Command("training.prepare", "fetch the images of a table of URLs into shards", "train"),
     "manual-pages": Command("training.manual_pages", "turn a manual of HTML pages into documents to train on"),
+    "mine-negatives": Command("training.mine_negatives", "find hard negatives of captions in an index", "train"),
     "tiny": Command("hub_scripts.make_tiny_checkpoint", "make a small random model to try code with"),
     "benchmark": Command("training.benchmark", "measure a training step", "train"),
     "benchmark-answers": Command("training.benchmark_answers", "measure generation and scoring", "train"),

@@ -28,7 +28,7 @@ from .metrics import CONTENT_TYPE, Metrics
 from .pictures import Links, data_url, png_of
 from .prompts import PromptReader, load_indexed
 from .requests import ChatRequest, EmbeddingsRequest, ImageSearchRequest
-from .retrieval import count_tokens, embed, search
+from .retrieval import add_likelihoods, caption_of, count_tokens, embed, reranked, search
 from .settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,18 @@ class Service:
             rows += list(await self.job(partial(self.engine.run, partial(embed, self.pipe, batch))))
         return rows
 
+    async def rerank(self, caption: str, hits: list[Segment], count: int, weight: float | None) -> list[Segment]:
+        """The first `count` hits by how likely the model finds the caption given each, a batch at a time; those that
+        cannot be read come behind them, and then the others."""
+        first, size = hits[:count], self.settings.max_batch_size
+        images = [await self.reader.decode(_image_of, self, hit["id"]) for hit in first]
+        read = [(hit, image) for hit, image in zip(first, images, strict=True) if image is not None]
+        for start in range(0, len(read), size):
+            batch = read[start : start + size]
+            await self.job(partial(self.engine.run, partial(add_likelihoods, self.pipe, caption, batch)))
+        best = reranked(self.pipe, [hit for hit, _ in read], weight)
+        return [*best, *(hit for hit in first if "log_likelihood" not in hit), *hits[count:]]
+
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
         """Of a request for embeddings or a search: as many are let in as may wait for answers, before work is spent on
@@ -179,7 +191,8 @@ def make_app(service: Service, before: Callable[[FastAPI], None] | None = None) 
     app = FastAPI(title="FROMAGe", docs_url=None, redoc_url=None, lifespan=lifespan)
     _add_errors(app, service)
     _add_chat(app, service)
-    _add_retrieval(app, service)
+    _add_embeddings(app, service)
+    _add_search(app, service)
     _add_status(app, service)
     if before is not None:
         before(app)
@@ -229,7 +242,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-def _add_retrieval(app: FastAPI, service: Service) -> None:
+def _add_embeddings(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
         service.check_model(body.model)
@@ -247,6 +260,8 @@ def _add_retrieval(app: FastAPI, service: Service) -> None:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return Json({"object": "list", "data": data, "model": body.model, "usage": usage})
 
+
+def _add_search(app: FastAPI, service: Service) -> None:
     @app.post("/v1/images/search")
     async def search_images(request: Request, body: ImageSearchRequest) -> Response:
         service.check_model(body.model)
@@ -254,15 +269,22 @@ def _add_retrieval(app: FastAPI, service: Service) -> None:
         top_k = min(10, limit) if body.top_k is None else body.top_k
         if top_k > limit:
             raise ApiError(400, f"`top_k` is {top_k}; {limit} images are found at most here.", param="top_k")
-        links = service.links(request)
+        if body.rerank > limit:
+            raise ApiError(400, f"`rerank` is {body.rerank}; {limit} images are reranked at most here.", param="rerank")
+        links, count = service.links(request), max(top_k, body.rerank)
         with service.place():
             async with service.reader.parts(body.query, "query", links) as parts:
+                caption = caption_of(parts) if body.rerank else ""
                 (row,) = await service.embed([parts])
-            hits = await service.job(lambda: search(service.pipe, row[None], top_k, body.where, body.exclude_ids))
+            hits = await service.job(lambda: search(service.pipe, row[None], count, body.where, body.exclude_ids))
+            if body.rerank:
+                hits = await service.rerank(caption, hits, body.rerank, body.rerank_weight)
         found = []
-        for hit in hits:
+        for hit in hits[:top_k]:
             entry = {"object": "image", "id": hit["id"], "score": hit["score"], "metadata": hit["metadata"],
                      "link": links.make(hit["id"])}  # fmt: skip
+            if "log_likelihood" in hit:
+                entry["log_likelihood"] = hit["log_likelihood"]
             if body.load_images:
                 entry["image_url"] = {"url": await service.reader.decode(_data_url_of, service, hit["id"])}
             found.append(entry)
@@ -279,13 +301,18 @@ def _add_retrieval(app: FastAPI, service: Service) -> None:
         return Response(await service.reader.decode(png_of, found), media_type="image/png", headers=headers)
 
 
-def _data_url_of(service: Service, image_id: str) -> str | None:
+def _image_of(service: Service, image_id: str) -> Any:
     """A search's image; `None` where it cannot be read."""
     try:
-        return data_url(load_indexed(service.pipe.index, image_id, service.settings))
+        return load_indexed(service.pipe.index, image_id, service.settings)
     except ValueError as error:
         logger.warning("%s", error)
         return None
+
+
+def _data_url_of(service: Service, image_id: str) -> str | None:
+    image = _image_of(service, image_id)
+    return None if image is None else data_url(image)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:

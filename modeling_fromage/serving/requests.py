@@ -166,6 +166,8 @@ class ImageSearchRequest(_Search):
     model: str | None = None
     top_k: Positive | None = None
     load_images: bool = False
+    rerank: Count = 0
+    rerank_weight: float | None = None
 
 
 __all__ = ["ChatRequest", "EmbeddingsRequest", "ImageSearchRequest"]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..image_search_fromage import ImageSearch, Segment
+from ..index.reranking import combined_scores, rerank_by_likelihood
 from ..pipeline_fromage import FromagePipeline, query_embeds
 
 Input = Sequence[dict[str, Any]]  # parts of a message, images read
@@ -53,4 +54,25 @@ def search(
     return images.find(embeds, top_k, [list(exclude_ids)])[0]
 
 
-__all__ = ["count_tokens", "embed", "is_image", "search"]
+def caption_of(parts: Input) -> str:
+    """The text of a query that is one. Raises a `ValueError` for any other: it has no likelihood given an image."""
+    if len(parts) != 1 or "text" not in parts[0]:
+        raise ValueError("`rerank` reads the query as a caption: it must be one text. Leave `rerank` out.")
+    return parts[0]["text"]
+
+
+def add_likelihoods(pipe: FromagePipeline, caption: str, hits: Sequence[tuple[Segment, Any]]) -> None:
+    """Give hits, each with its image, the log-likelihood of a caption given that image, per token."""
+    (scores,) = rerank_by_likelihood(pipe.model, pipe.processor, [caption], [[image for _, image in hits]])
+    for (hit, _), score in zip(hits, scores.tolist(), strict=True):
+        hit["log_likelihood"] = score
+
+
+def reranked(pipe: FromagePipeline, hits: list[Segment], weight: float | None) -> list[Segment]:
+    """Hits with log-likelihoods, best first: see [`combined_scores`]."""
+    likelihoods, cosines = (torch.tensor([hit[name] for hit in hits]) for name in ("log_likelihood", "score"))
+    order = combined_scores(pipe.model, likelihoods, cosines, weight).argsort(descending=True, stable=True)
+    return [hits[i] for i in order.tolist()]
+
+
+__all__ = ["add_likelihoods", "caption_of", "count_tokens", "embed", "is_image", "reranked", "search"]

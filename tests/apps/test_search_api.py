@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_fromage import FromageImageIndex, FromagePipeline
+from modeling_fromage import FromageImageIndex, FromagePipeline, UnreadableImageError
+from modeling_fromage.index.reranking import rerank_by_likelihood
 from modeling_fromage.pipeline_fromage import query_embeds
 from tests.helpers.pipelines import COLOURS, picture
 from tests.helpers.serving import NAME, ask, from_data_url, image_part, serving
@@ -62,6 +63,51 @@ def test_searches(served):
     assert [each["id"] for each in ask(address, "/v1/images/search", narrowed)[1]["data"]] == ["blue"]
 
 
+def test_the_first_hits_are_reranked(served):
+    """By the likelihood of the query given each, which counts alone, or with a weight beside the cosine."""
+    address, pipe = served
+    hits = pipe.search("red square", top_k=6)
+    images = [pipe.index.load_image(hit["id"]) for hit in hits]
+    (scores,) = rerank_by_likelihood(pipe.model, pipe.processor, ["red square"], [images])
+    likelihood = {hit["id"]: score for hit, score in zip(hits, scores.tolist(), strict=True)}
+    scale = pipe.model.adapter.logit_scale.exp().item()
+
+    def expected(count, key):
+        return [hit["id"] for hit in sorted(hits[:count], key=key, reverse=True) + hits[count:]]
+
+    for options, order in (
+        ({"rerank": 6}, expected(6, lambda hit: likelihood[hit["id"]])),
+        ({"rerank": 3}, expected(3, lambda hit: likelihood[hit["id"]])),
+        ({"rerank": 6, "rerank_weight": 3}, expected(6, lambda h: scale * h["score"] + 3 * likelihood[h["id"]])),
+    ):
+        body = {"query": "red square", "top_k": 5, **options}
+        status, answer, _ = ask(address, "/v1/images/search", body)
+        assert status == 200 and [each["id"] for each in answer["data"]] == order[:5], options
+        for each in answer["data"]:
+            if each["id"] in [hit["id"] for hit in hits[: options["rerank"]]]:
+                assert each["log_likelihood"] == pytest.approx(likelihood[each["id"]], abs=1e-4)
+            else:
+                assert "log_likelihood" not in each
+    assert expected(6, lambda hit: likelihood[hit["id"]]) != [hit["id"] for hit in hits]
+    (first,) = ask(address, "/v1/images/search", {"query": "red square", "top_k": 1, "rerank": 6})[1]["data"]
+    assert first["id"] == max(likelihood, key=likelihood.get)
+
+
+def test_an_image_that_cannot_be_read_stands_behind_those_reranked(served, monkeypatch):
+    address, pipe = served
+    hits = pipe.search("red square", top_k=3)
+    load = type(pipe.index).load_image
+
+    def failing(self, image_id, *args):
+        if image_id == hits[0]["id"]:
+            raise UnreadableImageError(image_id, "gone")
+        return load(self, image_id, *args)
+
+    monkeypatch.setattr(type(pipe.index), "load_image", failing)
+    _, answer, _ = ask(address, "/v1/images/search", {"query": "red square", "top_k": 3, "rerank": 3})
+    assert answer["data"][2]["id"] == hits[0]["id"] and "log_likelihood" not in answer["data"][2]
+
+
 def test_links_hold_any_id_and_large_pictures_are_shrunk(served):
     narrowed = {"query": "a", "where": {"caption": "x] (y"}}
     (found,) = ask(served[0], "/v1/images/search", narrowed)[1]["data"]
@@ -92,6 +138,9 @@ def test_links_hold_any_id_and_large_pictures_are_shrunk(served):
         ("images/search", {"query": "a", "top_k": 7}, "6 images are found at most"),
         ("images/search", {"query": "a", "topk": 7}, "Did you mean top_k"),
         ("images/search", {"query": "far " * 500}, "context"),
+        ("images/search", {"query": ["a", "b"], "rerank": 2}, "it must be one text"),
+        ("images/search", {"query": image_part(picture("red")), "rerank": 2}, "it must be one text"),
+        ("images/search", {"query": "a", "rerank": 7}, "6 images are reranked at most"),
     ],
 )
 def test_what_is_refused(served, path, body, told):

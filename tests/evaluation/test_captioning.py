@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage.index.reranking import rerank_by_likelihood
 from tests.helpers.evaluation import (
     png,
     read,
@@ -15,7 +17,7 @@ from tests.helpers.evaluation import (
 )
 from tests.helpers.paths import IMAGES
 from training.evaluation import captioning
-from training.evaluation.metrics import retrieval_metrics
+from training.evaluation.metrics import rank_metrics, reranked_ranks, retrieval_metrics
 
 
 def test_captions_end_to_end(checkpoint, tmp_path, capsys):
@@ -164,3 +166,42 @@ def test_generated_captions_follow_the_training_layout(scripts):
                 break
         written = processor.tokenizer.decode(ids[processor.num_image_tokens + 1 :], skip_special_tokens=True)
         assert text == written.split("\n")[0].strip()
+
+
+def test_reranked_ranks_by_brute_force():
+    """Images that are not among the nearest keep their ranks; ties count against."""
+    generator = torch.Generator().manual_seed(0)
+    texts, images = (torch.nn.functional.normalize(torch.randn(20, 4, generator=generator), dim=-1) for _ in range(2))
+    images[5] = images[4]
+    anew = torch.randn(20, 20, generator=generator).round(decimals=1)
+    ranks = reranked_ranks(texts, images, torch.arange(20), 6, lambda text, nearest, cosines: anew[text, nearest])
+    for text in range(20):
+        cosines = images @ texts[text]
+        order = cosines.argsort(descending=True, stable=True).tolist()
+        rank = int((cosines >= cosines[text] - 1e-6).sum())
+        if rank <= 6:
+            assert ranks[text] == sum(anew[text, i] >= anew[text, text] - 1e-6 for i in order[:6]), text
+        else:
+            assert ranks[text] == rank, text
+    assert (ranks <= 6).sum() > 3 and (ranks > 6).sum() > 3
+
+
+def test_retrieval_with_reranking(checkpoint, tmp_path):
+    """All images reranked: the ranks are those of the likelihoods alone."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    captions = ["a red cat on a mat", "two dogs", "a bird", "a tree in the wind"]
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(png(number))
+    table = tmp_path / "pairs.jsonl"
+    table.write_text("\n".join(json.dumps({"image": f"images/{n}.png", "caption": c}) for n, c in enumerate(captions)))
+    plain, output = tmp_path / "plain.json", tmp_path / "reranked.json"
+    run("captions", checkpoint[0], "--data", table, "--tasks", "retrieval", "--output", plain)
+    run("captions", checkpoint[0], "--data", table, "--tasks", "retrieval", "--output", output, "--rerank", "50")
+    found = read(output)["retrieval"]["text_to_image"]
+    assert found["ours"] == read(plain)["retrieval"]["text_to_image"]["ours"]
+    model = FromageForConditionalGeneration.from_pretrained(checkpoint[0]).eval()
+    processor = FromageProcessor.from_pretrained(checkpoint[0])
+    pictures = [Image.open(folder / f"{number}.png").convert("RGB") for number in range(4)]
+    scores = torch.stack(rerank_by_likelihood(model, processor, captions, [pictures] * 4))
+    assert found["reranked"] == rank_metrics((scores >= scores.diagonal()[:, None] - 1e-6).sum(-1))

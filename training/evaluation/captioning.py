@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage.index.reranking import caption_log_likelihoods, combined_scores
 from modeling_fromage.index.sources import ImageSource, image_sources
 from modeling_fromage.io.command_line import at_least
 from modeling_fromage.original.inference import truncate_caption
@@ -26,7 +28,7 @@ from ..data.captioned_images import load_captioned_images
 from .evaluator import Evaluation, Evaluator
 from .files import read_json
 from .images import encode_images
-from .metrics import retrieval_metrics
+from .metrics import rank_metrics, reranked_ranks, retrieval_metrics
 from .prompts import has_special_token, image_embeds
 
 TASKS = ("captions", "perplexity", "retrieval")
@@ -191,6 +193,8 @@ class CaptioningEvaluator(Evaluator):
         tasks: Some of [`TASKS`].
         caption_prefix, caption_suffix, max_length: The caption format; defaults to the processor's.
         max_new_tokens: Limit of a generated caption.
+        rerank: Of each caption, the number of images nearest to it that are ranked anew by the caption's likelihood.
+        rerank_weight: Of the likelihood beside the cosine, see [`combined_scores`]; by default it alone counts.
     """
 
     name: ClassVar[str] = "captions"
@@ -204,6 +208,8 @@ class CaptioningEvaluator(Evaluator):
     caption_suffix: str | None = None
     max_length: int | None = None
     max_new_tokens: int = 32
+    rerank: int = 0
+    rerank_weight: float | None = None
 
     @property
     def primary_metric(self) -> str:
@@ -228,6 +234,27 @@ class CaptioningEvaluator(Evaluator):
         parser.add_argument("--caption-suffix", help="text that ends a caption, by default as in training")
         parser.add_argument("--max-length", type=int, help="tokens of a reference caption, by default as in training")
         parser.add_argument("--max-new-tokens", type=at_least(1), default=32, help="tokens of a generated caption")
+        parser.add_argument(
+            "--rerank", type=at_least(0), default=0, help="nearest images to rank anew by the caption's likelihood"
+        )
+        parser.add_argument(
+            "--rerank-weight", type=float, help="of the likelihood beside the cosine; by default it alone counts"
+        )
+
+    def _rerank_scores(
+        self,
+        model: FromageForConditionalGeneration,
+        processor: FromageProcessor,
+        features: torch.Tensor,
+        captions: list[str],
+        text: int,
+        images: torch.Tensor,
+        cosines: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the nearest `images` (K,) of a caption are ranked by."""
+        pairs = [captions[text]] * len(images), features[images]
+        likelihoods = caption_log_likelihoods(model, processor, *pairs, self.batch_size)
+        return combined_scores(model, likelihoods, cosines, self.rerank_weight)
 
     def run(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> Evaluation:
         if "captions" in self.tasks:
@@ -257,6 +284,10 @@ class CaptioningEvaluator(Evaluator):
             if self.dual_encoder is not None:
                 pairs["dual encoder"] = (images.dual_embeds, self.dual_encoder.text_embeds(captions))
             results["retrieval"] = retrieval_metrics(pairs, torch.tensor(rows), DIRECTIONS)
+            if self.rerank:
+                scored = partial(self._rerank_scores, model, processor, images.features, captions)
+                ranks = reranked_ranks(embeds, pairs["ours"][0], torch.tensor(rows), self.rerank, scored)
+                results["retrieval"]["text_to_image"]["reranked"] = rank_metrics(ranks)
         caption_format = {name: getattr(processor, name) for name in ("caption_prefix", "caption_suffix", "max_length")}
         results |= {
             "denominator": {"rule": "usable images, and all of their captions", "images": len(images.ids),

@@ -4,11 +4,12 @@ Axes: M queries, C candidates per query.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+from tqdm.auto import tqdm
 
-from modeling_fromage.trainer.ranking import gallery_ranks, recall_at_k
+from modeling_fromage.trainer.ranking import TIE, gallery_ranks, recall_at_k
 
 
 def target_ranks(scores: torch.Tensor, targets: torch.LongTensor) -> torch.LongTensor:
@@ -37,6 +38,32 @@ def wilson_interval(rate: float, n: int, z: float = 1.96) -> tuple[float, float]
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def reranked_ranks(
+    texts: torch.Tensor,
+    images: torch.Tensor,
+    rows: torch.LongTensor,
+    count: int,
+    scores_of: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.LongTensor:
+    """Rank (M,), from 1, of each text's image where the `count` nearest images are ranked anew.
+
+    An image that is not among them keeps its rank. Where others are as near as the last of these, it counts as not
+    among them.
+
+    Args:
+        texts, images: Unit-norm embeddings (M, d) and (N, d).
+        rows: The row (M,) of the image of each text.
+        scores_of: What the nearest images (K,) of a text are ranked by, given its number, theirs, and their cosines.
+    """
+    ranks = gallery_ranks(texts, images, rows, torch.arange(len(images)))
+    for text in tqdm((ranks <= count).nonzero().flatten().tolist(), desc="Reranking"):
+        cosines, nearest = (images @ texts[text]).topk(min(count, len(images)))
+        scores = scores_of(text, nearest, cosines)
+        own = scores[nearest == rows[text]]
+        ranks[text] = int((scores >= own - TIE).sum()) if len(own) else count + 1
+    return ranks
 
 
 def ndcg(scores: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,12 @@ class TrainerOptions(RetrievalWarmStart):
         default=False,
         metadata={"help": "Spread the layers of the frozen backbones over all processes, each of which holds a share."},
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Average what is trained over steps by this decay (0.999, ...): what is evaluated and saved."
+        },
+    )
     eval_samples: int = field(
         default=8,
         metadata={
@@ -36,6 +42,8 @@ class TrainerOptions(RetrievalWarmStart):
         super().__post_init__()
         if self.on_bad_example not in ("raise", "skip"):
             raise ValueError(f"`on_bad_example` must be raise or skip, got {self.on_bad_example!r}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be between 0 and 1 (0.999, ...), got {self.ema_decay}.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"`max_bad_share` must be in [0, 1], got {self.max_bad_share}.")
 

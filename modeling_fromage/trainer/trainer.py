@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import (
     EvalLoopOutput,
@@ -18,6 +18,7 @@ from transformers.trainer_utils import (
 
 from ..processing_fromage import FromageProcessor
 from ..training_losses_fromage import LOSS_WEIGHTS
+from .averaging import AveragingTrainer, WeightAverage
 from .callbacks import (
     UNSUPPORTED_IN_EVALUATION,
     UNSUPPORTED_IN_TRAINING,
@@ -43,7 +44,7 @@ from .stream_position import StreamPosition
 logger = logging.getLogger(__name__)
 
 
-class FromageTrainer(Trainer):
+class FromageTrainer(AveragingTrainer):
     """The HF Trainer with [`NormalizeRetEmbeddingCallback`], the three losses in the log, and recall in both directions
     over the whole evaluation set, as `eval_text_to_image_R@1`, ..., next to `eval_num_pairs`.
 
@@ -123,8 +124,9 @@ class FromageTrainer(Trainer):
         self.data_names: dict[str, Any] = {}  # for the model card: see `CardFacts`
         self.monitor, self.stream_position = TrainingMonitor(), StreamPosition()
         self.samples = EvaluationSamples(self.options.eval_samples, self.data_collator, self.callback_handler.callbacks)
+        self.average = WeightAverage(self.options.ema_decay)
         own = (NormalizeRetEmbeddingCallback(), SetEpochCallback(), self.stream_position, self.monitor, self.samples)
-        for callback in own:
+        for callback in (*own, self.average):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -26,7 +26,7 @@ def pixel_examples(count: int) -> list[dict]:
 
 def make_trainer(folder: Path, model=None, world_size: int = 1, data=None, **options: Any) -> FromageTrainer:
     """A Trainer for this process; `options` are of TrainingArguments and, by their names, of FromageTrainer."""
-    own = {name: options.pop(name) for name in ("shard_backbones", "callbacks") if name in options}
+    own = {name: options.pop(name) for name in ("shard_backbones", "callbacks", "ema_decay") if name in options}
     if model is None:
         model = make_model("opt_clip", ret_token_id=501).double()
         model.adapter.double()

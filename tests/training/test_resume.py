@@ -111,6 +111,23 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(config, tmp_path):
         assert_equal(final, whole)
 
 
+def test_a_killed_run_goes_on_with_its_average(config, tmp_path):
+    option = "ema_decay=0.8"
+    for kill_at, output, *more in (
+        ("never", "whole"),
+        ("between", "cut"),
+        ("never", "cut", "resume_from_checkpoint=true"),
+    ):
+        run = train(tmp_path, kill_at, output, option, *more)
+        assert run.returncode == (0 if kill_at == "never" else -signal.SIGKILL), run.stderr[-3000:]
+    for name in ("model.safetensors", "checkpoint-6/weight_average.safetensors"):
+        assert_equal(*(load_file(tmp_path / output / name) for output in ("cut", "whole")))
+    plain = train(tmp_path, "never", "plain")
+    assert plain.returncode == 0 and losses(tmp_path / "plain") == losses(tmp_path / "whole") == losses(
+        tmp_path / "cut"
+    )
+
+
 @pytest.mark.parametrize("trainer_class", [Trainer, FromageTrainer])
 def test_best_model_and_limit(backbones, tmp_path, trainer_class, caplog):
     logging.enable_propagation()  # to caplog

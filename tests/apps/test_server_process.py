@@ -124,4 +124,4 @@ def test_the_page_of_documentation(files, capsys):
             status, answer, _ = ask(server.address, path, json.loads(body))
             assert status == 200, (path, answer)
         exec(snippet.replace("http://127.0.0.1:8000", server.address), {})  # noqa: S102
-    assert len(bodies) == 3 and capsys.readouterr().out
+    assert len(bodies) == 4 and capsys.readouterr().out

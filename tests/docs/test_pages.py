@@ -112,9 +112,9 @@ def test_extending(place, monkeypatch):
     assert scope["index"].backend == "truncated" and 0 <= scope["metrics"]["accuracy"] <= 1
     pairs = Dataset.from_csv("pairs.tsv", sep="\t")
     arguments = TrainingArguments(
-        "outputs/sigmoid", max_steps=1, per_device_train_batch_size=4, report_to="none", save_strategy="no"
+        "outputs/hinge", max_steps=1, per_device_train_batch_size=4, report_to="none", save_strategy="no"
     )
-    trainer = scope["SigmoidTrainer"](
+    trainer = scope["HingeTrainer"](
         model=scope["model"], args=arguments, train_dataset=pairs, processing_class=scope["processor"]
     )
     before = scope["model"].adapter.visual_projection.weight.clone()
@@ -127,13 +127,14 @@ from tests.helpers.checkpoints import assemble
 from tests.helpers.paths import PARITY
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration
 from PIL import Image
-model, processor = assemble(PARITY / "case_a_opt_tied", projector_type="gated")
+model, processor = assemble(PARITY / "case_a_opt_tied", projector_type="gated", contrastive_loss_type="hinge")
 batch = FromageDataCollator(processor)([{"image": Image.new("RGB", (8, 8)), "caption": name} for name in ("a", "b")])
 output = model.train()(**batch)
 output.loss.backward()
 assert model.adapter.multi_modal_projector.gate.weight.grad.abs().sum() > 0
-signed = output.logits_per_image * (2 * (batch["input_ids"].new_ones(2).diag()) - 1)
-assert abs(output.contrastive_loss + signed.sigmoid().log().sum() / 2) < 1e-5
+(a, b), (c, d) = output.logits_per_image.tolist()
+hinges = sum(max(0, 1 + other - own) for own in (a, d) for other in (b, c)) / 2
+assert abs(output.contrastive_loss - hinges) < 1e-4
 model.save_pretrained("gated")
 assert FromageForConditionalGeneration.from_pretrained("gated").config.projector_type == "gated"
 """

@@ -16,6 +16,7 @@ from tests.helpers.batches import RET, double_model, make_batch
 from tests.helpers.checkpoints import TRAINED_KEYS, assemble, keys_of
 from tests.helpers.documents import make_batch as documents_and_pairs
 from tests.helpers.paths import PARITY
+from tests.helpers.strangers import ask_stranger
 
 BACKBONES = PARITY / "case_a_opt_tied"
 OPTIONS = {
@@ -200,6 +201,18 @@ def test_the_bias_is_trained_saved_and_loaded(tmp_path):
     plain.save_pretrained(tmp_path / "plain", save_backbones=False)
     with pytest.raises(ValueError, match=r"logit_bias is missing"):
         FromageForConditionalGeneration.from_pretrained(tmp_path / "plain", contrastive_loss_type="siglip")
+
+
+def test_a_stranger_keeps_the_bias(tmp_path):
+    """By the code that the checkpoint carries, in a process that has not this package."""
+    model, processor = assemble(BACKBONES, contrastive_loss_type="siglip", logit_scale_max=50.0)
+    torch.nn.init.constant_(model.adapter.logit_bias, -3.5)
+    model.save_pretrained(tmp_path / "model", save_backbones=True)
+    processor.save_pretrained(tmp_path / "model")
+    ask_stranger(tmp_path / "model", tmp_path)
+    again = FromageForConditionalGeneration.from_pretrained(tmp_path / "model-again")  # saved by the stranger
+    assert again.adapter.logit_bias.item() == -3.5
+    assert (again.config.contrastive_loss_type, again.config.logit_scale_max) == ("siglip", 50.0)
 
 
 def test_the_largest_scale():

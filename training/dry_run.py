@@ -87,6 +87,9 @@ def describe_batch(trainer: FromageTrainer, batch: dict[str, torch.Tensor]) -> l
             f"{images:,} images in the first batch, so {images - 1:,} negatives for each in the contrastive loss; "
             f"{found:,} are found from a document"
         )
+    hard = batch.get("negative_pixel_values", batch.get("negative_image_features"))
+    if hard is not None:
+        lines[1] += f"; and {len(hard):,} hard negatives in the first batch"
     if config.mask_duplicate_images:
         masked = duplicate_mask(pooled_features(trainer, batch)).sum(1).float().mean().item()
         lines[-1] += f", less other copies of its image: {masked:.1f} in the first batch"

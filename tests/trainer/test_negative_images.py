@@ -18,6 +18,7 @@ from tests.helpers.documents import make_batch as documents_and_pairs
 from tests.helpers.processes import run_ranks
 from tests.helpers.training_runs import arguments, examples
 from training.data.captioned_images import load_captioned_images
+from training.dry_run import describe_batch
 
 
 def pixels(count: int, seed: int = 2) -> torch.Tensor:
@@ -247,4 +248,5 @@ def test_cached_features_of_negatives_train(tmp_path):
     trainer = make_trainer(tmp_path, data=rows, max_steps=2)
     batch = trainer.data_collator(rows[:3])
     assert batch["negative_image_features"].shape == (3, 24)
+    assert "3 hard negatives in the first batch" in describe_batch(trainer, batch)[1]
     trainer.train()

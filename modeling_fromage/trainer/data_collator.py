@@ -180,7 +180,7 @@ class FromageDataCollator:
         """
         if isinstance(example, PreparedExample):
             return example
-        check_negatives(example)
+        check_negatives(example, self.hard_negatives)
         if example.get("problem") and None in (example.get("caption"), example.get("image")):
             raise BadExampleError("malformed row", str(example["problem"]))
         prepared = PreparedExample(example)

@@ -13,8 +13,11 @@ from .draws import number_of
 logger = logging.get_logger(__name__)
 
 
-def check_negatives(example: dict[str, Any]) -> None:
-    """Raise a `BadExampleError` for negatives in another form than a list, or pictures beside cached features."""
+def check_negatives(example: dict[str, Any], count: int) -> None:
+    """Raise a `BadExampleError` where `count` are to be drawn of negatives that are no list, or are pictures beside
+    cached features."""
+    if not count:
+        return
     for name in ("negative_images", "negative_image_features"):
         found = example.get(name)
         if found is not None and (isinstance(found, (str, bytes, dict)) or not hasattr(found, "__len__")):
@@ -25,7 +28,7 @@ def check_negatives(example: dict[str, Any]) -> None:
         raise BadExampleError(
             f"{other} with {'cached features' if is_cached else 'an image'}",
             "an image and its negatives are both pictures, or both cached features (`pooled_image_features`, "
-            "`negative_image_features`). Train without `feature_cache`, or leave the column out",
+            "`negative_image_features`). Train without `feature_cache`, or with `hard_negatives=0`",
         )
 
 

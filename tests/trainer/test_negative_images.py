@@ -198,6 +198,7 @@ def test_what_does_not_fit_is_refused(tmp_path, change, words):
     (row,) = rows_with_negatives(tmp_path, count=1)
     with pytest.raises(BadExampleError, match=f"Example 0 of the batch: {words}"):
         FromageDataCollator(make_processor())([row | change])
+    assert "negative_pixel_values" not in FromageDataCollator(make_processor(), hard_negatives=0)([row | change])
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------

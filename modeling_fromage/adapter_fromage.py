@@ -1,7 +1,7 @@
 """Everything that FROMAGe trains: the maps between the frozen backbones, and `[RET]` (sections 3.1 and 3.2).
 
-Axes: N images, k visual tokens per image, D the LM's input width, H its head's width, M texts, q the width of the
-shared image-text space.
+Axes: N images, k visual tokens per image, D the LM's input width, H its head's width, M texts, r `[RET]` tokens at the
+end of each, q the width of the shared image-text space.
 """
 
 import math
@@ -14,9 +14,11 @@ from transformers import initialization as init
 
 from .backbones_fromage import hidden_state_width, weight_of
 from .configuration_fromage import FromageConfig
+from .late_interaction_fromage import similarities
 from .projectors_fromage import make_projector
 from .vision_fromage import vision_feature_size
 
+_NOISE = 0.1  # of the deviation of the LM's rows: `[RET2]`, ... do not start as copies of `[RET]`
 LOGIT_BIAS = -10.0  # to begin with, as in SigLIP's paper: at first nearly all pairs of a batch are taken for negatives
 
 
@@ -44,8 +46,10 @@ class FromageAdapter(nn.Module):
             )
         self.multi_modal_projector = make_projector(config, self.feature_width, input_width)
         self.visual_projection = nn.Linear(self.feature_width, config.projection_dim)
+        self.has_several_queries = config.ret_aggregation == "max"
+        states = 1 if self.has_several_queries else config.num_ret_tokens
         self.text_projection = nn.ModuleList(
-            nn.Linear(hidden_state_width(config.text_config, layer, head_width), config.projection_dim)
+            nn.Linear(states * hidden_state_width(config.text_config, layer, head_width), config.projection_dim)
             for layer in config.text_embed_layers
         )
         self.ret_embedding = nn.Embedding(config.num_ret_tokens, input_width)
@@ -85,8 +89,8 @@ class FromageAdapter(nn.Module):
         return self.feature_dropout(pooled.to(self.logit_scale))
 
     def logits_per_image(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Contrastive logits (N, M) of unit-norm embeddings of images (N, q) and texts (M, q)."""
-        logits = self.logit_scale.exp() * image_embeds @ text_embeds.t()
+        """Contrastive logits (N, M) of unit-norm embeddings of images (N, q) and texts (M, q), or (M, r, q)."""
+        logits = similarities(self.logit_scale.exp() * image_embeds, text_embeds)
         return logits if self.logit_bias is None else logits + self.logit_bias
 
     def scalars(self) -> list[nn.Parameter]:
@@ -108,7 +112,10 @@ class FromageAdapter(nn.Module):
     # ---- text -----------------------------------------------------------------------------------------------------
 
     def text_embeds(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Hidden states of `[RET]`, (M, width) for each of `text_embed_layers` -> unit-norm embeddings (M, q)."""
+        """Hidden states of the `[RET]` tokens side by side, (M, r * width) for each of `text_embed_layers` -> unit-norm
+        embeddings (M, q), or (M, r, q) where each token makes a query."""
+        if self.has_several_queries:
+            layers = [hidden.unflatten(-1, (self.ret_embedding.num_embeddings, -1)) for hidden in layers]
         projected = [
             projection(hidden.to(self.logit_scale))
             for hidden, projection in zip(layers, self.text_projection, strict=True)
@@ -129,7 +136,8 @@ class FromageAdapter(nn.Module):
 
     @torch.no_grad()
     def init_ret(self, input_embeddings: nn.Module, output_embeddings: nn.Module, ret_token_id: int) -> None:
-        """Start `[RET]` from the LM's row of that id where it has one (parity), else from its mean row."""
+        """Start each `[RET]` token from the LM's row of its id where it has one (parity), else from its mean row; those
+        behind the first with a little noise, of a fixed seed."""
         pairs: list[tuple[nn.Module, nn.Module]] = [(self.ret_embedding, input_embeddings)]
         if self.ret_lm_head is not None:
             pairs.append((self.ret_lm_head, output_embeddings))
@@ -142,7 +150,10 @@ class FromageAdapter(nn.Module):
                 )
             mean = rows.float().mean(dim=0)
             ids = range(ret_token_id, ret_token_id + self.ret_embedding.num_embeddings)
-            weight_of(ours).copy_(torch.stack([rows[i].float() if i < len(rows) else mean for i in ids]))
+            start = torch.stack([rows[i].float() if i < len(rows) else mean for i in ids])
+            noise = torch.randn(start[1:].shape, generator=torch.Generator().manual_seed(0))
+            start[1:] += _NOISE * rows.float().std() * noise.to(start)
+            weight_of(ours).copy_(start)
 
     @torch.no_grad()
     def normalize_ret(self, norm: float) -> None:

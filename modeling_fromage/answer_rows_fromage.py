@@ -1,7 +1,7 @@
 """What one prompt of a batch asks for, and how `generate` does it for each row by itself: its end, and its samples."""
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,24 +127,27 @@ class Row:
         self.digests += [digest for _, digest in encoded]
 
     def eos_ids(self, ret_ids: Sequence[int]) -> list[int]:
-        """What ends a call of `generate`: where images are fed back, the next `[RET]`, too."""
+        """What ends a call of `generate`: where images are fed back, the next `[RET]`, too, with its last token."""
         stops_at_ret = self.options.feed_images_back and self.rets_left != 0
-        return [*self.options.eos_ids, *(ret_ids if stops_at_ret else ())]
+        return [*self.options.eos_ids, *(ret_ids[-1:] if stops_at_ret else ())]
 
     def consume_generated(
-        self, tokens: list[int], embeds: torch.Tensor, tokenizer: PreTrainedTokenizerBase, ret_ids: Container[int]
+        self, tokens: list[int], embeds: torch.Tensor, tokenizer: PreTrainedTokenizerBase, ret_ids: Sequence[int]
     ) -> None:
-        """Add generated `tokens`, whose R `[RET]`s have `embeds` (R, q), to the context and the segments."""
+        """Add generated `tokens`, whose R `[RET]`s have `embeds` (R, q), to the context and the segments; but for a
+        `[RET]` at the end that had no room for all of its tokens."""
         options = self.options
         end = next((i for i, token in enumerate(tokens) if token in options.eos_ids), len(tokens))
         self.is_stopped = end < len(tokens)
         end += end < len(tokens) and tokens[end] in ret_ids  # a [RET] that ends an answer is part of it
         tokens = tokens[: min(end, self.tokens_left)]
         if options.feed_images_back:
-            tokens = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ret_ids), len(tokens))]
+            tokens = tokens[: next((i + 1 for i, token in enumerate(tokens) if token == ret_ids[-1]), len(tokens))]
         self.num_generated += len(tokens)
+        if tokens and tokens[-1] in ret_ids[:-1]:
+            tokens = tokens[: -1 - ret_ids.index(tokens[-1])]
         self.ids += tokens
-        goes_on = options.feed_images_back and bool(tokens) and tokens[-1] in ret_ids and self.tokens_left > 0
+        goes_on = options.feed_images_back and bool(tokens) and tokens[-1] == ret_ids[-1] and self.tokens_left > 0
         self.done = not goes_on
         self.append(tokens, embeds, tokenizer, ret_ids, options.stop_strings)
 
@@ -153,13 +156,15 @@ class Row:
         tokens: Sequence[int],
         embeds: torch.Tensor,
         tokenizer: PreTrainedTokenizerBase,
-        ret_ids: Container[int],
+        ret_ids: Sequence[int],
         stop_strings: Sequence[str],
     ) -> None:
         """Append tokens to the segments: text, up to a stop string, and a queued retrieval for each `[RET]`."""
         ret_embeds, piece = iter(embeds), []
         for token in [*tokens, None]:
-            if token is not None and token not in ret_ids:
+            if token in ret_ids[:-1]:
+                continue  # its last token stands for it
+            if token is not None and token != ret_ids[-1]:
                 piece.append(token)
                 continue
             text: Any = tokenizer.decode(piece, skip_special_tokens=True)

@@ -17,7 +17,7 @@ from transformers.utils.hub import resolve_revision
 from .backbones_fromage import refuse_offloaded_ends, size_differences
 from .configuration_fromage import FromageConfig, text_half, vision_half
 from .fingerprint_fromage import check_fingerprint, weight_files
-from .processing_fromage import FromageProcessor
+from .processing_fromage import FromageProcessor, token_counts
 from .text_part_fromage import load_language_model, with_text_half
 from .vision_fromage import auto_model_for, names_in_vision_half, vision_part
 from .vision_libraries_fromage import read_vision_config, split_library
@@ -77,6 +77,7 @@ def assemble_from_vision_text(
     if processor is None:
         processor = FromageProcessor.from_vision_text_pretrained(
             vision, text, num_image_tokens=config_kwargs.get("num_image_tokens", 1),
+            num_ret_tokens=config_kwargs.get("num_ret_tokens", 1),
             **hub_kwargs, **{key: value for key, value in options["text"].items() if key in ("gguf_file", "revision")},
         )  # fmt: skip
     take_ids_from(processor, config_kwargs)
@@ -106,13 +107,12 @@ def assemble_from_vision_text(
 
 
 def take_ids_from(processor: FromageProcessor, config_kwargs: dict[str, Any]) -> None:
-    """Add the processor's token ids and `num_image_tokens` to a configuration's fields.
+    """Add the processor's token ids, `num_image_tokens` and `num_ret_tokens` to a configuration's fields.
 
     Raises:
         ValueError: The fields have others.
     """
-    for name in ("image_token_id", "ret_token_id", "num_image_tokens"):
-        value = getattr(processor, name)
+    for name, value in token_counts(processor).items():
         if config_kwargs.setdefault(name, value) != value:
             raise ValueError(
                 f"`{name}` is {config_kwargs[name]}, but the processor's is {value}. Leave one of them out."

@@ -100,7 +100,7 @@ class Trial:
             hidden = self.run(
                 rows.index_put((packed.row, packed.slot), tokens),
                 packed.query_mask(tokens.dtype),
-                packed.lay_queries(packed.lengths),
+                packed.lay_queries(packed.lengths[:, None]),
                 cache,
             )[0]
             return hidden[packed.row, packed.slot]

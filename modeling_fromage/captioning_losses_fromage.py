@@ -10,6 +10,7 @@ import torch
 from .frozen_lm_fromage import FrozenLM
 from .gradient_caching_fromage import in_chunks
 from .losses_fromage import mean_over_targets
+from .ret_runs_fromage import offsets_of_tokens
 
 
 class Retrievals(NamedTuple):
@@ -18,7 +19,7 @@ class Retrievals(NamedTuple):
     Args:
         token_loss: Sum of the next-token losses that teach the model when to ask for an image.
         num_tokens: Number of these losses.
-        embeds: (M, q), the embeddings of the `[RET]`s.
+        embeds: (M, q), the embeddings of the `[RET]`s; (M, r, q) where each has several queries.
         images: (M,), the number of the image that each is to find.
     """
 
@@ -99,7 +100,8 @@ def _document_losses(
 
     Args:
         embeds, targets: As in [`_captioning_loss`]. A target that is `[RET]` does not count to the captioning loss.
-        ret_targets: (B, L), at a `[RET]` the number of the image that it is to find, -100 elsewhere.
+        ret_targets: (B, L), at a `[RET]`, the last of its tokens, the number of the image that it is to find, -100
+            elsewhere.
     """
     mask = torch.ones_like(targets) if attention_mask is None else attention_mask
     is_target, finds = (targets != -100) & mask.bool(), (ret_targets != -100) & mask.bool()
@@ -118,7 +120,9 @@ def _document_losses(
         sums, is_ret = [], lm.is_ret(targets)
         for predicts, smoothing in ((is_target & ~is_ret, _smoothing(lm)), (is_target & is_ret, 0.0)):
             sums.append(lm.sum_token_loss(hidden[predicts[tokens]], targets[predicts], smoothing))
-        return *sums, lm.adapter.text_embeds([layer[finds[tokens]] for layer in layers])
+        last = finds[tokens].nonzero()  # (M, 1)
+        rets = last + offsets_of_tokens(lm.config, last.device)
+        return *sums, lm.adapter.text_embeds([layer[rets].flatten(1) for layer in layers])
 
     chunks = in_chunks(lm, branch, embeds, mask, is_target, targets, finds)
     losses, ret_losses, ret_embeds = zip(*chunks, strict=True)

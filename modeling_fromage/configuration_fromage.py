@@ -41,8 +41,9 @@ class FromageConfig(PreTrainedConfig):
             Indices into the LM's `hidden_states` whose projections are summed at `[RET]`.
         image_token_id (`int`, *optional*): Id of `<|image|>`. Defaults to the LM's `vocab_size`.
         ret_token_id (`int`, *optional*): Id of the first `[RET]` token. Defaults to `image_token_id + 1`.
-        num_ret_tokens (`int`, defaults to 1): Number of `[RET]` tokens, with contiguous ids. No other number can be
-            trained yet.
+        num_ret_tokens (`int`, defaults to 1): `[RET]` tokens in a row, with contiguous ids, that ask for an image.
+        ret_aggregation (`"concat"` or `"max"`, defaults to `"concat"`):
+            Of several: one query from their states side by side; or one each, of which the nearest to an image counts.
         tie_ret_embedding (`bool`, defaults to `True`):
             One row serves as input embedding and as output-head row of `[RET]`. Where the LM's input and head widths
             differ a separate output row is trained whatever this says.
@@ -129,6 +130,7 @@ class FromageConfig(PreTrainedConfig):
     num_image_tokens: int = 1
     projection_dim: int = 256
     num_ret_tokens: int = 1
+    ret_aggregation: Literal["concat", "max"] = "concat"
     tie_ret_embedding: bool = True
     ret_embedding_scale: float = 1.0
     text_embedding_scale: float = 1.0
@@ -184,11 +186,8 @@ class FromageConfig(PreTrainedConfig):
         for name in ("num_image_tokens", "projection_dim", "num_ret_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.num_ret_tokens != 1:
-            raise ValueError(
-                f"`num_ret_tokens` is {self.num_ret_tokens}, but only one `[RET]` token can be trained yet. "
-                "Set it to 1, or leave it out."
-            )
+        if self.ret_aggregation == "max" and self.num_ret_tokens == 1:
+            raise ValueError("`ret_aggregation='max'` takes the best of several queries, and `num_ret_tokens` is 1.")
         self._check_vision()
         if not self.text_embed_layers or len(set(self.text_embed_layers)) != len(self.text_embed_layers):
             raise ValueError(

@@ -113,19 +113,6 @@ class FrozenLM:
         """(B, L), True at `[RET]`."""
         return (input_ids >= self.config.ret_token_id) & (input_ids < self.config.logit_width)
 
-    def last_rets(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns, (B,) each, of the last `[RET]` of every row.
-
-        Raises:
-            ValueError: A row has none.
-        """
-        is_ret = self.is_ret(input_ids)
-        if not bool(is_ret.any(-1).all()):
-            rows = (~is_ret.any(-1)).nonzero().flatten().tolist()
-            raise ValueError(f"Rows {rows} have no [RET] token (id {self.config.ret_token_id}); end each text with it.")
-        columns = input_ids.shape[-1] - 1 - is_ret.flip(-1).int().argmax(-1)
-        return torch.arange(len(columns), device=columns.device), columns
-
     # ---- hidden states --------------------------------------------------------------------------------------------
 
     def decode(

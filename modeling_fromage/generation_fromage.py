@@ -14,6 +14,13 @@ from .backbones_fromage import check_fits, check_length, initial_cache
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
 from .prefix_cache_fromage import goes_on, is_plain, selected
+from .ret_runs_fromage import (
+    RetRunLogitsProcessor,
+    end_after_whole_rets,
+    ends_of_rets,
+    offsets_of_tokens,
+    refuse_torn_rets,
+)
 
 RET_GENERATION_DEFAULTS = {
     "ret_scale_factor": 1.0,
@@ -24,7 +31,8 @@ RET_GENERATION_DEFAULTS = {
 
 
 class RetLogitsProcessor(LogitsProcessor):
-    """Scale, shift or forbid the `[RET]` columns, and forbid the image placeholder.
+    """Scale, shift or forbid the `[RET]` column, and forbid the image placeholder. Of several `[RET]` tokens it is the
+    first that is chosen: [`RetRunLogitsProcessor`] brings the others.
 
     Args:
         config: A `FromageConfig`, for the token ids.
@@ -46,7 +54,8 @@ class RetLogitsProcessor(LogitsProcessor):
         min_tokens_before_ret: int | Sequence[int],
         max_num_rets: int | None | Sequence[int | None],
     ):
-        self.rets = slice(config.ret_token_id, config.ret_token_id + config.num_ret_tokens)
+        self.ret = slice(config.ret_token_id, config.ret_token_id + 1)
+        self.others = slice(config.ret_token_id + 1, config.logit_width)
         self.image_token_id = config.image_token_id
         self.prompt_length = prompt_length
         self.ret_scale_factor, self.ret_bias = ret_scale_factor, ret_bias
@@ -54,13 +63,13 @@ class RetLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
-        scores[:, self.image_token_id] = float("-inf")
+        scores[:, self.image_token_id] = scores[:, self.others] = float("-inf")
         scale, bias = _by_row(self.ret_scale_factor, scores), _by_row(self.ret_bias, scores)
-        rets = scores[:, self.rets] * scale + bias
+        ret = scores[:, self.ret] * scale + bias
         generated = input_ids[:, self.prompt_length :]
-        count = ((generated >= self.rets.start) & (generated < self.rets.stop)).sum(-1, keepdim=True)
+        count = (generated == self.ret.start).sum(-1, keepdim=True)
         too_early = generated.shape[1] < _by_row(self.min_tokens_before_ret, scores)
-        scores[:, self.rets] = rets.masked_fill(too_early | (count >= _by_row(self.max_num_rets, scores)), -math.inf)
+        scores[:, self.ret] = ret.masked_fill(too_early | (count >= _by_row(self.max_num_rets, scores)), -math.inf)
         return scores
 
 
@@ -103,6 +112,10 @@ class FromageGenerationMixin(GenerationMixin):
         tensor a row: the unit-norm embeddings of the generated [RET] tokens in order, a last one included; and
         `ret_positions`, their columns in `sequences`.
 
+        Where [RET] is several tokens, the options act on the first, the others follow it, and `ret_positions` are those
+        of the last, after which `eos_token_id` ends a text; a [RET] that had no room for it has neither. `ret_embeds`
+        are (number of [RET], num_ret_tokens, q) with `ret_aggregation="max"`.
+
         Raises:
             ValueError: Prompt and new tokens exceed the language model's context, images and placeholders differ in
                 number, or an option does not go with images or with this language model.
@@ -129,7 +142,7 @@ class FromageGenerationMixin(GenerationMixin):
         copies = len(output.sequences) // len(prompt)
         mask = kwargs["attention_mask"].repeat_interleave(copies, dim=0)
         mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - prompt.shape[1]), value=1)
-        is_ret = self.frozen_lm().is_ret(output.sequences)
+        is_ret = ends_of_rets(output.sequences, self.config)
         is_ret[:, : prompt.shape[1]] = False
         if visual is not None:
             visual = self._repeat_images(prompt, visual, copies)
@@ -201,10 +214,12 @@ class FromageGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         pooled_image_features: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Unit-norm embeddings (number of [RET], q) of every `[RET]` of each row of `input_ids` (B, L), in order."""
+        """Unit-norm embeddings, as `ret_embeds` of [`generate`], of every `[RET]` of each row of `input_ids` (B, L).
+        Raises a `ValueError` where a row has some of several `[RET]` tokens without the others."""
+        refuse_torn_rets(input_ids, self.config)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         visual = self._visual_tokens(pixel_values, pooled_image_features)
-        return self.embed_positions(input_ids, mask, visual, self.frozen_lm().is_ret(input_ids))
+        return self.embed_positions(input_ids, mask, visual, ends_of_rets(input_ids, self.config))
 
     @torch.no_grad()
     def embed_positions(
@@ -215,8 +230,8 @@ class FromageGenerationMixin(GenerationMixin):
         at: torch.Tensor,
         cache: Any = None,
     ) -> list[torch.Tensor]:
-        """The unit-norm text embeddings at the places `at` (B, L), usually those of `[RET]`: one (places, q) tensor a
-        row.
+        """The unit-norm text embeddings at the places `at` (B, L), usually those of `[RET]` (of the last of its
+        tokens): one (places, q) tensor a row, or (places, num_ret_tokens, q).
 
         A pass of its own over the rows that have any, up to the last one. It is exact for beams, samples and a `[RET]`
         that was never fed back, and no step of a generation has to keep its hidden states.
@@ -227,16 +242,17 @@ class FromageGenerationMixin(GenerationMixin):
         """
         counts, lm = at.sum(-1).tolist(), self.frozen_lm()
         if not any(counts):
-            return list(lm.adapter.logit_scale.new_zeros(0, self.config.projection_dim).split(counts))
+            queries = [self.config.num_ret_tokens] if self.config.ret_aggregation == "max" else []
+            return list(lm.adapter.logit_scale.new_zeros(0, *queries, self.config.projection_dim).split(counts))
         rows = at.any(-1)
         if visual is not None:
             visual = visual[rows.repeat_interleave(self._image_counts(sequences)).to(visual.device)]
         sequences, mask, at = sequences[rows], attention_mask[rows], at[rows]
         check_length(sequences, self.config.text_config)
         is_image, columns = sequences == self.config.image_token_id, at.any(0).nonzero()
-        start = 0
+        start, first = 0, int(columns.min()) - self.config.num_ret_tokens + 1
         options: dict[str, Any] = {}
-        if is_plain(cache) and not is_image[:, (first := int(columns.min())) :].any() and goes_on(lm, at.shape[1]):
+        if is_plain(cache) and not is_image[:, first:].any() and goes_on(lm, at.shape[1]):
             start, visual = min(first, cache.get_seq_length()), None
             options["past_key_values"] = selected(lm, cache, rows, start)
         length = int((at | is_image).any(0).nonzero().max()) + 1
@@ -246,8 +262,9 @@ class FromageGenerationMixin(GenerationMixin):
             output_hidden_states=lm.needs_all_layers,
             **options,
         )
-        row, column = at[:, start:].nonzero(as_tuple=True)
-        embeds = lm.adapter.text_embeds([hidden[row, column] for hidden in lm.text_layers(output)])
+        row, column = at[:, start:].nonzero().split(1, dim=1)  # (places, 1) each
+        column = column + offsets_of_tokens(self.config, column.device)
+        embeds = lm.adapter.text_embeds([hidden[row, column].flatten(1) for hidden in lm.text_layers(output)])
         return list(embeds.split(counts))
 
     def _leave_out_cached_images(self, prompt: torch.Tensor, visual: torch.Tensor, kwargs: dict[str, Any]) -> None:
@@ -287,7 +304,16 @@ class FromageGenerationMixin(GenerationMixin):
                 "`ret_scale_factor` multiplies logits, but beams see log-probabilities. Use `ret_bias` with beams."
             )
         ours = RetLogitsProcessor(self.config, input_ids_seq_length or 0, **options)
-        return LogitsProcessorList([ours, *processors])
+        runs = [RetRunLogitsProcessor(self.config, input_ids_seq_length or 0)] if self.config.num_ret_tokens > 1 else []
+        return LogitsProcessorList([ours, *processors, *runs])
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        parent: Any = super()
+        prepared, model_kwargs = parent._prepare_generation_config(generation_config, **kwargs)
+        end_after_whole_rets(prepared, self.config)
+        return prepared, model_kwargs
 
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .images_fromage import DEFAULT_LIMITS, ImageLimits
+from .late_interaction_fromage import search_by_queries
 
 if TYPE_CHECKING:
     from .modeling_fromage import FromageForConditionalGeneration
@@ -102,7 +103,8 @@ class ImageSearch:
         """The nearest images for each query, best first, fewer than `top_k` where the index has no more.
 
         Args:
-            embeds (`torch.FloatTensor` of shape `(num_queries, projection_dim)`): Unit-norm queries.
+            embeds (`torch.FloatTensor` of shape `(num_queries, projection_dim)`): Unit-norm queries; those of a text
+                with several, `(num_texts, num_ret_tokens, projection_dim)`, together find what is nearest to any.
             top_k (`int`): Images per query.
             exclude_ids: For each query, the ids of images that must not be found.
 
@@ -114,8 +116,8 @@ class ImageSearch:
         found: list[list[Segment]] = [[] for _ in exclude_ids]
         filters: dict[str, Any] = {} if self.where is None else {"where": self.where}
         for count, rows in self._rows_by_count(top_k, exclude_ids).items():
-            excluded = [list(exclude_ids[row]) for row in rows]
-            ids, scores, metadata = self.index.search(embeds[rows], count, excluded, **filters)
+            excluded = [exclude_ids[row] for row in rows]
+            ids, scores, metadata = search_by_queries(self.index.search, embeds[rows], count, excluded, **filters)
             # A row may have fewer than `count` images, and scores of -inf behind them.
             for row, own_ids, own_scores, own_metadata in zip(rows, ids, scores.tolist(), metadata, strict=True):
                 found[row] = [

@@ -18,6 +18,7 @@ from .image_search_fromage import ImageIndex, ImageSearch, Segment
 from .images_fromage import DEFAULT_LIMITS, ImageLimits
 from .plain_text_fromage import AnswerText
 from .prefix_cache_fromage import PrefixCache
+from .ret_runs_fromage import after_whole_rets
 
 if TYPE_CHECKING:
     from .modeling_fromage import FromageForConditionalGeneration
@@ -115,7 +116,7 @@ class InterleavedGeneration:
         if self.is_beam_search and any(value != known[name] for name, value in own.items() if name != "seed"):
             raise ValueError("Beams take one set of options for all prompts of a batch.")
         values = {**known, **own}
-        eos, stops = values.pop("eos_token_id"), values.pop("stop_strings")
+        eos, stops = after_whole_rets(values.pop("eos_token_id"), self.model.config), values.pop("stop_strings")
         index, load, where, limits = (values.pop(name) for name in ("index", "load_images", "where", "limits"))
         images = ImageSearch(index, self.model, load, where, limits, self.logged)
         return AnswerOptions(

@@ -27,6 +27,7 @@ from .packing_fromage import next_tokens
 from .peft_layers_fromage import unwrapped
 from .pretrained_fromage import FromagePreTrainedModel
 from .processing_fromage import FromageProcessor
+from .ret_runs_fromage import last_rets, refuse_torn_rets
 from .scoring_fromage import score_candidates
 from .text_part_fromage import build_language_model, text_part
 from .training_losses_fromage import DISPATCH_HINT, retrieval_losses, weighted_sum
@@ -48,7 +49,7 @@ class FromageOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(B, L, V)`):
             Next-token logits; `None` in training with labels unless `return_logits=True`.
         image_embeds, text_embeds (`torch.FloatTensor` of shape `(N, q)`):
-            Unit-norm embeddings of images and of `[RET]`.
+            Unit-norm embeddings of images and of `[RET]`; the latter `(N, r, q)` with `ret_aggregation="max"`.
         logits_per_image, logits_per_text (`torch.FloatTensor` of shape `(N, M)` and `(M, N)`):
             Scaled similarities, over all ranks' pairs in training; with SigLIP's loss, `logit_bias` is in them.
         past_key_values, hidden_states, attentions: As the language model returns them.
@@ -132,7 +133,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
             vision_model_name_or_path, text_model_name_or_path (`str`):
                 Hub ids or folders; a vision model of open_clip as "open_clip:hf-hub:org/name" (see [`split_library`]).
             processor ([`FromageProcessor`], *optional*):
-                Gives the token ids and `num_image_tokens`. Built from the text model's tokenizer where absent.
+                Gives the token ids and how many there are. Built from the text model's tokenizer where absent.
             kwargs:
                 Fields of [`FromageConfig`]; `text_*` and `vision_*` for one backbone's `from_pretrained`
                 (`text_gguf_file`, `text_quantization_config`, ...); `dtype`, `token`, `cache_dir` ... for both.
@@ -203,17 +204,18 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         pixel_values: torch.Tensor | None = None,
         pooled_image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Unit-norm embeddings (B, q) at the last `[RET]` of each row of `input_ids` (B, L).
+        """Unit-norm embeddings (B, q) at the last `[RET]` of each row of `input_ids` (B, L); with
+        `ret_aggregation="max"` one a token, (B, num_ret_tokens, q).
 
         Raises:
-            ValueError: A row has no `[RET]`, or is longer than the LM's context.
+            ValueError: A row has no `[RET]` or only some of its tokens, or is longer than the LM's context.
         """
         check_length(input_ids, self.config.text_config)
         lm = self.frozen_lm()
         embeds = lm.embed(input_ids, self._visual_tokens(pixel_values, pooled_image_features))
         output = lm.decode(embeds, attention_mask, output_hidden_states=lm.needs_all_layers)
-        rows, columns = lm.last_rets(input_ids)
-        return self.adapter.text_embeds([hidden[rows, columns] for hidden in lm.text_layers(output)])
+        rows, columns = last_rets(input_ids, self.config)
+        return self.adapter.text_embeds([hidden[rows, columns].flatten(1) for hidden in lm.text_layers(output)])
 
     @torch.no_grad()
     def score_candidates(
@@ -301,8 +303,7 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         """
         lm, across = self.frozen_lm(), self.training and _has_several_ranks()
         shift_labels: torch.LongTensor | None = kwargs.pop("shift_labels", None)
-        if self.training:
-            _check_training(lm, input_ids, labels, shift_labels, retrieval_input_ids, past_key_values)
+        _check(lm, self.training, input_ids, labels, shift_labels, retrieval_input_ids, past_key_values, ret_targets)
         pooled = self._pooled_features(pixel_values, pooled_image_features)
         negatives = _negatives(self, negative_pixel_values, negative_image_features, pixel_values)
         embeds = _lm_inputs(lm, input_ids, inputs_embeds, pooled, mm_encoder_outputs, retrieval_input_ids, across)
@@ -319,14 +320,21 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         return FromageOutput(loss=weighted_sum(parts, self.config), **parts)
 
 
-def _check_training(
+def _check(
     lm: FrozenLM,
+    training: bool,
     input_ids: torch.Tensor | None,
     labels: torch.Tensor | None,
     shift_labels: torch.Tensor | None,
     retrieval_input_ids: torch.Tensor | None,
     past_key_values: Cache | None,
+    ret_targets: torch.Tensor | None,
 ) -> None:
+    """Raise a `ValueError` where what comes does not belong together."""
+    if ret_targets is not None:
+        refuse_torn_rets(input_ids, lm.config, ret_targets)
+    if not training:
+        return
     if retrieval_input_ids is not None and past_key_values is not None:
         raise ValueError(
             "Retrieval texts start anew: a training batch with them takes no `past_key_values`, as PEFT's "

@@ -18,6 +18,7 @@ class PackedRows:
     Args:
         mask (`torch.Tensor` of shape `(B, L)`): 1 for tokens, 0 for padding on either side.
         window (`float`): Tokens that the LM's attention reaches back. A row and its queries are no longer.
+        queries (`int`, defaults to 1): Tokens that each sequence goes on with behind its row.
 
     Attributes:
         flat_positions (`torch.Tensor` of shape `(T,)`): Position of each token in the flattened rows.
@@ -27,9 +28,9 @@ class PackedRows:
         lengths (`torch.Tensor` of shape `(B,)`): Tokens of each sequence.
     """
 
-    def __init__(self, mask: torch.Tensor, window: float = math.inf):
+    def __init__(self, mask: torch.Tensor, window: float = math.inf, queries: int = 1):
         mask, device = mask.bool(), mask.device
-        count = len(mask)
+        count, self.queries = len(mask), queries
         self.lengths = mask.sum(-1)
         order = self.lengths.argsort(descending=True, stable=True)
         longest, total = int(self.lengths[order[0]]), int(self.lengths.sum())
@@ -42,7 +43,7 @@ class PackedRows:
             lengths = torch.zeros(self.slots, self.rows, dtype=torch.long, device=device)
             lengths[slot, row] = self.lengths[order]
             self.length = int(lengths.sum(0).max())  # C
-            if self.length + self.slots <= window or self.rows == count:
+            if self.length + self.slots * queries <= window or self.rows == count:
                 break
             self.rows += 1
         starts = lengths.cumsum(0) - lengths
@@ -67,8 +68,13 @@ class PackedRows:
         return rows.flatten(0, 1)[self.flat_positions]
 
     def lay_queries(self, values: torch.Tensor) -> torch.Tensor:
-        """One value per sequence (B,) -> (R, S): the next token of each, behind its row."""
-        return values.new_zeros(self.rows, self.slots).index_put((self.row, self.slot), values)
+        """Values of each sequence's next tokens (B, queries) -> (R, S * queries): behind its row."""
+        slots = values.new_zeros(self.rows, self.slots, self.queries)
+        return slots.index_put((self.row, self.slot), values).flatten(1)
+
+    def at_queries(self, rows: torch.Tensor) -> torch.Tensor:
+        """(R, S * queries, ...) -> (B, queries, ...)."""
+        return rows.unflatten(1, (self.slots, self.queries))[self.row, self.slot]
 
     def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask (R, 1, C, C): causal, within a sequence."""
@@ -76,12 +82,14 @@ class PackedRows:
         return additive_mask(same.tril(), dtype)
 
     def query_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask (R, 1, S, C + S): a query sees its own sequence and itself."""
+        """Additive mask (R, 1, S * queries, C + S * queries): a query sees its own sequence, those of its queries that
+        come before, and itself."""
         count = len(self.row)
-        sequences = torch.arange(1, count + 1, device=self.row.device)
-        query = self.lay_queries(sequences) - 1  # (R, S); -1 where there is none
+        sequences = torch.arange(1, count + 1, device=self.row.device)[:, None].expand(-1, self.queries)
+        query = self.lay_queries(sequences) - 1  # (R, S * queries); -1 where there is none
         own = (query[:, :, None] == self.sequence[:, None, :]) & (query[:, :, None] >= 0)
-        itself = torch.eye(self.slots, dtype=torch.bool, device=own.device).expand(self.rows, -1, -1)
+        slot = torch.arange(query.shape[1], device=own.device) // self.queries
+        itself = (slot[:, None] == slot).tril().expand(self.rows, -1, -1)
         return additive_mask(torch.cat([own, itself], dim=-1), dtype)
 
 

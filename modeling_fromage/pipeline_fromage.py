@@ -291,8 +291,8 @@ class FromagePipeline(Pipeline):
 def query_embeds(
     pipe: FromagePipeline, prompts: Sequence[Any], limits: ImageLimits = DEFAULT_LIMITS, allow_local_files: bool = False
 ) -> tuple[torch.Tensor, list[list[str]]]:
-    """The embeddings (N, q) with which [`FromagePipeline.search`] finds images, of unit norm, and for each prompt the
-    ids of the images that it has shown."""
+    """The embeddings (N, q) with which [`FromagePipeline.search`] finds images, of unit norm, or (N, r, q) of several
+    queries each; and for each prompt the ids of the images that it has shown."""
     reading: dict[str, Any] = {"limits": limits, "allow_local_files": allow_local_files, "rets_in_text": True}
     rows = [pipe.preprocess(prompt, **reading) for prompt in prompts]
     if not all(row["text"] for row in rows):

@@ -30,9 +30,11 @@ from .prompts_fromage import (
     add_bos,
     bos_text_of,
     chat_stop_strings,
+    expand_rets,
     join_parts,
     plain_message,
     prompt_ids,
+    ret_tokens,
     retrieval_text,
     template_for_mask,
     token_id,
@@ -47,12 +49,13 @@ class FromageProcessor(ProcessorMixin):
     """Image processor and tokenizer of a FROMAGe model.
 
     `<|image|>` in a text stands for one image and becomes `num_image_tokens` placeholders; `[RET]` asks for an image.
-    On a fresh tokenizer of length V their ids are V and V + 1. In a message special tokens are plain text: see
-    [`apply_chat_template`]. Where the tokenizer adds BOS, a prompt has exactly one, directly after its leading images.
+    On a fresh tokenizer of length V their ids are V and V + 1. Of several tokens `[RET]`, `[RET2]`, ... a text names
+    the first alone. In a message special tokens are plain text: see [`apply_chat_template`]. Where the tokenizer adds
+    BOS, a prompt has exactly one, directly after its leading images.
 
     Args:
         image_processor, tokenizer: Any of transformers; the tokenizer gains the two tokens if it lacks them.
-        num_image_tokens (`int`, defaults to 1): Placeholders per image (`k`).
+        num_image_tokens, num_ret_tokens (`int`, default to 1): Placeholders per image (`k`); tokens per `[RET]`.
         chat_template (`str`, *optional*): Defaults to the tokenizer's, else to the paper's "Q: ... A: ...".
         caption_prefix, caption_suffix, max_length (*optional*): How captions were laid out in training: see
             [`CaptionFormat`]. Saved with the processor; captions are generated, evaluated and scored with it.
@@ -70,11 +73,13 @@ class FromageProcessor(ProcessorMixin):
         caption_prefix: str | None = None,
         caption_suffix: str | None = None,
         max_length: int | None = None,
+        num_ret_tokens: int = 1,
         **kwargs: Any,
     ):
-        self.num_image_tokens = num_image_tokens
-        self.image_token, self.ret_token = IMAGE_TOKEN, RET_TOKEN
-        self.image_token_id, self.ret_token_id = _set_up(tokenizer)
+        self.num_image_tokens, self.num_ret_tokens = num_image_tokens, num_ret_tokens
+        self.image_token, self.ret_token, self.ret_tokens = IMAGE_TOKEN, RET_TOKEN, ret_tokens(num_ret_tokens)
+        self.image_token_id, *self.ret_token_ids = _set_up(tokenizer, num_ret_tokens)
+        self.ret_token_id = self.ret_token_ids[0]
         self.bos_text = bos_text_of(tokenizer)
         chat_template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -87,20 +92,20 @@ class FromageProcessor(ProcessorMixin):
     ) -> "FromageProcessor":
         """Build a processor from the image processor and the tokenizer of two backbones: see [`split_library`].
 
-        `gguf_file` and `revision` go to the tokenizer, `caption_prefix`, `caption_suffix` and `max_length` to the
-        processor itself; other keyword arguments (`token`, `cache_dir`, ...) to both backbones.
+        `gguf_file` and `revision` go to the tokenizer, `num_ret_tokens`, `caption_prefix`, `caption_suffix` and
+        `max_length` to the processor itself; other keyword arguments (`token`, `cache_dir`, ...) to both backbones.
 
         Raises:
             OSError, ValueError: A backbone is not found, or has no image processor or tokenizer.
         """
-        caption_format = {key: kwargs.pop(key) for key in _FORMAT_FIELDS if key in kwargs}
+        own = {key: kwargs.pop(key) for key in (*_FORMAT_FIELDS, "num_ret_tokens") if key in kwargs}
         for_tokenizer = {key: kwargs.pop(key) for key in ("gguf_file", "revision") if key in kwargs}
         image_processor = load_image_processor(os.fspath(vision_model_name_or_path), **kwargs)
         try:
             tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **for_tokenizer, **kwargs)
         except ValueError as error:  # it does not say what it was loading
             raise ValueError(f"No tokenizer can be loaded from {text_model_name_or_path}: {error}") from error
-        return cls(image_processor, tokenizer, num_image_tokens, **caption_format)
+        return cls(image_processor, tokenizer, num_image_tokens, **own)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "FromageProcessor":
@@ -128,7 +133,7 @@ class FromageProcessor(ProcessorMixin):
             `pixel_values` of shape `(num_images, num_channels, height, width)`.
 
         Raises:
-            ValueError: Images and placeholders differ in number, or an image cannot be read.
+            ValueError: Images and placeholders differ in number, an image cannot be read, or `[RET2]` is by itself.
 
         Example:
 
@@ -136,7 +141,8 @@ class FromageProcessor(ProcessorMixin):
             output = model.generate(**inputs, max_new_tokens=16)
         """
         if text is not None:
-            text = [text] if isinstance(text, str) else list(text)
+            rows = [text] if isinstance(text, str) else text
+            text = [expand_rets(row, self.num_ret_tokens) if isinstance(row, str) else row for row in rows]
             if not text:
                 raise ValueError("The batch is empty: `text` is a list without texts.")
         if kwargs.pop("add_special_tokens", True) and text and all(isinstance(row, str) for row in text):
@@ -150,8 +156,8 @@ class FromageProcessor(ProcessorMixin):
         return add_bos(text, self.bos_text, self.caption_start)
 
     def retrieval_text(self, text: str) -> str:
-        """`text` with BOS and a final `[RET]`, as `get_text_embeds` of the model takes it."""
-        return self.add_bos(retrieval_text(text))
+        """`text` with BOS and a final `[RET]`, all its tokens, as `get_text_embeds` of the model takes it."""
+        return self.add_bos(retrieval_text(text, self.num_ret_tokens))
 
     @property
     def image_placeholders(self) -> str:
@@ -166,7 +172,8 @@ class FromageProcessor(ProcessorMixin):
     @property
     def caption_layout(self) -> CaptionLayout:
         """[`caption_format`] for this tokenizer: encodes captions for training."""
-        return CaptionLayout(self.tokenizer, self.caption_format, self.bos_text, self.num_image_tokens)
+        counts = self.num_image_tokens, self.num_ret_tokens
+        return CaptionLayout(self.tokenizer, self.caption_format, self.bos_text, *counts)
 
     def set_caption_format(
         self, caption_prefix: str | None = None, caption_suffix: str | None = None, max_length: int | None = None
@@ -174,7 +181,7 @@ class FromageProcessor(ProcessorMixin):
         """Change how captions are laid out; `None` leaves a value as it is. Raises as [`CaptionFormat.check`]."""
         values: tuple[Any, ...] = (caption_prefix, caption_suffix, max_length)
         given = {name: value for name, value in zip(_FORMAT_FIELDS, values, strict=True) if value is not None}
-        dataclasses.replace(self.caption_format, **given).check(self.tokenizer, self.bos_text)
+        dataclasses.replace(self.caption_format, **given).check(self.tokenizer, self.bos_text, self.num_ret_tokens)
         for name, value in given.items():
             before = getattr(self, name)
             if before not in (value, getattr(CaptionFormat, name)):
@@ -206,8 +213,8 @@ class FromageProcessor(ProcessorMixin):
         return chat_stop_strings(self.chat_template)
 
     def token_ids(self, text: str) -> list[int]:
-        """Token ids of a text with BOS, `num_image_tokens` for each `<|image|>`."""
-        return prompt_ids(self.tokenizer, self.add_bos(text), self.num_image_tokens)
+        """Token ids of a text with BOS, and with all tokens of each `<|image|>` and `[RET]`."""
+        return prompt_ids(self.tokenizer, self.add_bos(text), self.num_image_tokens, self.num_ret_tokens)
 
     def count_tokens(self, text: str) -> int:
         return len(self.token_ids(text))
@@ -255,7 +262,8 @@ class FromageProcessor(ProcessorMixin):
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if batched else [conversation]
         tokens = self._control_tokens([self._resolve_chat_template(chat_template)]) if sanitize_control_tokens else None
-        plain = [[plain_message(message, tokens, chat_template is None) for message in row] for row in conversations]
+        join, count = chat_template is None, self.num_ret_tokens
+        plain = [[plain_message(message, tokens, join, count) for message in row] for row in conversations]
         if kwargs.get("tokenize") and any(images_of(messages) for messages in conversations):
             images = [images_of(messages) for messages in conversations]
             given = kwargs.get("processor_kwargs") or {}
@@ -266,7 +274,7 @@ class FromageProcessor(ProcessorMixin):
         if kwargs.get("return_assistant_tokens_mask"):
             # The mask counts the characters of the template's own text, so BOS must be part of it.
             texts = super().apply_chat_template(messages, chat_template, **{**kwargs, "tokenize": False})
-            chat_template = template_for_mask(texts, self._resolve_chat_template(chat_template), self.bos_text)
+            chat_template = template_for_mask(texts, self._resolve_chat_template(chat_template), self.bos_text, count)
         return super().apply_chat_template(messages, chat_template, **kwargs)
 
     def join_parts(self, parts: Sequence[Part], rets_in_text: bool = False) -> str:
@@ -276,7 +284,7 @@ class FromageProcessor(ProcessorMixin):
         With `rets_in_text`, `[RET]` in a text is the token too. Other special tokens in a text are always text.
         """
         templates = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template]
-        return join_parts(parts, self._control_tokens(filter(None, templates), rets_in_text))
+        return join_parts(parts, self._control_tokens(filter(None, templates), rets_in_text), self.num_ret_tokens)
 
     def _control_tokens(self, templates: Iterable[str], rets_in_text: bool = False) -> ControlTokens:
         return control_tokens(self.tokenizer, templates, () if rets_in_text else (self.ret_token,))
@@ -285,35 +293,52 @@ class FromageProcessor(ProcessorMixin):
     image_source = staticmethod(image_source)
 
     def check_config(self, config: PretrainedConfig) -> None:
-        """Raise a `ValueError` where a model's token ids or `num_image_tokens` differ from the processor's."""
-        for name in ("image_token_id", "ret_token_id", "num_image_tokens"):
-            ours, theirs = getattr(self, name), getattr(config, name)
-            if ours != theirs:
-                raise ValueError(
-                    f"The processor's `{name}` is {ours}, the model's is {theirs}: they do not belong together. Load "
-                    "both from one checkpoint, or build the model with `processor=`."
-                )
+        """Raise a `ValueError` where a model's token ids or their numbers differ from the processor's."""
+        _compare(token_counts(self), config)
 
 
-def _set_up(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Add the two tokens and set padding up; returns the ids of `<|image|>` and `[RET]`."""
-    tokens = [
-        AddedToken(IMAGE_TOKEN, special=True, normalized=False),
-        AddedToken(RET_TOKEN, special=False, normalized=False),
-    ]
+def token_counts(processor: FromageProcessor) -> dict[str, int]:
+    """Ids and numbers of the special tokens, by their names in the model's configuration, too."""
+    names = ("image_token_id", "ret_token_id", "num_image_tokens", "num_ret_tokens")
+    return {name: getattr(processor, name) for name in names}
+
+
+def _compare(counts: dict[str, int], config: PretrainedConfig) -> None:
+    for name, ours in counts.items():
+        if ours != (theirs := getattr(config, name)):
+            raise ValueError(
+                f"The processor's `{name}` is {ours}, the model's is {theirs}: they do not belong together. Load both "
+                "from one checkpoint, or build the model with `processor=`."
+            )
+
+
+def _set_up(tokenizer: PreTrainedTokenizerBase, num_ret_tokens: int) -> list[int]:
+    """Add `<|image|>` and the tokens of `[RET]` and set padding up; returns their ids."""
+    if num_ret_tokens < 1:
+        raise ValueError(f"`num_ret_tokens` must be at least 1, got {num_ret_tokens}.")
     present = tokenizer.get_vocab()
-    tokenizer.add_tokens([token for token in tokens[:1] if token.content not in present], special_tokens=True)
-    tokenizer.add_tokens([token for token in tokens[1:] if token.content not in present])
-    image_id, ret_id = (token_id(tokenizer, token) for token in (IMAGE_TOKEN, RET_TOKEN))
+    for name in (IMAGE_TOKEN, *ret_tokens(num_ret_tokens)):
+        if name not in present:  # a decoded text that skips special tokens keeps [RET], once
+            is_special = name != RET_TOKEN
+            tokenizer.add_tokens([AddedToken(name, special=is_special, normalized=False)], special_tokens=is_special)
+    image_id, ret_id, *_ = ids = [token_id(tokenizer, token) for token in (IMAGE_TOKEN, *ret_tokens(num_ret_tokens))]
     if ret_id <= image_id:
         raise ValueError(
             f"The tokenizer has {RET_TOKEN} at {ret_id} and {IMAGE_TOKEN} at {image_id}; FROMAGe needs [RET] after "
             "<|image|>. Start from a tokenizer without them."
         )
+    further = ret_tokens(num_ret_tokens + 1)
+    if ids[1:] != list(range(ret_id, ret_id + num_ret_tokens)) or further[-1] in present:
+        found = {token: present[token] for token in further if token in present}
+        raise ValueError(
+            f"`num_ret_tokens` is {num_ret_tokens}, but the tokenizer has {found} already: their ids must be "
+            "contiguous, and there must be no more. Load the processor of that checkpoint with its own number, or "
+            "start from a tokenizer without them."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # so that a batch can be continued
-    return image_id, ret_id
+    return ids
 
 
 def _read(images: Any) -> Any:
@@ -323,4 +348,4 @@ def _read(images: Any) -> Any:
     return load_rgb_image(images) if isinstance(images, (str, os.PathLike, Image.Image)) else images
 
 
-__all__ = ["FromageProcessor"]
+__all__ = ["FromageProcessor", "token_counts"]

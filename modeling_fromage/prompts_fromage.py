@@ -5,6 +5,7 @@ out their prompts with these functions, so that a model reads what it was traine
 """
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,30 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )
 TEXT_STOP_STRINGS = ["\n"]  # the paper's prompts are lines
+
+
+def ret_tokens(count: int) -> list[str]:
+    """The texts of `count` `[RET]` tokens: `[RET]`, `[RET2]`, ..."""
+    return [RET_TOKEN, *(f"{RET_TOKEN[:-1]}{number}]" for number in range(2, count + 1))]
+
+
+def expand_rets(text: str, count: int) -> str:
+    """A text with all `count` tokens for each `[RET]` in it, which may have them already.
+
+    Raises:
+        ValueError: The text has another of them by itself.
+    """
+    if count == 1:
+        return text
+    tokens = ret_tokens(count)
+    rest = "".join(tokens[1:])
+    pieces = re.split(rf"{re.escape(RET_TOKEN)}(?:{re.escape(rest)})?", text)
+    if torn := [token for token in tokens[1:] if any(token in piece for piece in pieces)]:
+        raise ValueError(
+            f"A text has {torn[0]} without the tokens before it. Write {RET_TOKEN} alone, which stands for all "
+            f"{count} of them."
+        )
+    return (RET_TOKEN + rest).join(pieces)
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -55,16 +80,22 @@ def add_bos(text: str, bos_text: str, caption_start: str) -> str:
     return text[: len(text) - len(rest)] + bos_text + rest
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, num_image_tokens: int) -> list[int]:
-    """Token ids of a text, `num_image_tokens` placeholders for each `<|image|>` among them."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, num_image_tokens: int, num_ret_tokens: int = 1
+) -> list[int]:
+    """Token ids of a text, `num_image_tokens` placeholders for each `<|image|>` among them, and `num_ret_tokens` for
+    each `[RET]`."""
+    text = expand_rets(text, num_ret_tokens)
     marked = {"sanitize_control_tokens": True} if is_marked(text) else {}
     image, ids = token_id(tokenizer, IMAGE_TOKEN), tokenizer(text, add_special_tokens=False, **marked).input_ids
     return [each for token in ids for each in ([image] * num_image_tokens if token == image else [token])]
 
 
-def retrieval_text(text: str) -> str:
-    """A text that ends in `[RET]`, whose hidden state there is the text's embedding."""
-    return text if text.endswith(RET_TOKEN) else text + RET_TOKEN
+def retrieval_text(text: str, num_ret_tokens: int = 1) -> str:
+    """A text that ends in `[RET]`, all its tokens, whose hidden states there give the text's embedding."""
+    text = expand_rets(text, num_ret_tokens)
+    run = "".join(ret_tokens(num_ret_tokens))
+    return text if text.endswith(run) else text + run
 
 
 def chat_stop_strings(chat_template: str | dict[str, str] | None) -> list[str]:
@@ -72,7 +103,7 @@ def chat_stop_strings(chat_template: str | dict[str, str] | None) -> list[str]:
     return list(TEXT_STOP_STRINGS) if chat_template == DEFAULT_CHAT_TEMPLATE else []
 
 
-def template_for_mask(rendered: str | list[str], chat_template: str, bos_text: str) -> str:
+def template_for_mask(rendered: str | list[str], chat_template: str, bos_text: str, num_ret_tokens: int = 1) -> str:
     """A chat template with BOS in it, for the mask of the assistant's tokens.
 
     Raises:
@@ -83,6 +114,11 @@ def template_for_mask(rendered: str | list[str], chat_template: str, bos_text: s
         raise ValueError(
             "A message holds a special token as text, which `return_assistant_tokens_mask` cannot count. Leave the "
             "message out, or let it be the token with `sanitize_control_tokens=False`."
+        )
+    if any(expand_rets(text, num_ret_tokens) != text for text in texts):
+        raise ValueError(
+            f"`return_assistant_tokens_mask` cannot count a {RET_TOKEN} of {num_ret_tokens} tokens that a text spells. "
+            'Give it as a part of type "ret".'
         )
     if bos_text and any(text.startswith(IMAGE_TOKEN) for text in texts):
         raise ValueError("`return_assistant_tokens_mask` needs a template that does not begin with an image.")
@@ -101,26 +137,28 @@ class CaptionFormat:
     Args:
         caption_prefix (`str`, defaults to `""`): Text between an image and its caption, before BOS.
         caption_suffix (`str`, defaults to `""`): Text that ends a caption.
-        max_length (`int`, defaults to 24): Tokens of a caption in training, including BOS, the suffix and `[RET]`.
+        max_length (`int`, defaults to 24): Tokens of a caption in training, including BOS, the suffix and `[RET]`, all
+            its tokens.
     """
 
     caption_prefix: str = ""
     caption_suffix: str = ""
     max_length: int = 24
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, bos_text: str) -> None:
+    def check(self, tokenizer: PreTrainedTokenizerBase, bos_text: str, num_ret_tokens: int = 1) -> None:
         """
         Raises:
             ValueError: A text contains a special token, or `max_length` leaves no room for a caption.
         """
         for name in ("caption_prefix", "caption_suffix"):
             text = getattr(self, name)
-            if not isinstance(text, str) or IMAGE_TOKEN in text or RET_TOKEN in text:
-                raise ValueError(f"`{name}` must be a text without {IMAGE_TOKEN} and {RET_TOKEN}, got {text!r}.")
+            tokens = [IMAGE_TOKEN, *ret_tokens(num_ret_tokens)]
+            if not isinstance(text, str) or any(token in text for token in tokens):
+                raise ValueError(f"`{name}` must be a text without {' and '.join(tokens)}, got {text!r}.")
         if not isinstance(self.max_length, int) or isinstance(self.max_length, bool):
             raise ValueError(f"`max_length` must be a number of tokens, got {self.max_length!r}.")
         suffix = tokenizer(self.caption_suffix, add_special_tokens=False).input_ids
-        if self.max_length < bool(bos_text) + len(suffix) + 2:
+        if self.max_length < bool(bos_text) + len(suffix) + 1 + num_ret_tokens:
             raise ValueError(
                 f"`max_length` {self.max_length} leaves no room for a caption beside BOS, suffix and [RET]."
             )
@@ -158,12 +196,14 @@ class CaptionLayout:
         caption_format ([`CaptionFormat`]): How captions are laid out.
         bos_text (`str`): BOS, or `""` where the tokenizer uses none.
         num_image_tokens (`int`): Placeholders per image.
+        num_ret_tokens (`int`, defaults to 1): Tokens of a `[RET]`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     caption_format: CaptionFormat
     bos_text: str
     num_image_tokens: int
+    num_ret_tokens: int = 1
 
     @property
     def start(self) -> str:
@@ -184,8 +224,9 @@ class CaptionLayout:
         return self._tokenize(self.caption_format.caption_suffix)
 
     @cached_property
-    def _ret_ids(self) -> list[int]:
-        return [token_id(self.tokenizer, RET_TOKEN)]
+    def ret_ids(self) -> list[int]:
+        """Token ids of a `[RET]`."""
+        return [token_id(self.tokenizer, token) for token in ret_tokens(self.num_ret_tokens)]
 
     def encode(self, caption: str) -> CaptionIds:
         """Token ids of a caption; one that is too long loses its last words."""
@@ -203,12 +244,12 @@ class CaptionLayout:
         return [self._for_retrieval(ids[: self._room]) for ids in found]
 
     def _for_retrieval(self, caption_ids: list[int]) -> list[int]:
-        return self._bos_ids + caption_ids + self._ret_ids
+        return self._bos_ids + caption_ids + self.ret_ids
 
     @property
     def _room(self) -> int:
         """Tokens that a caption may have."""
-        return self.caption_format.max_length - len(self._bos_ids) - len(self._suffix_ids) - len(self._ret_ids)
+        return self.caption_format.max_length - len(self._bos_ids) - len(self._suffix_ids) - len(self.ret_ids)
 
     def _caption_ids(self, caption: str) -> list[int]:
         return self._tokenize(caption)[: self._room]
@@ -220,33 +261,38 @@ class CaptionLayout:
 # ---- messages -------------------------------------------------------------------------------------------------------
 
 
-def join_parts(parts: Sequence[Part], tokens: ControlTokens | None) -> str:
+def join_parts(parts: Sequence[Part], tokens: ControlTokens | None, num_ret_tokens: int = 1) -> str:
     """The text of a message's parts, with `<|image|>` for each image that is shown to the model and `[RET]` for each
     that it retrieved.
 
     Args:
         parts: Parts of type "text", "image" and "ret". Images of the same "ret_index" have one `[RET]`.
         tokens ([`ControlTokens`]): Tokens that the texts must not become; `None` leaves the texts alone.
+        num_ret_tokens (`int`, defaults to 1): Tokens that are written for a `[RET]`.
     """
+    run = "".join(ret_tokens(num_ret_tokens))
     pieces: list[tuple[str, bool]] = []  # texts, and whether each is a token
     last_ret = None
     for part in parts:
         ret = part.get("ret_index")
         if part["type"] == "text":
-            pieces += AnswerText.concatenate([part["text"]]).split_rets(RET_TOKEN)
+            split = AnswerText.concatenate([part["text"]]).split_rets(RET_TOKEN)
+            pieces += [(run if is_ret else text, is_ret) for text, is_ret in split]
         elif part["type"] == "ret":
-            pieces.append((RET_TOKEN, True))
+            pieces.append((run, True))
         elif ret is None:
             pieces.append((IMAGE_TOKEN, True))
         elif ret != last_ret:
-            pieces.append((RET_TOKEN, True))
+            pieces.append((run, True))
         last_ret = ret
     # Adjacent texts are treated as one: together they may spell a token.
     runs = (("".join(text for text, _ in run), known) for known, run in itertools.groupby(pieces, lambda p: p[1]))
     return "".join(text if known or tokens is None else as_text(text, tokens) for text, known in runs)
 
 
-def plain_message(message: dict[str, Any], tokens: ControlTokens | None, join: bool) -> dict[str, Any]:
+def plain_message(
+    message: dict[str, Any], tokens: ControlTokens | None, join: bool, num_ret_tokens: int = 1
+) -> dict[str, Any]:
     """A message whose texts cannot become special tokens.
 
     Args:
@@ -256,9 +302,9 @@ def plain_message(message: dict[str, Any], tokens: ControlTokens | None, join: b
     rest = {name: value for name, value in message.items() if name != "content"}
     rest = rest if tokens is None else as_text(rest, tokens)
     if isinstance(content, str):
-        content = join_parts([{"type": "text", "text": content}], tokens)
+        content = join_parts([{"type": "text", "text": content}], tokens, num_ret_tokens)
     elif isinstance(content, list) and join:
-        content = join_parts(content, tokens)
+        content = join_parts(content, tokens, num_ret_tokens)
     elif isinstance(content, list) and tokens is not None:
         content = [as_text(part, tokens) if part.get("type") == "text" else part for part in _merged_texts(content)]
     return {**rest, "content": content} if "content" in message else rest
@@ -286,9 +332,11 @@ __all__ = [
     "add_bos",
     "bos_text_of",
     "chat_stop_strings",
+    "expand_rets",
     "join_parts",
     "plain_message",
     "prompt_ids",
+    "ret_tokens",
     "retrieval_text",
     "template_for_mask",
     "token_id",

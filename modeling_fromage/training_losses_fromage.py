@@ -1,7 +1,7 @@
 """Captioning and retrieval losses (section 3.3), skipping work that no trained parameter depends on.
 
-Axes: B rows of text, L tokens, T tokens without padding, N images, H the width of the LM's head, q the width of the
-shared image-text space.
+Axes: B rows of text, L tokens, T tokens without padding, N images, H the width of the LM's head, r `[RET]` tokens at
+the end of each text, q the width of the shared image-text space.
 """
 
 from typing import Any
@@ -24,6 +24,7 @@ from .losses_fromage import (
     sigmoid_loss,
 )
 from .packing_fromage import PackedRows, PrefixTree, tokens_first
+from .ret_runs_fromage import ends_of_rets, last_rets
 
 # The losses by the names that they have in the model's output, and the fields of the configuration that weight them.
 LOSS_WEIGHTS = {
@@ -69,9 +70,10 @@ def retrieval_losses(
         negatives: (N', vision width), pooled features of further images, that no text is to find.
 
     Returns:
-        `ret_token_loss`, `contrastive_loss`, `image_embeds` (M, q) and `text_embeds` (M, q) of matching pairs, in the
-        order of the images, and `logits_per_image` (N + N', M) and `logits_per_text` (M, N + N') over the images and
-        texts of all ranks, a rank's negatives behind its other images.
+        `ret_token_loss`, `contrastive_loss`, `image_embeds` (M, q) and `text_embeds` (M, q) of matching pairs, the
+        latter (M, r, q) where a text has several queries, in the order of the images, and `logits_per_image`
+        (N + N', M) and `logits_per_text` (M, N + N') over the images and texts of all ranks, a rank's negatives behind
+        its other images.
 
     Raises:
         ValueError: There are not as many images as texts, or there is no image of that number.
@@ -152,7 +154,8 @@ def matching_loss(
     negatives: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The contrastive loss of images, by their pooled features (N, vision width), and the texts that match them, by
-    their embeddings (M, q): the part of [`retrieval_losses`] that comes after the language model.
+    their embeddings (M, q), or (M, r, q) of several queries: the part of [`retrieval_losses`] that comes after the
+    language model.
 
     Args:
         matches: (M,), the number of each text's image; by default text i matches image i.
@@ -195,26 +198,27 @@ def matching_loss(
 
 @torch.no_grad()
 def ret_hidden_states(lm: FrozenLM, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
-    """Hidden states of the last `[RET]` of each text (N, L), without gradient: (N, width) for each of
-    `text_embed_layers`. Of a frozen language model, and while `[RET]` stays as it is, they are constants.
+    """Hidden states of the last `[RET]` of each text (N, L), without gradient: (N, r * width) for each of
+    `text_embed_layers`, its tokens side by side. Of a frozen language model, and while `[RET]` stays as it is, they are
+    constants.
 
     What several texts begin with runs once, where the LM takes that."""
     numbers = _number_of_rets(lm, input_ids, attention_mask)
     is_right_padded = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
     if not (is_right_padded and lm.can_pack(attention_mask) and lm.takes("shared prefixes")):
         _, layers = lm.run_unpadded(lm.embed(input_ids), attention_mask, all_layers=True)
-        return [layer[numbers] for layer in layers]
+        return [layer[numbers].flatten(1) for layer in layers]
     tree = PrefixTree(input_ids, attention_mask, attention_window(lm.config.text_config))
     embeds = lm.embed(tree.input_ids)
     output = lm.decode(
         embeds, tree.attention_mask(embeds.dtype), tree.position_ids, output_hidden_states=lm.needs_all_layers
     )
-    return [tree.at_tokens(hidden)[numbers] for hidden in lm.text_layers(output)]
+    return [tree.at_tokens(hidden)[numbers].flatten(1) for hidden in lm.text_layers(output)]
 
 
 def why_not_ret_only(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> str | None:
     """What keeps [`ret_only_pass`] from being exact, for the log; `None` where it is: for a frozen LM that sees the
-    whole text, and one `[RET]`, at the end of each."""
+    whole text, and one `[RET]`, all its tokens, at the end of each."""
     language_model = lm.language_model
     if not torch.is_grad_enabled() or any(p.requires_grad for p in language_model.parameters()):
         return "the language model is being trained, or no gradient is asked for"
@@ -224,9 +228,10 @@ def why_not_ret_only(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) 
         return "texts are longer than the language model's attention window"
     if input_ids.shape[1] > lm.rope_switch:
         return "texts are longer than what the language model has one set of rotary frequencies for"
-    is_ret = lm.is_ret(input_ids)
+    is_ret, count = lm.is_ret(input_ids), lm.config.num_ret_tokens
     after_ret = is_ret.int().cumsum(-1).bool() & mask.bool()
-    if not ((is_ret.sum(-1) == 1).all() and (after_ret == is_ret).all() and (mask.sum(-1) > 1).all()):
+    is_one = (is_ret.sum(-1) == count) & (ends_of_rets(input_ids, lm.config).sum(-1) == 1)
+    if not (is_one.all() and (after_ret == is_ret).all() and (mask.sum(-1) > count).all()):
         return "a text has [RET] elsewhere than once, at its end, or nothing before it"
     return lm.traits.why_no_shortcut(language_model)
 
@@ -243,15 +248,15 @@ def ordinary_pass(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> 
 def _hidden_states_and_rets(
     lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Hidden states of all tokens (T, H) of texts (N, L), and of each text's last `[RET]`, (N, width) a layer."""
+    """Hidden states of all tokens (T, H) of texts (N, L), and of each text's last `[RET]`, (N, r * width) a layer."""
     numbers = _number_of_rets(lm, input_ids, mask)
     hidden, layers = lm.run_unpadded(lm.embed(input_ids), mask, all_layers=True)
-    return hidden, [layer[numbers] for layer in layers]
+    return hidden, [layer[numbers].flatten(1) for layer in layers]
 
 
 def _number_of_rets(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(N,), the number of each text's last `[RET]` among all tokens."""
-    rows, columns = lm.last_rets(input_ids)
+    """(N, r), the numbers of each text's last `[RET]` among all tokens."""
+    rows, columns = last_rets(input_ids, lm.config)
     return (mask.bool().flatten().cumsum(0) - 1).view_as(mask)[rows, columns]
 
 
@@ -259,55 +264,70 @@ def ret_only_pass(lm: FrozenLM, input_ids: torch.Tensor, mask: torch.Tensor) -> 
     """What [`ordinary_pass`] returns, at a fraction of its cost and with the same gradient.
 
     Nothing before `[RET]` depends on a trained parameter: those tokens run without gradient into a KV cache, and
-    `[RET]` alone runs with gradient against it. Of the logits only the `[RET]` columns have a gradient.
+    `[RET]` alone runs with gradient against it. Of the logits at those tokens only the `[RET]` columns have a gradient.
     """
     prefix_mask = mask.masked_fill(lm.is_ret(input_ids), 0)
-    targets = input_ids[:, 1:][has_previous_token(mask)]
-    ret_ids = input_ids[lm.last_rets(input_ids)]
+    targets = input_ids.roll(-1, dims=1)[prefix_mask.bool()]
+    ret_ids = input_ids[last_rets(input_ids, lm.config)]  # (N, r)
     run = _packed_prefix_and_ret if lm.can_pack(prefix_mask) else _padded_prefix_and_ret
     with no_activation_checkpointing(lm.language_model):
-        hidden, layers = run(lm, input_ids, prefix_mask, ret_ids)
-    return lm.token_losses_without_gradient(hidden, targets).sum(), lm.adapter.text_embeds(layers)
+        hidden, ret_hidden, layers = run(lm, input_ids, prefix_mask, ret_ids)
+    loss = lm.token_losses_without_gradient(hidden, targets).sum()
+    if ret_ids.shape[1] > 1:  # each but the last predicts the next
+        loss = loss + lm.sum_token_loss(ret_hidden[:, :-1].flatten(0, 1), ret_ids[:, 1:].flatten())
+    return loss, lm.adapter.text_embeds([layer.flatten(1) for layer in layers])
+
+
+_PrefixAndRet = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
 
 
 def _packed_prefix_and_ret(
     lm: FrozenLM, input_ids: torch.Tensor, prefix_mask: torch.Tensor, ret_ids: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Hidden states of the prefixes' tokens (T, H), constants, and of each row's `[RET]`, (N, width) a layer."""
-    packed = PackedRows(prefix_mask, attention_window(lm.config.text_config))
+) -> _PrefixAndRet:
+    """Hidden states of the prefixes' tokens (T, H), constants; of each row's `[RET]` (N, r, H), and (N, r, width) a
+    layer."""
+    count = ret_ids.shape[1]
+    packed = PackedRows(prefix_mask, attention_window(lm.config.text_config), count)
     with torch.no_grad():
         embeds = lm.embed(packed.lay(input_ids))
         prefix = lm.decode(embeds, packed.attention_mask(embeds.dtype), packed.position_ids, use_cache=True)
     last = lm.decode(
         lm.embed(packed.lay_queries(ret_ids)),
         packed.query_mask(embeds.dtype),
-        packed.lay_queries(packed.lengths),
+        packed.lay_queries(packed.lengths[:, None] + torch.arange(count, device=ret_ids.device)),
         prefix.past_key_values,
         use_cache=True,
         output_hidden_states=lm.needs_all_layers,
     )
-    layers = [hidden[packed.row, packed.slot] for hidden in lm.text_layers(last)]
-    return packed.at_tokens(prefix.last_hidden_state), layers
+    layers = [packed.at_queries(hidden) for hidden in lm.text_layers(last)]
+    return packed.at_tokens(prefix.last_hidden_state), packed.at_queries(last.last_hidden_state), layers
 
 
 def _padded_prefix_and_ret(
     lm: FrozenLM, input_ids: torch.Tensor, prefix_mask: torch.Tensor, ret_ids: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """[`_packed_prefix_and_ret`] for an LM that takes no packed rows: one batch, padded on the right."""
-    order = tokens_first(prefix_mask)
+) -> _PrefixAndRet:
+    """[`_packed_prefix_and_ret`] for an LM that takes no packed rows: one batch, padded on the right, and the tokens of
+    `[RET]` one by one behind it, as the trial of "cached prefixes" has shown."""
+    # A sliding window's cache keeps as many columns as it reaches, padding among them: the prefix and [RET] fill it.
+    width = int(min(input_ids.shape[1] + 1, attention_window(lm.config.text_config))) - ret_ids.shape[1]
+    order = tokens_first(prefix_mask)[:, :width]
     input_ids, prefix_mask = input_ids.gather(1, order), prefix_mask.gather(1, order)
     with torch.no_grad():
         embeds = lm.embed(input_ids.masked_fill(prefix_mask == 0, 0))
         prefix = lm.decode(embeds, prefix_mask, use_cache=True)
-    last = lm.decode(
-        lm.embed(ret_ids[:, None]),
-        torch.cat([prefix_mask, prefix_mask.new_ones(len(ret_ids), 1)], dim=1),
-        prefix_mask.long().sum(-1, keepdim=True),
-        prefix.past_key_values,
-        use_cache=True,
-        output_hidden_states=lm.needs_all_layers,
-    )
-    return prefix.last_hidden_state[prefix_mask.bool()], [hidden[:, 0] for hidden in lm.text_layers(last)]
+    steps = []
+    for place, token in enumerate(ret_ids.split(1, dim=1)):
+        last = lm.decode(
+            lm.embed(token),
+            torch.cat([prefix_mask, prefix_mask.new_ones(len(token), place + 1)], dim=1),
+            prefix_mask.long().sum(-1, keepdim=True) + place,
+            prefix.past_key_values,
+            use_cache=True,
+            output_hidden_states=lm.needs_all_layers,
+        )
+        steps.append([last.last_hidden_state, *lm.text_layers(last)])
+    ret_hidden, *layers = (torch.cat(hidden, dim=1) for hidden in zip(*steps, strict=True))
+    return prefix.last_hidden_state[prefix_mask.bool()], ret_hidden, layers
 
 
 def has_previous_token(mask: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ def tokens_as_words(
                 words.append(Word(text, "lightblue"))
             continue
         ground = "palegreen" if labels is not None and labels[place] != -100 else "whitesmoke"
-        if number == processor.ret_token_id:
+        if number in processor.ret_token_ids:
             ground = "orange"
         words.append(Word(text.replace(" ", "\u00b7").replace("\n", "\\n"), ground))
     return words

@@ -42,8 +42,9 @@ def assemble(
     config, quantization = model_args.config_kwargs(), model_args.quantization_config()
     gguf = {"gguf_file": config["text_gguf_file"]} if "text_gguf_file" in config else {}
     processor = FromageProcessor.from_vision_text_pretrained(
-        model_args.vision_model, model_args.language_model, num_image_tokens=model_args.num_image_tokens, **gguf
-    )
+        model_args.vision_model, model_args.language_model, num_image_tokens=model_args.num_image_tokens,
+        num_ret_tokens=model_args.num_ret_tokens, **gguf,
+    )  # fmt: skip
     model = FromageForConditionalGeneration.from_vision_text_pretrained(
         model_args.vision_model, model_args.language_model, processor=processor, **config, **dtypes,
         text_quantization_config=quantization,

@@ -62,10 +62,9 @@ def caption_log_likelihoods(
 
 def _targets(processor: "FromageProcessor", caption: str, start: int) -> torch.Tensor:
     """Token ids of a caption and its suffix, which follow `start` tokens of the prompt."""
-    if not caption.strip() or processor.image_token in caption or processor.ret_token in caption:
-        raise ValueError(
-            f"A caption has a text, without {processor.image_token} and {processor.ret_token}, got {caption[:100]!r}."
-        )
+    tokens = processor.image_token, *processor.ret_tokens
+    if not caption.strip() or any(token in caption for token in tokens):
+        raise ValueError(f"A caption has a text, without {' and '.join(tokens)}, got {caption[:100]!r}.")
     return torch.tensor(processor.caption_layout.encode(caption).input_ids[start:])
 
 

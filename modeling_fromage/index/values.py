@@ -22,6 +22,12 @@ def as_embeds(embeds: Any, dim: int | None = None) -> torch.Tensor:
             embeds = torch.tensor(np.asarray(embeds))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"Expected embeddings as a tensor or an array, got {type(embeds)}: {error}") from error
+    if embeds.dim() == 3 and embeds.shape[-1] == dim:
+        raise ValueError(
+            f"Got {embeds.shape[1]} queries for each of {len(embeds)} texts (ret_aggregation='max'); an index takes "
+            "one each. Search with FromagePipeline, or with `search_by_queries` of late_interaction_fromage, which "
+            "merges what each of them finds."
+        )
     if embeds.dim() != 2 or embeds.shape[-1] != (embeds.shape[-1] if dim is None else dim) or embeds.is_complex():
         raise ValueError(
             f"Expected embeddings (N, {'q' if dim is None else dim}), got {tuple(embeds.shape)} of {embeds.dtype}."

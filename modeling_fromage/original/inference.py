@@ -46,7 +46,15 @@ def original_generation(
 
     Returns:
         `{"type": "text", "text": ...}` and `{"type": "images", "ids": [...], "images": [...]}`, in order.
+
+    Raises:
+        ValueError: `[RET]` is several tokens, which the authors' code does not know.
     """
+    if model.config.num_ret_tokens > 1:
+        raise ValueError(
+            f"The authors' code knows one [RET] token, and this model has {model.config.num_ret_tokens} in a row. Use "
+            "FromagePipeline."
+        )
     ids, pixels, is_text = original_prompt(model, processor, prompts)
     images = {} if pixels is None else {"pixel_values": pixels}
     if num_words == 0:

@@ -28,7 +28,15 @@ from .metrics import CONTENT_TYPE, Metrics
 from .pictures import Links, data_url, png_of
 from .prompts import PromptReader, load_indexed
 from .requests import ChatRequest, EmbeddingsRequest, ImageSearchRequest
-from .retrieval import add_likelihoods, caption_of, count_tokens, embed, reranked, search
+from .retrieval import (
+    add_likelihoods,
+    caption_of,
+    count_tokens,
+    embed,
+    refuse_several_queries,
+    reranked,
+    search,
+)
 from .settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -131,11 +139,11 @@ class Service:
             self.metrics.tokens.labels("written").inc(answer.completion_tokens)
 
     async def embed(self, inputs: list[list[dict[str, Any]]]) -> list[torch.Tensor]:
-        """Embeddings (N, q), a batch at a time, between batches of answers."""
+        """Embeddings of inputs, as [`embed`] gives them, a batch at a time, between batches of answers."""
         size, rows = self.settings.max_batch_size, list[torch.Tensor]()
         for start in range(0, len(inputs), size):
             batch = inputs[start : start + size]
-            rows += list(await self.job(partial(self.engine.run, partial(embed, self.pipe, batch))))
+            rows += await self.job(partial(self.engine.run, partial(embed, self.pipe, batch)))
         return rows
 
     async def rerank(self, caption: str, hits: list[Segment], count: int, weight: float | None) -> list[Segment]:
@@ -251,6 +259,7 @@ def _add_embeddings(app: FastAPI, service: Service) -> None:
             raise ApiError(400, f"Embeddings have {width} dimensions here. Leave `dimensions` out.", param="dimensions")
         with service.place():
             async with service.reader.inputs(body.input, service.links(request)) as inputs:
+                refuse_several_queries(service.pipe, inputs)
                 rows: list[Any] = [row.tolist() for row in await service.embed(inputs)]
         if body.encoding_format == "base64":
             rows = [base64.b64encode(struct.pack(f"<{width}f", *row)).decode() for row in rows]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ..image_search_fromage import ImageIndex, ImageSearch, Segment
@@ -97,7 +98,7 @@ def similar(engine: Engine, image: Image.Image, top_k: int, index: ImageIndex | 
 
     def look() -> list[Segment]:
         embeds = embed(engine.pipe, [[as_part(image)]])
-        return ImageSearch(index, engine.pipe.model).retrieve(embeds, top_k, [[]])[0]
+        return ImageSearch(index, engine.pipe.model).retrieve(torch.stack(embeds), top_k, [[]])[0]
 
     return engine.run(look)
 

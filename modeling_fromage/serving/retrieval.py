@@ -18,8 +18,9 @@ def is_image(parts: Input) -> bool:
 
 
 @torch.no_grad()
-def embed(pipe: FromagePipeline, inputs: Sequence[Input]) -> torch.Tensor:
-    """Unit-norm embeddings (N, q) of images, and of texts and interleaved inputs as queries for images.
+def embed(pipe: FromagePipeline, inputs: Sequence[Input]) -> list[torch.Tensor]:
+    """Unit-norm embeddings of images (q,), and of texts and interleaved inputs as queries for images: (q,), or (r, q)
+    with several queries each.
 
     Raises:
         ValueError: An input is too long.
@@ -34,18 +35,32 @@ def embed(pipe: FromagePipeline, inputs: Sequence[Input]) -> torch.Tensor:
         rows |= zip(images, model.get_image_embeds(pixels.to(model.device, model.vision_model.dtype)), strict=True)
     if others:
         rows |= zip(others, query_embeds(pipe, [list(inputs[i]) for i in others])[0], strict=True)
-    return torch.stack([rows[i] for i in range(len(inputs))]).float().cpu()
+    return [rows[i].float().cpu() for i in range(len(inputs))]
+
+
+def refuse_several_queries(pipe: FromagePipeline, inputs: Sequence[Input]) -> None:
+    """Raise a `ValueError` where an input has no one embedding: a text of a model with several queries a text."""
+    config = pipe.model.config
+    if config.ret_aggregation == "max" and not all(map(is_image, inputs)):
+        raise ValueError(
+            f"A text has {config.num_ret_tokens} embeddings here, one a [RET] token (ret_aggregation='max'), of which "
+            "the nearest to an image counts. Ask /v1/images/search, which takes them all; only images have one."
+        )
 
 
 def count_tokens(pipe: FromagePipeline, parts: Input) -> int:
     """Tokens that the language model reads of an input; none of an image alone."""
-    return 0 if is_image(parts) else pipe.processor.count_tokens(pipe.processor.join_parts(list(parts), True)) + 1
+    if is_image(parts):
+        return 0
+    processor = pipe.processor
+    return processor.count_tokens(processor.join_parts(list(parts), True)) + processor.num_ret_tokens
 
 
 def search(
     pipe: FromagePipeline, embeds: torch.Tensor, top_k: int, where: dict[str, Any] | None, exclude_ids: Sequence[str]
 ) -> list[Segment]:
-    """The images of the index that are nearest to one embedding (1, q), best first, not yet read.
+    """The images of the index that are nearest to one embedding (1, q), or to the nearest of several (1, r, q), best
+    first, not yet read.
 
     Raises:
         ValueError: There is no index, or another model's, or `where` is not one that it understands.
@@ -75,4 +90,5 @@ def reranked(pipe: FromagePipeline, hits: list[Segment], weight: float | None) -
     return [hits[i] for i in order.tolist()]
 
 
-__all__ = ["add_likelihoods", "caption_of", "count_tokens", "embed", "is_image", "reranked", "search"]
+__all__ = ["add_likelihoods", "caption_of", "count_tokens", "embed", "is_image", "refuse_several_queries", "reranked",
+           "search"]  # fmt: skip

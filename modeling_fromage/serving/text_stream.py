@@ -1,7 +1,7 @@
 """The text of an answer while it is written, of which nothing is ever taken back."""
 
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ class TextStream:
     After a `[RET]`, whose image is looked up when all is written, nothing more is handed on until then.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ret_ids: Container[int], options: AnswerOptions):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ret_ids: Sequence[int], options: AnswerOptions):
         self.tokenizer, self.ret_ids = tokenizer, ret_ids
         self.stop_strings, self.eos_ids = options.stop_strings, set(options.eos_ids)
         self.tokens: list[int] = []
@@ -37,7 +37,8 @@ class TextStream:
             if not self.holds:
                 yield from self._new(self._text())
             self.holds = True
-            yield {"type": "ret"}
+            if token == self.ret_ids[-1]:  # one that is cut off finds no image
+                yield {"type": "ret"}
 
     def rest(self, answer: Sequence[Segment]) -> Iterator[Segment]:
         """What was not handed on of the whole answer."""

@@ -40,7 +40,7 @@ def check_text(text: str, processor: FromageProcessor, kind: str = "caption") ->
         text.encode()
     except UnicodeEncodeError as error:  # half of an emoji, as JSON may have it; tokenizers refuse it
         raise BadExampleError(f"{kind} is not Unicode", ascii(text)[:100]) from error
-    for token in (processor.image_token, processor.ret_token):
+    for token in (processor.image_token, *processor.ret_tokens):
         if token in text:
             raise BadExampleError(f"{kind} with a special token", f"{token} in {text[:200]!r}")
 

@@ -43,8 +43,8 @@ class FromageDataCollator:
 
     Args:
         processor ([`FromageProcessor`]): Tokenizer, image processor, token ids and the layout of captions.
-        max_length (`int`, *optional*): Tokens of a caption, including BOS, the suffix and `[RET]`; longer captions lose
-            their last words.
+        max_length (`int`, *optional*): Tokens of a caption, including BOS, the suffix and `[RET]`, all its tokens;
+            longer captions lose their last words.
         concat_captions_prob (`float`, defaults to 0.5): Probability, per batch, that captioning sequences 2i and 2i + 1
             are concatenated. Draws are functions of `seed` and a batch's captions, so that a resumed run repeats them.
         caption_prefix (`str`, *optional*): Text between the visual tokens and BOS, not a target.
@@ -236,7 +236,7 @@ class FromageDataCollator:
             if "document_ids" in example:
                 chances = torch.rand(example["num_images"], generator=generator)
                 shown = (chances >= self.document_ret_prob).nonzero().flatten().tolist()
-                example["document_ids"] = example["document_ids"].without_rets(set(shown))
+                example["document_ids"] = example["document_ids"].without_rets(set(shown), len(self._layout.ret_ids))
         return drawn
 
     def retrieval_inputs(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -16,17 +16,20 @@ class DocumentIds(NamedTuple):
 
     Args:
         input_ids: Token ids.
-        labels: Targets of the texts and of `[RET]`, -100 at placeholders.
-        finds: At a `[RET]` the number, within the document, of the image that it is to find, -100 elsewhere.
+        labels: Targets of the texts and of `[RET]`, all its tokens, -100 at placeholders.
+        finds: At a `[RET]`, the last of its tokens, the number, within the document, of the image that it is to find,
+            -100 elsewhere.
     """
 
     input_ids: list[int]
     labels: list[int]
     finds: list[int]
 
-    def without_rets(self, images: set[int]) -> "DocumentIds":
-        """The sequence without the `[RET]`s that are to find these images."""
-        kept = [place for place, image in enumerate(self.finds) if image not in images]
+    def without_rets(self, images: set[int], num_ret_tokens: int = 1) -> "DocumentIds":
+        """The sequence without the `[RET]`s, of `num_ret_tokens` each, that are to find these images."""
+        ends = [place for place, image in enumerate(self.finds) if image in images]
+        gone = {end - back for end in ends for back in range(num_ret_tokens)}
+        kept = [place for place in range(len(self.finds)) if place not in gone]
         return DocumentIds(*([values[place] for place in kept] for values in self))
 
 
@@ -83,19 +86,19 @@ class DocumentLayout:
 
     def _sequence(self, ids: list[int]) -> DocumentIds:
         """The first tokens of a document, with their targets."""
-        image_id, ret_id, k = (
-            self.processor.image_token_id,
-            self.processor.ret_token_id,
-            self.processor.num_image_tokens,
-        )
+        image_id, k = self.processor.image_token_id, self.processor.num_image_tokens
+        *_, last_ret = ret_ids = self.processor.ret_token_ids
         end = min(len(ids), self.max_length)
-        if end < len(ids):  # not within an image, nor between it and its [RET]
-            while end and ids[end] == image_id and (ids[:end].count(image_id) % k or ids[end - 1] == ret_id):
+        if end < len(ids):  # not within an image or a [RET], nor between them
+            while end and (
+                ids[end] in ret_ids[1:]
+                or (ids[end] == image_id and (ids[:end].count(image_id) % k or ids[end - 1] == last_ret))
+            ):
                 end -= 1
         ids = ids[:end]
         finds, images = [], 0
         for token in ids:
-            finds.append(images // k if token == ret_id else -100)
+            finds.append(images // k if token == last_ret else -100)
             images += token == image_id
         labels = [-100 if token == image_id else token for token in ids]
         return DocumentIds(ids, labels, finds)

@@ -101,11 +101,13 @@ class PairStates(Dataset):
         states = self.states.rows(self._captions.pick(rows, generator))
         return {"pooled_image_features": features, "ret_states": states, "labels": rows}
 
-    def statistics(self) -> list[Statistics]:
-        """Mean and scale of the image features' entries, and of those of each layer's states."""
+    def statistics(self, widths: Sequence[int]) -> list[Statistics]:
+        """Mean and scale of the image features' entries, and of those of each layer's states: `widths`, of the vectors
+        that a projection takes, the features' first. States of several `[RET]` tokens may be several of them."""
         generator = torch.Generator().manual_seed(0)
         sample = self.__getitems__(torch.randperm(len(self), generator=generator)[:_SAMPLE].tolist())
-        return [statistics_of(rows) for rows in (sample["pooled_image_features"], *sample["ret_states"])]
+        inputs = (sample["pooled_image_features"], *sample["ret_states"])
+        return [statistics_of(rows.reshape(-1, width)) for rows, width in zip(inputs, widths, strict=True)]
 
 
 def read_pairs(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..late_interaction_fromage import paired_similarities, similarities
+
 TIE = 1e-6  # closer scores are equal: products of equal unit vectors differ in their last bits
 _QUERIES, _ENTRIES = 1024, 16_384  # a block of scores: 64 MB
 
@@ -23,7 +25,8 @@ def gallery_ranks(
     Memory grows with Q + N, not with their product.
 
     Args:
-        queries (`torch.FloatTensor` of shape `(num_queries, projection_dim)`): Unit vectors.
+        queries (`torch.FloatTensor` of shape `(num_queries, projection_dim)`): Unit vectors. These, and those of the
+            gallery, may be several a row, `(num_queries, n, projection_dim)`, of which the nearest counts.
         gallery (`torch.FloatTensor` of shape `(num_entries, projection_dim)`): Unit vectors.
         query_labels (`torch.LongTensor` of shape `(num_queries,)`, *optional*), gallery_labels (`torch.LongTensor` of
             shape `(num_entries,)`, *optional*): A query's matches are the entries with its label; by default entry i
@@ -71,12 +74,12 @@ def _ranks_of_block(
 ) -> torch.Tensor:
     """Ranks (Q,) of a block of queries whose matches are the pairs `rows` (P,), `columns` (P,)."""
     device = queries.device
-    near = (queries[rows.to(device)] * gallery[columns.to(device)]).sum(-1)  # (P,)
+    near = paired_similarities(queries[rows.to(device)], gallery[columns.to(device)])  # (P,)
     best = near.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows.to(device), near, "amax")
     wrong = torch.zeros(len(queries), dtype=torch.long, device=device)
     for start in range(0, len(gallery), _ENTRIES):
         entries = gallery[start : start + _ENTRIES]
-        scores = queries @ entries.t()
+        scores = similarities(queries, entries)
         here = (columns >= start) & (columns < start + len(entries))
         scores[rows[here].to(device), columns[here].to(device) - start] = -torch.inf
         wrong += (scores >= (best - TIE)[:, None]).sum(-1)
@@ -89,7 +92,8 @@ def recall_at_k(ranks: torch.Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str
 
 
 def recall_in_both_directions(images: torch.Tensor, texts: torch.Tensor) -> dict[str, float]:
-    """Recall of the images (N, q) by the texts (N, q) that match them, `text_to_image_R@1`, ..., and the reverse."""
+    """Recall of the images (N, q) by the texts (N, q) or (N, r, q) that match them, `text_to_image_R@1`, ..., and the
+    reverse."""
     metrics: dict[str, float] = {"num_pairs": len(images)}
     for direction, pair in (("text_to_image", (texts, images)), ("image_to_text", (images, texts))):
         recall = recall_at_k(gallery_ranks(*pair))

@@ -1,6 +1,7 @@
 """Hidden states of `[RET]` behind captions, on disk: constants while the language model and `[RET]` stay as they are.
 
-They are to captions what cached features are to images. Axes: N captions, width that of a layer's hidden states.
+They are to captions what cached features are to images. Axes: N captions, width that of a layer's hidden states, times
+the number of `[RET]` tokens, whose states stand side by side.
 """
 
 import hashlib
@@ -39,6 +40,7 @@ def describe(model: FromageForConditionalGeneration, collator: FromageDataCollat
         "max_length": collator.max_length,
         "num_captions": count,
         "shard_size": SHARD_SIZE,
+        **({"num_ret_tokens": config.num_ret_tokens} if config.num_ret_tokens > 1 else {}),
     }
 
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from ..images_fromage import load_rgb_image
+from ..late_interaction_fromage import similarities
 from .data_collator import FromageDataCollator, retrieval_caption, takes_common_examples
 from .evaluation import generate_captions
 from .pictures import Cell, Word, draw_sheet, words_of
@@ -84,7 +85,7 @@ def draw_samples(
     found: list[list[tuple[int, float]]] = [[] for _ in numbers]
     if _are_in_order(model.get_image_embeds(pooled_image_features=features), numbers, len(dataset), embeds):
         images, texts = (torch.as_tensor(embeds[name]).float() for name in ("image_embeds", "text_embeds"))
-        scores, nearest = (texts[numbers] @ images.t()).topk(min(FOUND, len(images)))
+        scores, nearest = similarities(texts[numbers], images).topk(min(FOUND, len(images)))
         found = [list(zip(row, own, strict=True)) for row, own in zip(nearest.tolist(), scores.tolist(), strict=True)]
     rows = []
     for number, example, caption, places in zip(numbers, examples, captions, found, strict=True):

@@ -84,7 +84,8 @@ class RetrievalWarmStart:
         held_out = None
         if eval_dataset is not None:
             held_out = read_pairs(model, collator, eval_dataset, directory / "eval")
-        statistics = pairs.statistics() if self.retrieval_warm_start_standardize else None
+        widths = [linear.in_features for linear in CachedRetrieval.projections(model.adapter)]
+        statistics = pairs.statistics(widths) if self.retrieval_warm_start_standardize else None
         module = CachedRetrieval(model, statistics, self.retrieval_warm_start_dropout)
         trainer = _CachedTrainer(
             module,
@@ -180,7 +181,7 @@ class CachedRetrieval(nn.Module):
         self.adapter.num_vectors = 1  # the pairs are without patches
         for scalar in self.adapter.scalars():
             scalar.requires_grad_()
-        for linear in self._projections(self.adapter):
+        for linear in self.projections(self.adapter):
             linear.requires_grad_()
             if statistics is not None:
                 nn.init.normal_(linear.weight, std=0.02)
@@ -191,14 +192,17 @@ class CachedRetrieval(nn.Module):
             self.register_buffer(f"scale_{number}", scale.to(model.adapter.logit_scale.device))
 
     @staticmethod
-    def _projections(adapter: nn.Module) -> list[nn.Linear]:
+    def projections(adapter: nn.Module) -> list[nn.Linear]:
+        """Of images, and of each layer's states."""
         owner: Any = adapter
         return [owner.visual_projection, *owner.text_projection]
 
     def _standardized(self, rows: torch.Tensor, number: int) -> torch.Tensor:
         if not self.is_standardized:
             return rows
-        return (rows - self.get_buffer(f"mean_{number}")) * self.get_buffer(f"scale_{number}")
+        mean, scale = self.get_buffer(f"mean_{number}"), self.get_buffer(f"scale_{number}")
+        vectors = rows.unflatten(-1, (-1, len(mean)))  # several, where each [RET] token is projected by itself
+        return ((vectors - mean) * scale).flatten(1)
 
     def forward(
         self,
@@ -220,7 +224,7 @@ class CachedRetrieval(nn.Module):
         owner: Any = model.adapter
         for scalar, trained in zip(owner.scalars(), self.adapter.scalars(), strict=True):
             scalar.copy_(trained)
-        pairs = zip(self._projections(owner), self._projections(self.adapter), strict=True)
+        pairs = zip(self.projections(owner), self.projections(self.adapter), strict=True)
         for number, (theirs, ours) in enumerate(pairs):
             theirs.weight.copy_(ours.weight)
             theirs.bias.copy_(ours.bias)

@@ -148,6 +148,36 @@ def test_what_is_refused(served, path, body, told):
     assert status == 400 and told in answer["error"]["message"], answer
 
 
+def test_several_queries_a_text():
+    """An index is searched by all of them; no one embedding stands for a text."""
+    pipe, _ = make_talker(num_ret_tokens=3, ret_aggregation="max")
+    with serving(pipe) as address:
+        for query, prompt in (
+            ("red square", "red square"),
+            ([image_part(picture("red")), "now"], [picture("red"), "now"]),
+        ):
+            status, body, _ = ask(address, "/v1/images/search", {"query": query, "top_k": 4})
+            assert status == 200
+            assert [each["id"] for each in body["data"]] == [hit["id"] for hit in pipe.search(prompt, top_k=4)]
+        looks = {"model": NAME, "input": [image_part(picture("green"))]}
+        status, body, _ = ask(address, "/v1/embeddings", looks)
+        expected = pipe.index.embeds[pipe.index.ids.index("green")]
+        torch.testing.assert_close(torch.tensor(body["data"][0]["embedding"]), expected, atol=1e-5, rtol=0)
+        status, body, _ = ask(address, "/v1/embeddings", {"model": NAME, "input": [*looks["input"], "red"]})
+        assert status == 400 and "A text has 3 embeddings here" in body["error"]["message"]
+        assert "/v1/images/search" in body["error"]["message"]
+
+
+def test_embeddings_of_several_tokens_side_by_side():
+    pipe, _ = make_talker(num_ret_tokens=3)
+    with serving(pipe) as address:
+        status, body, _ = ask(address, "/v1/embeddings", {"model": NAME, "input": ["a red square"]})
+    expected = query_embeds(pipe, ["a red square"])[0][0]
+    assert status == 200
+    torch.testing.assert_close(torch.tensor(body["data"][0]["embedding"]), expected, atol=1e-5, rtol=0)
+    assert body["usage"]["prompt_tokens"] == len(pipe.processor.token_ids("a red square[RET]"))
+
+
 def test_without_an_index():
     pipe, _ = make_talker()
     pipe.index = None

@@ -70,8 +70,13 @@ def make_model(name: str, **config_kwargs) -> FromageForConditionalGeneration:
     return FromageForConditionalGeneration(config, language_model, vision_model).eval()
 
 
-def make_processor(case: str = "case_a_opt_tied", num_image_tokens: int = 2) -> FromageProcessor:
+def make_processor(
+    case: str = "case_a_opt_tied", num_image_tokens: int = 2, num_ret_tokens: int = 1
+) -> FromageProcessor:
     folder = PARITY / case
     return FromageProcessor.from_vision_text_pretrained(
-        str(folder / "vision_model"), str(folder / "language_model"), num_image_tokens=num_image_tokens
+        str(folder / "vision_model"),
+        str(folder / "language_model"),
+        num_image_tokens=num_image_tokens,
+        num_ret_tokens=num_ret_tokens,
     )

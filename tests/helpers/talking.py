@@ -20,9 +20,12 @@ class Pace:
         time.sleep(self.seconds)
 
 
-def make_talker(names: list[str] = COLOURS) -> tuple[FromagePipeline, Pace]:
+def make_talker(
+    names: list[str] = COLOURS, num_ret_tokens: int = 1, **config_kwargs: object
+) -> tuple[FromagePipeline, Pace]:
     """A random model with an index of pictures in these colours, which are their names."""
-    model, processor = make_model("opt_clip"), make_processor()
+    model = make_model("opt_clip", num_ret_tokens=num_ret_tokens, **config_kwargs)
+    processor = make_processor(num_ret_tokens=num_ret_tokens)
     metadata = [{"caption": name} for name in names]
     index = FromageImageIndex.build(
         model, processor, [picture(name) for name in names], ids=list(names), metadata=metadata, show_progress=False

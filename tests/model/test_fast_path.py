@@ -119,6 +119,16 @@ def test_step_with_a_window_shorter_than_the_batch(caplog):
     assert_same_step(model, losses, [plain_double_pass(model, pixels, [0, 1, 2, 3])])
 
 
+@pytest.mark.parametrize("window", [7, 8])
+def test_step_with_a_window_that_the_longest_text_fills(window):
+    model = double_model("mistral_vit")
+    model.config.text_config.sliding_window = window
+    pixels = torch.rand(len(CAPTIONS), 3, 32, 32, dtype=torch.float64)
+    losses = [model(**make_batch(model, pixels, list(range(6)))).loss]
+    assert not model.traits.logged_fallbacks
+    assert_same_step(model, losses, [plain_double_pass(model, pixels, list(range(6)))])
+
+
 def test_ordinary_pass_takes_over_where_it_must():
     model = make_model("gemma2_vit").train()
     ids = torch.tensor([[2, 5, 6, RET]])
@@ -209,27 +219,32 @@ def test_step_with_peft(method):
     assert_same_step(whole, losses, [plain_double_pass(model, pixels, [0, 1, 2, 3])])
 
 
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_packed_rows(side):
+def test_packed_rows(side, queries):
     lengths = torch.randint(1, 25, (37,)).tolist()
     batch = pad([list(range(100 * i, 100 * i + n)) for i, n in enumerate(lengths)], side)
-    packed = PackedRows(batch["attention_mask"], window=40)
+    packed = PackedRows(batch["attention_mask"], window=40, queries=queries)
     rows = packed.lay(batch["input_ids"], -1)
     assert sorted(rows[rows >= 0].tolist()) == sorted(100 * i + t for i, n in enumerate(lengths) for t in range(n))
-    assert packed.length + packed.slots <= 40
+    assert packed.length + packed.slots * queries <= 40
     assert (rows >= 0).float().mean() > 0.7  # not mostly air
     assert torch.equal(packed.at_tokens(rows), batch["input_ids"][batch["attention_mask"].bool()])
     assert torch.equal(packed.position_ids[rows >= 0], rows[rows >= 0] % 100)
     allowed = packed.attention_mask(torch.float32)[:, 0] == 0
-    queries = packed.query_mask(torch.float32)[:, 0] == 0
+    seen = packed.query_mask(torch.float32)[:, 0] == 0
     for i, n in enumerate(lengths):
         r, m = packed.row[i].item(), packed.slot[i].item()
         for t in range(n):
             place = (rows[r] == 100 * i + t).nonzero().item()
             assert rows[r][allowed[r, place]].tolist() == list(range(100 * i, 100 * i + t + 1))
-        assert rows[r][queries[r, m, : packed.length]].tolist() == list(range(100 * i, 100 * i + n))
-        assert queries[r, m, packed.length :].nonzero().flatten().tolist() == [m]
-    assert torch.equal(packed.lay_queries(torch.arange(37))[packed.row, packed.slot], torch.arange(37))
+        for q in range(queries):
+            mask = seen[r, m * queries + q]
+            assert rows[r][mask[: packed.length]].tolist() == list(range(100 * i, 100 * i + n))
+            own = list(range(m * queries, m * queries + q + 1))
+            assert mask[packed.length :].nonzero().flatten().tolist() == own
+    values = torch.arange(37 * queries).view(37, queries)
+    assert torch.equal(packed.at_queries(packed.lay_queries(values)), values)
 
 
 def test_length_groups():

@@ -61,17 +61,18 @@ def test_packed_tokens_see_their_own_past(mask, dtype):
                 assert row[allowed[place]].tolist() == list(range(sequence, token + 1))
 
 
-@given(masks())
-def test_packed_queries_see_their_sequence_and_themselves(mask):
-    packed = PackedRows(mask)
+@given(masks(), st.integers(1, 3))
+def test_packed_queries_see_their_sequence_and_themselves(mask, each):
+    packed = PackedRows(mask, queries=each)
     rows, count = packed.lay(numbered(mask), -1), len(mask)
-    queries = packed.lay_queries(torch.arange(1, count + 1))
-    assert sorted(queries[queries > 0].tolist()) == list(range(1, count + 1))
+    queries = packed.lay_queries(torch.arange(1, count + 1)[:, None].expand(-1, each))
+    assert sorted(queries[queries > 0].tolist()) == [number for number in range(1, count + 1) for _ in range(each)]
     allowed = packed.query_mask(torch.float32)[:, 0] == 0  # (R, queries, C + queries)
     width = rows.shape[1]
     for row, row_queries, row_allowed in zip(rows, queries, allowed, strict=True):
         for place, sequence in enumerate(row_queries.tolist()):
-            assert row_allowed[place, width:].nonzero().flatten().tolist() == [place]
+            own = list(range(place - place % each, place + 1))
+            assert row_allowed[place, width:].nonzero().flatten().tolist() == own
             length = int(mask[sequence - 1].sum()) if sequence else 0
             seen = row[row_allowed[place, :width]].tolist()
             assert seen == [100 * sequence + position for position in range(length)]

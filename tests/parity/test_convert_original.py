@@ -14,7 +14,7 @@ from transformers import CLIPConfig, OPTConfig
 from hub_scripts import convert_original_checkpoint as converter
 from hub_scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from modeling_fromage import FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
-from tests.helpers.backbones import PARITY
+from tests.helpers.backbones import PARITY, make_model
 from tests.helpers.hub import run as run_on_hub
 from tests.helpers.hub_server import hub_server
 from tests.helpers.parity import CASES, Inference
@@ -108,6 +108,13 @@ def test_the_way_back_needs_no_backbones(tmp_path):
     save_file(ours, folder / "model.safetensors")
     with pytest.raises(SystemExit):
         converter.main(back)
+
+
+def test_several_ret_tokens_have_no_way_back(tmp_path):
+    make_model("opt_clip", num_ret_tokens=3).save_pretrained(tmp_path / "ours", save_backbones=True)
+    with pytest.raises(ValueError, match="holds .* one .RET. row, .* and 3 rows"):
+        converter.convert_back(tmp_path / "ours", tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
 
 
 CONVERT = """

@@ -92,7 +92,7 @@ def test_standardisation_is_folded_into_the_projections(collator, tmp_path):
     inputs, cached = batch_of(model, collator, rows)
     cache_ret_states(model, collator, CAPTIONS, tmp_path)
     pairs = PairStates(inputs["pooled_image_features"], RetStates(tmp_path, 20))
-    statistics = pairs.statistics()
+    statistics = pairs.statistics([linear.in_features for linear in CachedRetrieval.projections(model.adapter)])
     for (mean, scale), vectors in zip(
         statistics, [cached["pooled_image_features"], *cached["ret_states"]], strict=True
     ):

@@ -21,6 +21,7 @@ from modeling_fromage import (
 from modeling_fromage.images_fromage import is_url, load_rgb_image
 from modeling_fromage.io.columns import NEGATIVES, as_image, find_columns
 from modeling_fromage.io.tables import read_rows
+from modeling_fromage.late_interaction_fromage import search_by_queries
 
 _DEPTH, _DEEPER = 32, 8  # images beyond those wanted that are searched for at first, and the factor of each next search
 _IN_ROWS = 256  # rows of the table whose captions are searched for at once
@@ -144,7 +145,7 @@ class NegativeMining:
         queries = [(number, caption) for number, row in enumerate(rows) for caption in row.captions]
         texts = self._embed_texts([caption for _, caption in queries])
         images = self._own_embeds(rows, places)
-        own = torch.tensor([(text @ images[number]).item() if number in images else -torch.inf
+        own = torch.tensor([(text @ images[number]).max().item() if number in images else -torch.inf
                             for (number, _), text in zip(queries, texts, strict=True)])  # fmt: skip
         limits = own - (1 - self.skip_above) * own.abs()
         excluded = [
@@ -175,7 +176,8 @@ class NegativeMining:
     def _nearest(
         self, queries: torch.Tensor, limits: torch.Tensor, excluded: list[list[str]]
     ) -> list[dict[str, tuple[float, str]]]:
-        """For each query (Q, q), by id, the cosines and names of the nearest images that are not above its limit."""
+        """For each query (Q, q), or the best of a text's (Q, r, q), by id, the cosines and names of the nearest images
+        that are not above its limit."""
         found: list[dict[str, tuple[float, str]]] = [{} for _ in excluded]
         by_left: dict[int, list[int]] = {}  # queries by the number of images that may be found
         for row, limit in enumerate(limits.tolist()):
@@ -184,7 +186,8 @@ class NegativeMining:
         for left, rows in by_left.items():
             count = min(self.per_example + _DEPTH, left)
             while rows and count:
-                ids, scores, metadata = self.index.search(queries[rows], count, [excluded[row] for row in rows])
+                some = queries[rows], count, [excluded[row] for row in rows]
+                ids, scores, metadata = search_by_queries(self.index.search, *some)
                 for row, *hits in zip(rows, ids, scores.tolist(), metadata, strict=True):
                     named = ((i, score, self._name_of(i, facts)) for i, score, facts in zip(*hits, strict=False))
                     near = ((i, (score, name)) for i, score, name in named if name and score <= limits[row])

@@ -134,7 +134,8 @@ def score_captions(
         rows: The row of `features` that each caption describes.
 
     Returns:
-        The mean captioning loss per token, the number of tokens, and text embeddings (captions, q) on the CPU in fp32.
+        The mean captioning loss per token, the number of tokens, and text embeddings (captions, q), or (captions, r, q)
+        of several queries each, on the CPU in fp32.
     """
     total, count, embeds = 0.0, 0, []
     for start in tqdm(range(0, len(captions), batch_size), desc="Reading captions"):

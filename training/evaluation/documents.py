@@ -19,6 +19,7 @@ from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.backbones_fromage import context_length
 from modeling_fromage.images_fromage import is_url
 from modeling_fromage.io.command_line import at_least
+from modeling_fromage.late_interaction_fromage import similarities
 from modeling_fromage.messages_fromage import Part, as_parts, image_source
 from modeling_fromage.trainer.documents import document_of
 
@@ -187,7 +188,7 @@ def embed(
     pad_token_id: int,
     batch_size: int = 16,
 ) -> torch.Tensor:
-    """Unit-norm embeddings (N, q) of prompts, on the CPU, in fp32."""
+    """Unit-norm embeddings (N, q) of prompts, or (N, r, q) of several queries each, on the CPU, in fp32."""
     order = sorted(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
     embeds: list[torch.Tensor] = [torch.empty(0)] * len(order)
     for start in tqdm(range(0, len(order), batch_size), desc="Embedding contexts"):
@@ -278,7 +279,7 @@ class DocumentsEvaluator(Evaluator):
                 name += " + images" * with_images
                 prompts = self._prompts(model, processor, queries, texts, with_images)
                 embeds = embed(model, prompts, images, int(processor.tokenizer.pad_token_id or 0), self.batch_size)
-                figures[name] = {"ours": _with_intervals(_ranks(embeds @ gallery.t(), queries, images))}
+                figures[name] = {"ours": _with_intervals(_ranks(similarities(embeds, gallery), queries, images))}
                 cut[name] = prompts.num_cut
         candidates = sum(len(images.ids) - len(_earlier(query)) for query in queries) / len(queries)
         results = {

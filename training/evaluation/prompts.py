@@ -18,7 +18,7 @@ def tokenize(processor: FromageProcessor, prompts: list[str], device: Any) -> tu
 
 def has_special_token(processor: FromageProcessor, texts: list[str]) -> bool:
     """Whether a text contains the image token or `[RET]`: the model would read it as an image or a retrieval."""
-    return any(token in text for text in texts for token in (processor.image_token, processor.ret_token))
+    return any(token in text for text in texts for token in (processor.image_token, *processor.ret_tokens))
 
 
 def is_too_long(model: FromageForConditionalGeneration, processor: FromageProcessor, *texts: str) -> bool:
@@ -36,13 +36,23 @@ def embed_prompts(
     batch_size: int = 32,
     first_projection_only: bool = False,
 ) -> torch.Tensor:
-    """Unit-norm embeddings (N, q) of prompts that end in `[RET]`, on the CPU, in fp32.
+    """Unit-norm embeddings (N, q) of prompts that end in `[RET]`, all its tokens, on the CPU, in fp32; (N, r, q) where
+    each token makes a query.
 
     Args:
         features: Pooled features (num_images, vision_width) of each prompt's images.
         first_projection_only: Apply the first text projection to the last hidden state, whatever layers the model's
             projections are for, as the authors' VIST script does.
+
+    Raises:
+        ValueError: `first_projection_only`, and `[RET]` is several tokens.
     """
+    skips_layers = first_projection_only and model.config.text_embed_layers != [-1]
+    if skips_layers and model.config.num_ret_tokens > 1:
+        raise ValueError(
+            "The authors' VIST script takes the hidden state of one [RET] token, and this model has "
+            f"{model.config.num_ret_tokens} in a row. Take the corrected protocol."
+        )
     embeds: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths need little padding
     for start in tqdm(range(0, len(order), batch_size), desc="Embedding prompts"):
@@ -51,7 +61,7 @@ def embed_prompts(
         images = torch.cat([features[i] for i in some]).to(model.device) if features else None
         if images is not None and not len(images):
             images = None
-        if first_projection_only and model.config.text_embed_layers != [-1]:
+        if skips_layers:
             output = model(
                 input_ids=ids,
                 attention_mask=mask,

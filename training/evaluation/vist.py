@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
+from modeling_fromage.late_interaction_fromage import similarities
 
 from .dual_encoder import DualEncoder
 from .evaluator import Evaluation, Evaluator
@@ -198,7 +199,7 @@ def score(
     texts = embed_prompts(
         model, processor, prompts, features, first_projection_only=protocol.first_projection_only, **kwargs
     )
-    return texts @ image_embeds(model, photos.features).t()
+    return similarities(texts, image_embeds(model, photos.features))
 
 
 def score_dual(dual_encoder: DualEncoder, stories: list[Story], photos: EncodedImages, setting: str) -> torch.Tensor:

@@ -67,7 +67,8 @@ def start_ret_head(
     seed: int = 0,
     penalty: float = 1e-2,
 ) -> None:
-    """Start `[RET]`'s row of the head where its own loss is least, over one text of each of a thousand rows.
+    """Start `[RET]`'s row of the head, of several tokens the first one's, where its own loss is least, over one text of
+    each of a thousand rows.
 
     The hidden states before `[RET]` and the language model's own logits are constants, so the loss depends on this row
     alone. Joint training sees each text once or not at all, too little to learn where texts end.
@@ -81,7 +82,8 @@ def start_ret_head(
     texts = sorted((choose(own) for own in retrieval_captions(rows)), key=len)
     batches = [_states_before_tokens(model, collator, texts[i : i + 64]) for i in range(0, len(texts), 64)]
     states, normalizers, is_end = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    transform, row = model.frozen_lm().transform, model.adapter.ret_lm_head.weight
+    transform, rows = model.frozen_lm().transform, model.adapter.ret_lm_head.weight
+    row = torch.nn.Parameter(rows[:1].detach().clone())
     weights = 1 + (_END_WEIGHT - 1) * is_end
     optimizer = torch.optim.LBFGS([row], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -94,17 +96,19 @@ def start_ret_head(
         return found
 
     optimizer.step(loss)
-    optimizer.zero_grad()
+    with torch.no_grad():
+        rows[:1] = row
 
 
 @torch.no_grad()
 def _states_before_tokens(
     model: FromageForConditionalGeneration, collator: FromageDataCollator, texts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each token of texts but the first: the hidden state before it (T, H), the logsumexp of the language model's
-    own logits there (T,), and whether it is `[RET]` (T,)."""
+    """Of each token of texts but the first, up to `[RET]`: the hidden state before it (T, H), the logsumexp of the
+    language model's own logits there (T,), and whether it is `[RET]` (T,)."""
     lm = model.frozen_lm()
     ids, mask = (each.to(model.device) for each in collator.retrieval_inputs(texts).values())
+    mask = mask.masked_fill(ids > model.config.ret_token_id, 0)
     hidden, _ = lm.run_unpadded(lm.embed(ids), mask)
     has_previous = has_previous_token(mask)
     hidden = hidden[torch.nn.functional.pad(has_previous, (0, 1))[mask.bool()]]

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageImageIndex, FromageProcessor
+from modeling_fromage.late_interaction_fromage import search_by_queries, similarities
 from modeling_fromage.trainer.evaluation import generate_captions
 from modeling_fromage.trainer.ranking import gallery_ranks, recall_at_k
 
@@ -86,7 +87,7 @@ class HeldOutTest:
         true = [self._told(name) for name in split.captions]
         written = [telling_words(caption) for caption in captions]
         dealt = written[n // 2 :] + written[: n // 2]
-        nearest = (images @ self._names.t()).topk(min(5, len(everyone)), dim=1).indices.tolist()
+        nearest = similarities(images, self._names).topk(min(5, len(everyone)), dim=1).indices.tolist()
         return {
             "caption_words": sum(bool(a & b) for a, b in zip(written, true, strict=True)) / n,
             "caption_words_dealt_to_others": sum(bool(a & b) for a, b in zip(dealt, true, strict=True)) / n,
@@ -97,13 +98,13 @@ class HeldOutTest:
         return telling_words(" ".join((name, *self.emoji[name].keywords)))
 
     def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embeddings `(N, q)` of texts in the shared space."""
+        """Embeddings `(N, q)` of texts in the shared space, or `(N, r, q)`."""
         prompts = [self.processor.retrieval_text(text) for text in texts]
         return embed_prompts(self.model, self.processor, prompts, batch_size=64)
 
     def search(self, texts: Sequence[str], index: FromageImageIndex, top_k: int) -> list[list[str]]:
         """Ids of the `top_k` images that are most similar to each text."""
-        return index.search(self.text_embeds(texts), min(top_k, len(index)))[0]
+        return search_by_queries(index.search, self.text_embeds(texts), min(top_k, len(index)), [[]] * len(texts))[0]
 
     def answer_prompts(self, prompts: Sequence[str], index: FromageImageIndex) -> list[dict[str, Any]]:
         """The three nearest pictures of different things for each prompt; of those of [`PROMPTS`], which are right."""

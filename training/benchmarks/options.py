@@ -68,6 +68,18 @@ OPTIONS: dict[str, Option] = {
     "retrieval first": Option(config=_UNTIED, trainer=_RETRIEVAL_FIRST),
     "retrieval first, several layers": Option(config={**_UNTIED, **_LAYERS}, trainer=_RETRIEVAL_FIRST),
     "4 visual tokens": Option(config={"num_image_tokens": 4}),
+    "4 visual tokens, a hidden layer": Option(config={"num_image_tokens": 4, "projector_type": "mlp"}),
+    "4 visual tokens of 16 patches": Option(config={"num_image_tokens": 4, "vision_patch_tokens": 16}),
+    "4 visual tokens, resampler": Option(
+        config={"num_image_tokens": 4, "vision_patch_tokens": 16, "projector_type": "resampler"}
+    ),
+    "4 [RET] tokens": Option(config={"num_ret_tokens": 4}),
+    "4 [RET] tokens, late interaction": Option(config={"num_ret_tokens": 4, "ret_aggregation": "max"}),
+    "SigLIP's loss": Option(config={"contrastive_loss_type": "siglip", "logit_scale_init_value": math.log(10)}),
+    "label smoothing": Option(config={"contrastive_label_smoothing": 0.1}),
+    "captions smoothed": Option(config={"captioning_label_smoothing": 0.1}),
+    "largest scale 100": Option(config={"logit_scale_max": 100.0}),
+    "weight averaging": Option(trainer={"ema_decay": 0.9}),
     "documents": Option(documents=True, pairs=False),
     "documents, half of the images shown": Option(documents=True, pairs=False, collator={"document_ret_prob": 0.5}),
     "documents and pairs": Option(documents=True),

@@ -164,6 +164,9 @@ class FromageConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("custom_pipelines"):
             kwargs["custom_pipelines"] = _CustomPipelines(kwargs["custom_pipelines"])
+        for name in ("text_config", "vision_config"):
+            if isinstance(given := getattr(self, name), PreTrainedConfig):  # of a live model, whose attention would be
+                setattr(self, name, copy.deepcopy(given))  # unset with that of this configuration
         super().__post_init__(**kwargs)
         self.vision_config, self.text_config = vision_half(self.vision_config), text_half(self.text_config)
         if not isinstance(getattr(self.text_config, "num_hidden_layers", None), int):
@@ -253,7 +256,7 @@ class FromageConfig(PreTrainedConfig):
     ) -> "FromageConfig":
         """Build a [`FromageConfig`] from the configurations of its two backbones, which are copied. Of an image-text
         model's configuration (CLIP's, SigLIP's) the vision half is taken."""
-        return cls(vision_config=copy.deepcopy(vision_config), text_config=copy.deepcopy(text_config), **kwargs)
+        return cls(vision_config=vision_config, text_config=text_config, **kwargs)
 
     @property
     def logit_width(self) -> int:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_fromage import FromageForConditionalGeneration, NormalizeRetEmbeddingCallback
-from tests.helpers.backbones import make_model
+from modeling_fromage import FromageConfig, FromageForConditionalGeneration, NormalizeRetEmbeddingCallback
+from tests.helpers.backbones import TEXT_CONFIGS, VISION_CONFIGS, make_model
 from tests.helpers.batches import IMAGE, PAD, RET, interleaved, pad
 
 
@@ -154,3 +155,16 @@ def test_backbones_without_their_pooler_are_refused(tmp_path):
     assert assemble(str(folder), str(case / "language_model"), vision_pooling="mean").config.ret_token_id == 501
     with pytest.raises(ValueError, match="Unknown arguments.*colour"):
         assemble(str(folder), str(case / "language_model"), colour="red")
+
+
+def test_a_configuration_leaves_the_models_that_it_is_of_alone():
+    """transformers unsets the attention of configurations within a new one, and a causal LM then sees what follows."""
+    language_model = AutoModelForCausalLM.from_config(TEXT_CONFIGS["llama"]()).eval()
+    vision_model = AutoModel.from_config(VISION_CONFIGS["clip"]()).eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        before = language_model(ids).logits
+        config = FromageConfig(text_config=language_model.config, vision_config=vision_model.config)
+        model = FromageForConditionalGeneration(config, language_model, vision_model).eval()
+        assert torch.equal(model.language_model(ids).logits, before)
+        torch.testing.assert_close(model(input_ids=ids).logits[..., : before.shape[-1]], before)

@@ -165,8 +165,8 @@ class FromageConfig(PreTrainedConfig):
         if kwargs.get("custom_pipelines"):
             kwargs["custom_pipelines"] = _CustomPipelines(kwargs["custom_pipelines"])
         for name in ("text_config", "vision_config"):
-            if isinstance(given := getattr(self, name), PreTrainedConfig):  # of a live model, whose attention would be
-                setattr(self, name, copy.deepcopy(given))  # unset with that of this configuration
+            if isinstance(given := getattr(self, name), PreTrainedConfig):  # a live model's, whose attention is unset
+                setattr(self, name, copy.deepcopy(given))
         super().__post_init__(**kwargs)
         self.vision_config, self.text_config = vision_half(self.vision_config), text_half(self.text_config)
         if not isinstance(getattr(self.text_config, "num_hidden_layers", None), int):
@@ -254,8 +254,7 @@ class FromageConfig(PreTrainedConfig):
     def from_vision_text_configs(
         cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs: Any
     ) -> "FromageConfig":
-        """Build a [`FromageConfig`] from the configurations of its two backbones, which are copied. Of an image-text
-        model's configuration (CLIP's, SigLIP's) the vision half is taken."""
+        """Build a [`FromageConfig`] of copies of its backbones' configurations (of CLIP's, the vision half)."""
         return cls(vision_config=vision_config, text_config=text_config, **kwargs)
 
     @property

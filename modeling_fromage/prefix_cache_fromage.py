@@ -4,6 +4,7 @@ Axes: B rows of text, L tokens, H heads, d a head's width.
 """
 
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .backbones_fromage import attention_window
 from .frozen_lm_fromage import FrozenLM
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 28  # of keys and values
 _MAX_FEATURES = 256  # images whose pooled features are kept, some kilobytes each
@@ -52,6 +55,7 @@ class PrefixCache:
         self._state: Any = None
         self._version = 0  # of the model
         self._count = 0
+        self._has_told = False
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:  # a copy starts empty: the lock cannot be copied, and need not
@@ -148,6 +152,9 @@ class PrefixCache:
             tokens = row[: cache.get_seq_length() - start]
             layers = _cut(cache, number, start, start + len(tokens))
             num_bytes = sum(2 * each[0].nbytes for each in layers if each is not None)
+            if num_bytes > self.max_bytes:
+                self._tell_of_room(len(tokens), num_bytes)
+                continue
             with self._lock:
                 if version != self._version:
                     return
@@ -159,6 +166,18 @@ class PrefixCache:
                 self._count += 1
                 while self.num_bytes > self.max_bytes or len(self._entries) > _MAX_ENTRIES:
                     self._entries.popitem(last=False)
+
+    def _tell_of_room(self, tokens: int, num_bytes: int) -> None:
+        """Say once that a conversation alone is more than is kept, unless nothing is to be."""
+        if self.max_bytes and not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "The keys and values of a conversation of %d tokens take %.3g MB, and %.3g MB are kept, so its turns "
+                "read again what does not fit. Give more: PrefixCache(max_bytes=...).",
+                tokens,
+                num_bytes / 1e6,
+                self.max_bytes / 1e6,
+            )
 
     def _longest(self, row: torch.Tensor) -> tuple[_Entry | None, int]:
         """The entry that begins most like `row`, and how many tokens of it are alike, not counting the last of `row`,

@@ -236,3 +236,14 @@ def test_a_model_on_another_device_starts_over(monkeypatch):
     assert pipe.prefix_cache.check_model(pipe.model) == known
     monkeypatch.setattr(torch.nn.Parameter, "device", torch.device("cuda", 1))
     assert pipe.prefix_cache.check_model(pipe.model) != known
+
+
+def test_a_conversation_that_is_too_large_is_told_of_once(caplog):
+    pipe = make_pipe()
+    chat, other = FromageChat(pipe), FromageChat(pipe)
+    other.send("a short one")
+    pipe.prefix_cache.max_bytes = kept = pipe.prefix_cache.num_bytes
+    for _ in range(2):
+        chat.send("many words " * 20)
+    assert caplog.text.count("read again what does not fit. Give more: PrefixCache(max_bytes=...)") == 1
+    assert pipe.prefix_cache.num_bytes == kept  # of the other, which did not have to go

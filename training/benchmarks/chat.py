@@ -118,6 +118,7 @@ def table(results: dict[str, Any]) -> str:
     note = (
         f"{results['turns']} turns of {results['words_a_turn']} words and {results['answer_tokens']} tokens of answer, "
         f"{results['images']} images; {results['dtype']}, {results['hardware']}; medians of {rounds} conversations, in "
-        "turns, of the original's algorithm one. Both of ours write the same answers."
+        "turns, of the original's algorithm one. "
+        + ("Both of ours write the same answers." if results["same_answers"] else "Their answers differ.")
     )
     return "\n".join([*rows, "", note])

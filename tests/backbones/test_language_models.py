@@ -121,7 +121,7 @@ def refusal_from_folder(family, folder):
         config = CONFIG_MAPPING[family]()
     config.save_pretrained(folder)
     AutoModel.from_config(VISION_CONFIGS["clip"]()).save_pretrained(folder / "vision")
-    processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2)
+    processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2, num_ret_tokens=1)
     with pytest.raises(ValueError, match=f"{family!r}") as raised:
         FromageForConditionalGeneration.from_vision_text_pretrained(str(folder / "vision"), str(folder), processor)
     return without_numbers(str(raised.value))

@@ -198,7 +198,7 @@ def check_folders(model, vision, pixels, folder):
     """Assembled from folders, saved in both ways, and loaded: to the bit."""
     vision.save_pretrained(folder / "vision")
     model.language_model.save_pretrained(folder / "text")
-    processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2)
+    processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2, num_ret_tokens=1)
     fields = {"vision_pooling": model.config.vision_pooling, "projection_dim": 16}
     from_folders = FromageForConditionalGeneration.from_vision_text_pretrained(
         str(folder / "vision"), str(folder / "text"), processor, **fields

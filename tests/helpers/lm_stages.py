@@ -216,7 +216,7 @@ def check_folders(model, folder: Path, lm: PreTrainedModel | None = None) -> Non
     paths = {"vision": str(folder / "vision"), "text": str(folder / "lm")}
     model.vision_model.save_pretrained(paths["vision"])
     (lm or model.language_model).save_pretrained(paths["text"])
-    processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2)
+    processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2, num_ret_tokens=1)
     assembled = FromageForConditionalGeneration.from_vision_text_pretrained(
         paths["vision"], paths["text"], processor, projection_dim=16,
         tie_ret_embedding=model.config.tie_ret_embedding,

@@ -69,7 +69,7 @@ def test_layers_of_the_language_model_may_be_offloaded(family, decoder, tmp_path
     def load(device_map=None):
         torch.manual_seed(0)
         options = {"text_device_map": device_map, "text_offload_folder": tmp_path / "off"} if device_map else {}
-        processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2)
+        processor = SimpleNamespace(image_token_id=IMAGE, ret_token_id=RET, num_image_tokens=2, num_ret_tokens=1)
         return FromageForConditionalGeneration.from_vision_text_pretrained(
             str(tmp_path / "vision"), str(tmp_path / "text"), processor, **options
         )

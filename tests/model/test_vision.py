@@ -189,7 +189,7 @@ def test_the_vision_half_is_taken(kind, tmp_path):
     assert built.vision_model.state_dict().keys() == model.vision_model.state_dict().keys()
     whole.save_pretrained(tmp_path / "whole")
     lm.save_pretrained(tmp_path / "lm")
-    processor = SimpleNamespace(image_token_id=500, ret_token_id=501, num_image_tokens=1)
+    processor = SimpleNamespace(image_token_id=500, ret_token_id=501, num_image_tokens=1, num_ret_tokens=1)
     model = FromageForConditionalGeneration.from_vision_text_pretrained(
         str(tmp_path / "whole"), str(tmp_path / "lm"), processor, projection_dim=16
     )

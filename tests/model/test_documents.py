@@ -79,7 +79,7 @@ def plain_losses(model, pixels, captions=()):
 
 @pytest.mark.parametrize("captions", [(), (0, 3)], ids=["documents alone", "with pairs"])
 @pytest.mark.parametrize("chunk", [None, 2], ids=["whole", "gradient cache"])
-@pytest.mark.parametrize("name", ["opt_clip", "opt350m_vit", "gpt2_resnet", "llama_clip"])
+@pytest.mark.parametrize("name", ["opt_clip", "opt350m_vit", "gpt2_resnet", "llama_clip", "mistral_vit"])
 def test_losses_and_gradients_are_those_of_a_plain_pass(name, chunk, captions):
     layers = [1, -1] if name == "opt_clip" else [-1]
     model = double_model(name, num_image_tokens=2, text_embed_layers=layers, gradient_cache_chunk_size=chunk)

@@ -61,8 +61,11 @@ def _of_mmc4(texts: Any, images: Any) -> Any:
     for image in images:
         if not isinstance(image, Mapping):
             return None
+        place = image.get("matched_text_index")
+        if not isinstance(place, int) or not 0 <= place < len(texts):
+            return None
         source = next((image[name] for name in _NAMES if image.get(name) is not None), None)
-        before.setdefault(image.get("matched_text_index"), []).append(_image(source))
+        before.setdefault(place, []).append(_image(source))
     return [part for number, text in enumerate(texts) for part in (*before.get(number, ()), text)]
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from datasets import Dataset, Features, Image, Value
 
 from modeling_fromage import FromageDataCollator
 from modeling_fromage.io.file_patterns import expand_braces, find_files
@@ -20,6 +21,7 @@ from training.arguments import DataArguments
 from training.data.captioned_images import load_captioned_images
 from training.data.sources import paths_of_split
 from training.data.training_data import DataLoading
+from training.evaluation.documents import read_documents
 
 
 def table() -> dict[str, str]:
@@ -140,6 +142,36 @@ def test_documents_are_trained_on_from_a_file(name, tmp_path):
     with pytest.raises(ValueError, match="there are documents in the data.*without `feature_cache`"):
         (arguments,) = to_dataclasses({"train_data": str(tmp_path / name), "feature_cache": "x"}, (DataArguments,))
         DataLoading(arguments).train_and_eval(lambda dataset, directory: dataset)
+
+
+def test_saved_documents_stay_encoded(tmp_path):
+    """So that one broken picture is one bad example, and copies are known by their bytes."""
+    part = {"type": Value("string"), "text": Value("string"), "image": Image()}
+    rows = [
+        [{"type": "text", "text": f"number {n}", "image": None},
+         {"type": "image", "text": None, "image": {"bytes": picture(n) if n else b"broken", "path": None}}]
+        for n in range(COUNT)
+    ]  # fmt: skip
+    Dataset.from_dict({"document": rows}, features=Features({"document": [part]})).save_to_disk(tmp_path / "saved")
+    dataset = load_captioned_images(str(tmp_path / "saved"), keep_problems=True)
+    collator = FromageDataCollator(make_processor())
+    for number in range(COUNT):
+        assert dataset[number]["document"][1]["image"]["bytes"] == (picture(number) if number else b"broken")
+    with pytest.raises(ValueError, match="image"):
+        collator.prepare(dataset[0])
+    assert len(collator([dataset[1], dataset[2]])["pixel_values"]) == 2
+    copies = read_documents(str(tmp_path / "saved"), make_processor())
+    assert len(copies.sources) == COUNT and all(isinstance(source, dict) for source in copies.sources.values())
+
+
+@pytest.mark.parametrize("place", [2, -1, "1", None])
+def test_an_image_that_mmc4_gives_no_place_makes_a_bad_document(place, tmp_path):
+    images = [{"image_name": "a.png", "matched_text_index": 0}, {"image_name": "a.png", "matched_text_index": place}]
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "mmc4.jsonl").write_text(json.dumps({"text_list": ["one", "two"], "image_info": images}) + "\n")
+    dataset = load_captioned_images(str(tmp_path / "mmc4.jsonl"))
+    with pytest.raises(ValueError, match="malformed document"):
+        FromageDataCollator(make_processor()).prepare(dataset[0])
 
 
 def test_documents_with_errors_in_them(tmp_path):

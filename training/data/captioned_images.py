@@ -1,6 +1,6 @@
 """Captioned images from whatever one line names: tables, shards, folders, saved datasets, the Hub."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from modeling_fromage.io.columns import (
 )
 from modeling_fromage.io.file_patterns import find_files
 from modeling_fromage.io.tables import is_table, read_rows
+from modeling_fromage.trainer.documents import document_in
 
+from .examples import Examples
 from .sharded_examples import SHARD_SUFFIXES, SHUFFLE_WINDOW, ShardedExamples
 from .sources import files_of_split, paths_of_split
 
@@ -37,7 +39,7 @@ def load_captioned_images(
     keep_problems: bool = False,
     index_dir: str | Path | None = None,
     shuffle_window: int = SHUFFLE_WINDOW,
-) -> Dataset | ShardedExamples:
+) -> Dataset | Examples:
     """Load a dataset with columns `image` and `caption`, or of documents: see [`document_of`]. Images stay encoded
     until the collator reads them.
 
@@ -88,7 +90,7 @@ def _is_of_documents(table: Path, image_column: str | None, caption_column: str 
     return first is not None and bool(document_columns(first[1]))
 
 
-def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Dataset | ShardedExamples:
+def _load_folder(path: Path, split: str, in_place: bool, options: Any) -> Dataset | Examples:
     source = str(path.absolute())  # `datasets` takes "parquet" for a format
     image_column, caption_column, *_ = options
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -145,18 +147,38 @@ def _load_images_with_texts(folder: Path, split: str, keep_problems: bool) -> Da
     return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
 
 
-def _named(source: str, dataset: Dataset, image_column: str | None, caption_column: str | None) -> Dataset:
+def _named(source: str, dataset: Dataset, image_column: str | None, caption_column: str | None) -> Dataset | Examples:
     """`dataset` with columns `image`, encoded, and `caption`."""
     if not len(dataset):
         raise ValueError(f"{source} has no examples.")
     if image_column is caption_column is None and (documents := document_columns(dataset.column_names)):
-        return dataset.select_columns(list(documents))
+        return SavedDocuments(dataset.select_columns(list(documents)))
     image_column, caption_column = find_columns(source, dataset.column_names, image_column, caption_column)
     more = [NEGATIVES] if NEGATIVES in dataset.column_names else []
     dataset = dataset.select_columns([image_column, caption_column, *more])
     names = {image_column: "image", caption_column: "caption"}
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     return dataset.cast_column("image", Image(decode=False))
+
+
+class SavedDocuments(Examples):
+    """Documents of a `datasets.Dataset`, whose images stay encoded.
+
+    Args:
+        dataset: Its columns are those of documents.
+    """
+
+    column_names = ("document",)
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, number: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        (row,) = self.dataset[number].to_pylist()
+        return {**document_in(Path(), row), "place": f"row {number + 1}"}
 
 
 _COMPLETE = "Complete the row, or take it out."

@@ -21,6 +21,7 @@ from modeling_fromage.images_fromage import is_url
 from modeling_fromage.io.command_line import at_least
 from modeling_fromage.late_interaction_fromage import similarities
 from modeling_fromage.messages_fromage import Part, as_parts, image_source
+from modeling_fromage.prompts_fromage import token_id
 from modeling_fromage.trainer.documents import document_of
 
 from ..data.captioned_images import load_captioned_images
@@ -156,28 +157,34 @@ class Prompts:
 def make_prompts(
     processor: FromageProcessor, contexts: Sequence[list[Part]], max_tokens: int, rets_in_context: bool
 ) -> Prompts:
-    """Lay contexts out as the pipeline lays out prompts. One that is too long loses its first parts, and its first text
-    the first tokens."""
+    """Lay contexts out as the pipeline lays out prompts. One that is too long loses its first tokens, and an image of
+    which any are among these."""
     prompts = Prompts([], [], 0)
     for context in contexts:
-        parts, is_cut = list(context), False
-        while True:
-            shown: list[Part] = []
-            for part in parts:
-                if part["type"] == "image" and rets_in_context and shown:
-                    shown.append({"type": "ret"})
-                shown.append({name: value for name, value in part.items() if name != "ret_index"})
-            ids = processor.token_ids(processor.join_parts([*shown, {"type": "ret"}]))
-            if len(ids) <= max_tokens or len(parts) == 1:
-                break
-            parts, is_cut = parts[1:], True
-        if len(ids) > max_tokens:  # of one text: BOS, and its end
-            first = 1 if processor.bos_text else 0
-            ids, is_cut = ids[:first] + ids[len(ids) - max_tokens + first :], True
+        shown: list[Part] = []
+        for part in context:
+            if part["type"] == "image" and rets_in_context and shown:
+                shown.append({"type": "ret"})
+            shown.append({name: value for name, value in part.items() if name != "ret_index"})
+        ids = processor.token_ids(processor.join_parts([*shown, {"type": "ret"}]))
+        is_cut = len(ids) > max_tokens
+        if is_cut:
+            ids = _last_tokens(processor, ids, max_tokens)
+        count = ids.count(processor.image_token_id) // processor.num_image_tokens
+        images = [part["id"] for part in context if part["type"] == "image"]
         prompts.ids.append(ids)
-        prompts.images.append([part["id"] for part in parts if part["type"] == "image"])
+        prompts.images.append(images[len(images) - count :])
         prompts.num_cut += is_cut
     return prompts
+
+
+def _last_tokens(processor: FromageProcessor, ids: list[int], count: int) -> list[int]:
+    """BOS, and the last of a prompt's tokens, without the rest of an image that is cut."""
+    bos = [token_id(processor.tokenizer, processor.bos_text)] if processor.bos_text else []
+    kept = ids[len(ids) - count + len(bos) :]
+    while kept.count(processor.image_token_id) % processor.num_image_tokens:
+        kept = kept[1:]
+    return kept if bos and bos[0] in kept else bos + kept
 
 
 @torch.no_grad()

@@ -186,6 +186,22 @@ def test_reranked_ranks_by_brute_force():
     assert (ranks <= 6).sum() > 3 and (ranks > 6).sum() > 3
 
 
+def test_reranked_ranks_with_several_queries_a_text():
+    """The nearest are those of the largest cosine of any query."""
+    generator = torch.Generator().manual_seed(0)
+    texts, images = (
+        torch.nn.functional.normalize(torch.randn(20, *shape, generator=generator), dim=-1) for shape in ((3, 4), (4,))
+    )
+    seen = {}
+    ranks = reranked_ranks(texts, images, torch.arange(20), 6, lambda text, *nearest: seen.setdefault(text, nearest)[1])
+    for text in range(20):
+        best = (images @ texts[text].t()).amax(1)
+        assert ranks[text] == (best >= best[text] - 1e-6).sum()
+        if text in seen:
+            torch.testing.assert_close(seen[text][1], best.topk(6).values)
+    assert 3 < len(seen) < 20
+
+
 def test_retrieval_with_reranking(checkpoint, tmp_path):
     """All images reranked: the ranks are those of the likelihoods alone."""
     folder = tmp_path / "images"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from tqdm.auto import tqdm
 
+from modeling_fromage.late_interaction_fromage import similarities
 from modeling_fromage.trainer.ranking import TIE, gallery_ranks, recall_at_k
 
 
@@ -53,13 +54,13 @@ def reranked_ranks(
     among them.
 
     Args:
-        texts, images: Unit-norm embeddings (M, d) and (N, d).
+        texts, images: Unit-norm embeddings (M, d), or (M, r, d) of several queries each, and (N, d).
         rows: The row (M,) of the image of each text.
         scores_of: What the nearest images (K,) of a text are ranked by, given its number, theirs, and their cosines.
     """
     ranks = gallery_ranks(texts, images, rows, torch.arange(len(images)))
     for text in tqdm((ranks <= count).nonzero().flatten().tolist(), desc="Reranking"):
-        cosines, nearest = (images @ texts[text]).topk(min(count, len(images)))
+        cosines, nearest = similarities(images, texts[text][None])[:, 0].topk(min(count, len(images)))
         scores = scores_of(text, nearest, cosines)
         own = scores[nearest == rows[text]]
         ranks[text] = int((scores >= own - TIE).sum()) if len(own) else count + 1

@@ -37,19 +37,35 @@ class PatchProjector(nn.Module):
         return self.each(groups).flatten(1)
 
 
+class _CrossAttention(nn.Module):
+    """Queries (N, k, W) attend to vectors (N, 1 + m, W), in several heads.
+
+    Each map is called as a module: torch's `MultiheadAttention` reads its output's weight past one, and LoRA on that
+    would be without effect.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.num_heads = next(count for count in range(max(1, width // _HEAD_WIDTH), 0, -1) if width % count == 0)
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        maps = (self.query, queries), (self.key, vectors), (self.value, vectors)
+        heads = [linear(inputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for linear, inputs in maps]
+        return self.output(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
 class _ResamplerLayer(nn.Module):
     """Queries attend to an image's vectors, and pass through an MLP; both behind a layer norm and beside a residual."""
 
     def __init__(self, width: int):
         super().__init__()
-        heads = next(count for count in range(max(1, width // _HEAD_WIDTH), 0, -1) if width % count == 0)
         self.query_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = _CrossAttention(width)
         self.mlp = _Mlp(width, 2 * width, width)
 
     def forward(self, queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        attended, _ = self.attention(self.query_norm(queries), vectors, vectors, need_weights=False)
-        queries = queries + attended
+        queries = queries + self.attention(self.query_norm(queries), vectors)
         return queries + self.mlp(self.mlp_norm(queries))
 
 
@@ -94,9 +110,6 @@ def init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)
-    elif isinstance(module, nn.MultiheadAttention):
-        init.xavier_uniform_(module.in_proj_weight)
-        init.zeros_(module.in_proj_bias)
     elif isinstance(module, Resampler):
         init.normal_(module.queries, std=0.02)
 

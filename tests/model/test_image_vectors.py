@@ -73,16 +73,27 @@ def plain_tokens(model, pooled, patches):
     vectors, queries = norm("norm.", torch.cat([pooled[:, None], patches], 1)), state["queries"].expand(3, -1, -1)
     for number in range(model.config.resampler_num_layers):
         name = f"layers.{number}."
-        weights = state[f"{name}attention.in_proj_weight"].chunk(3), state[f"{name}attention.in_proj_bias"].chunk(3)
-        q, key, value = (x @ weight.t() + bias for x, weight, bias in zip(
-            (norm(f"{name}query_norm.", queries), vectors, vectors), *weights, strict=True))  # fmt: skip
+        q, key, value = (linear(f"{name}attention.{part}.", x) for part, x in (
+            ("query", norm(f"{name}query_norm.", queries)), ("key", vectors), ("value", vectors)))  # fmt: skip
         heads = model.adapter.multi_modal_projector.layers[number].attention.num_heads
         q, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, key, value))
         attended = ((q @ key.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ value).transpose(1, 2).flatten(2)
-        queries = queries + linear(f"{name}attention.out_proj.", attended)
+        queries = queries + linear(f"{name}attention.output.", attended)
         inner = F.gelu(linear(f"{name}mlp.0.", norm(f"{name}mlp_norm.", queries)))
         queries = queries + linear(f"{name}mlp.2.", inner)
     return linear("output.", norm("output_norm.", queries))
+
+
+def test_lora_on_every_layer_of_a_resampler_is_trained():
+    model = make_model("opt_clip", **KINDS["resampler"])
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    features = torch.rand(2, model.config.vision_feature_size, generator=torch.Generator().manual_seed(0))
+    tokens = model.adapter.visual_tokens(features)
+    weights = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1))
+    (tokens * weights).sum().backward()
+    named = {n: p for n, p in model.adapter.multi_modal_projector.named_parameters() if "lora_B" in n}
+    assert len(named) == 7 and all(parameter.grad is not None for parameter in named.values())
+    assert all(parameter.grad.any() for name, parameter in named.items() if ".key." not in name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -251,6 +251,15 @@ class FromageConfig(PreTrainedConfig):
             )
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, which sets the fields among `kwargs` once all else is checked: these are checked too."""
+        found = super().from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        config._check()
+        config._check_losses()
+        return found
+
+    @classmethod
     def from_vision_text_configs(
         cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs: Any
     ) -> "FromageConfig":

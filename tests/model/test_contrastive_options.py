@@ -238,3 +238,5 @@ def test_the_largest_scale():
 def test_what_cannot_be_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         FromageConfig(**options)
+    with pytest.raises(ValueError, match=words):
+        FromageConfig.from_dict(FromageConfig().to_dict(), **options)

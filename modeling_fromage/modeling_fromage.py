@@ -304,8 +304,8 @@ class FromageForConditionalGeneration(FromagePreTrainedModel, FromageGenerationM
         lm, across = self.frozen_lm(), self.training and _has_several_ranks()
         shift_labels: torch.LongTensor | None = kwargs.pop("shift_labels", None)
         _check(lm, self.training, input_ids, labels, shift_labels, retrieval_input_ids, past_key_values, ret_targets)
-        pooled = self._pooled_features(pixel_values, pooled_image_features)
-        negatives = _negatives(self, negative_pixel_values, negative_image_features, pixel_values)
+        forms = (pixel_values, pooled_image_features), (negative_pixel_values, negative_image_features)
+        pooled, negatives = _images(self, *forms)
         embeds = _lm_inputs(lm, input_ids, inputs_embeds, pooled, mm_encoder_outputs, retrieval_input_ids, across)
         parts, documents = dict[str, Any](), None
         if embeds is not None:
@@ -349,21 +349,21 @@ def _check(
         lm.traits.require_gradient(lm.language_model)
 
 
-def _negatives(
-    model: FromageForConditionalGeneration,
-    negative_pixel_values: torch.Tensor | None,
-    negative_image_features: torch.Tensor | None,
-    pixel_values: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The pooled features (N', vision width) of negatives, which come as the other images do: equal images are known by
-    equal features."""
-    negatives = model._pooled_features(negative_pixel_values, negative_image_features)
-    if negatives is not None and (negative_pixel_values is None) != (pixel_values is None):
+_Forms = tuple[torch.Tensor | None, torch.Tensor | None]  # images as pixels, or as pooled features
+
+
+def _images(model: FromageForConditionalGeneration, images: _Forms, negatives: _Forms) -> _Forms:
+    """The pooled features of images (N, vision width) and of negatives (N', vision width), pixels in one pass: equal
+    images are known by equal features, and passes of other sizes may round otherwise."""
+    if negatives[0] is None and (negatives[1] is None or images[0] is None):
+        return model._pooled_features(*images), negatives[1]
+    if images[0] is None or negatives[0] is None or negatives[1] is not None:
         raise ValueError(
             "Negative images come as the images of texts do: `negative_pixel_values` beside `pixel_values`, "
             "`negative_image_features` beside `pooled_image_features`."
         )
-    return negatives
+    pooled: Any = model._pooled_features(torch.cat([images[0], negatives[0]]), images[1])
+    return pooled[: len(images[0])], pooled[len(images[0]) :]
 
 
 def _lm_inputs(

@@ -44,6 +44,20 @@ def plain_contrastive_loss(model, batch, matches):
 # ---- the loss ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["opt350m_vit", "gpt2_resnet"])
+def test_a_copy_of_an_own_image_is_known_where_other_batches_round_otherwise(name):
+    """In single precision, where one image alone has other features than beside others."""
+    model = make_model(name).train()
+    batch = make_batch(model, pixels(4).float(), list(range(4)))
+    output = model(**batch, negative_pixel_values=batch["pixel_values"][1:2])
+    logits = output.logits_per_image.detach().clone()
+    assert torch.equal(logits[4], logits[1])
+    logits[4, 1] = -torch.inf
+    texts = torch.arange(4)
+    expected = (F.cross_entropy(logits.t(), texts) + F.cross_entropy(logits[:4], texts)) / 2
+    torch.testing.assert_close(output.contrastive_loss, expected)
+
+
 @pytest.mark.parametrize("chunk", [None, 2], ids=["whole", "gradient cache"])
 def test_negatives_are_images_that_no_text_is_to_find(chunk):
     model = double_model("opt_clip", gradient_cache_chunk_size=chunk)

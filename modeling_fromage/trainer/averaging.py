@@ -34,12 +34,12 @@ class WeightAverage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.decay is not None and not self._average:  # else it was loaded
-            self._average = {name: p.detach().clone() for name, p in _parameters(kwargs["model"]).items()}
+            self._average = {name: _at_least_fp32(p).clone() for name, p in _parameters(kwargs["model"]).items()}
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.decay is not None:
-            trained = [parameter.detach() for parameter in _parameters(kwargs["model"]).values()]
+            trained = [_at_least_fp32(parameter) for parameter in _parameters(kwargs["model"]).values()]
             get_ema_multi_avg_fn(self.decay)(list(self._average.values()), trained, None)
 
     def on_train_end(
@@ -48,6 +48,9 @@ class WeightAverage(TrainerCallback):
         has_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if self._average and not has_best:  # the best model has been loaded, an average already
             self._put(kwargs["model"])
+
+    def forget(self) -> None:
+        """Of a run that has ended, or was broken off: what is evaluated from now on is what the model has."""
         self._average = {}
 
     @torch.no_grad()
@@ -108,6 +111,13 @@ class AveragingTrainer(Trainer):
 
     average: WeightAverage
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer. A run that is broken off leaves the weights of its last step, and no average."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.average.forget()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in the Trainer; within a run, of the average."""
         with self.average.in_use(self.accelerator.unwrap_model(self.model)):
@@ -125,6 +135,11 @@ class AveragingTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self.average.load(self.accelerator.unwrap_model(self.model), checkpoint)
+
+
+def _at_least_fp32(parameter: torch.Tensor) -> torch.Tensor:
+    """Without gradient, as an average needs it: the small share of a step would be rounded away in bfloat16."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _parameters(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_fromage import FromageForConditionalGeneration, FromageTrainer
+from modeling_fromage.trainer.averaging import WeightAverage
 from tests.helpers.backbones import make_model
 from tests.helpers.checkpoints import assemble
 from tests.helpers.distributed import assert_close, in_two_processes, make_trainer, record
@@ -147,6 +148,46 @@ def test_the_best_model_is_an_average(tmp_path):
     best = int(trainer.state.best_model_checkpoint.split("-")[-1])
     assert best < 6
     assert_weights(trained(model), average_of(watch.weights[: best + 1]))
+
+
+def test_small_steps_of_weights_in_bfloat16_are_averaged():
+    model = small()
+    model.language_model.to(torch.bfloat16)
+    head = model.language_model.get_output_embeddings().weight.requires_grad_()
+    average = WeightAverage(0.999)
+    begin = head.detach().clone()
+    average.on_train_begin(None, None, None, model=model)
+    with torch.no_grad():
+        head.add_(1)
+    for _ in range(1000):
+        average.on_step_end(None, None, None, model=model)
+    with average.in_use(model):
+        moved = (head.float() - begin.float()).mean().item()
+    assert moved == pytest.approx(1 - 0.999**1000, abs=0.01)
+    assert head.dtype == torch.bfloat16
+
+
+class _BreaksOff(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_broken_off_leaves_no_average(tmp_path):
+    """What is then evaluated is what is saved, and the next run's average begins with its own weights."""
+    watch, model = Watch(), assembled()
+    data = rows(model)
+    options = {"data": data, "ema_decay": DECAY, "save_strategy": "no", "max_steps": 4}
+    stop = _BreaksOff()
+    trainer = make_trainer(tmp_path / "run", model, callbacks=[stop], **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    assert make_trainer(tmp_path / "own", model, data=data).evaluate()["eval_loss"] == loss
+    trainer.remove_callback(stop)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert_weights(trained(model), average_of(watch.weights))
 
 
 def train_in_two(rank: int, folder: str):

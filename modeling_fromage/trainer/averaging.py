@@ -57,7 +57,9 @@ class WeightAverage(TrainerCallback):
     def _put(self, model: Any) -> None:
         for name, parameter in _parameters(model).items():
             parameter.copy_(self._average[name])
-        base_of(getattr(model, "module", model)).normalize_ret_embedding()  # a mean of vectors is shorter than they are
+        base = base_of(getattr(model, "module", model))
+        base.normalize_ret_embedding()  # a mean of vectors is shorter than they are
+        base.adapter.clamp_logit_scale(base.config.logit_scale_max)  # the mean has the first scale in it
 
     @contextmanager
     def in_use(self, model: Any) -> Iterator[None]:

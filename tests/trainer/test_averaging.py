@@ -167,6 +167,14 @@ def test_small_steps_of_weights_in_bfloat16_are_averaged():
     assert head.dtype == torch.bfloat16
 
 
+def test_the_scale_of_an_average_is_bounded_too(tmp_path):
+    """Also where the first scale, which is in the average, was larger."""
+    model = make_model("opt_clip", ret_token_id=501, logit_scale_max=15.0)
+    torch.nn.init.constant_(model.adapter.logit_scale, 5.0)
+    make_trainer(tmp_path, model, ema_decay=DECAY, max_steps=2, save_strategy="no").train()
+    assert model.adapter.logit_scale.exp().item() == pytest.approx(15)
+
+
 class _BreaksOff(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:

@@ -183,7 +183,7 @@ class FromageConfig(PreTrainedConfig):
         if self.logit_scale_init_value is None:
             self.logit_scale_init_value = math.log(10 if self.contrastive_loss_type == "siglip" else 1 / 0.07)
         self._check()
-        self._check_losses()
+        _check_losses(self)
 
     def _check(self) -> None:
         for name in ("num_image_tokens", "projection_dim", "num_ret_tokens"):
@@ -234,29 +234,13 @@ class FromageConfig(PreTrainedConfig):
                 "has no such layers. Leave it out, or set `projector_type='resampler'`."
             )
 
-    def _check_losses(self) -> None:
-        for name in ("contrastive_label_smoothing", "captioning_label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        if self.contrastive_label_smoothing and self.contrastive_loss_type == "siglip":
-            raise ValueError(
-                "`contrastive_label_smoothing` spreads a target over the batch, and SigLIP's loss decides each pair by "
-                'itself. Set it to 0, or take `contrastive_loss_type="infonce"`.'
-            )
-        first = math.exp(self.logit_scale_init_value)
-        if self.logit_scale_max is not None and self.logit_scale_max < first * (1 - 1e-6):
-            raise ValueError(
-                f"`logit_scale_max` ({self.logit_scale_max}) is below what the scale starts at, the exponential of "
-                f"`logit_scale_init_value` ({first:.6g}). Raise the one, or lower the other."
-            )
-
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, which sets the fields among `kwargs` once all else is checked: these are checked too."""
         found = super().from_dict(config_dict, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         config._check()
-        config._check_losses()
+        _check_losses(config)
         return found
 
     @classmethod
@@ -282,6 +266,23 @@ class FromageConfig(PreTrainedConfig):
         view: PreTrainedConfig = object.__new__(_full_width_class(base, self.logit_width))
         object.__setattr__(view, "__dict__", inner.__dict__)  # shared: callers write to it
         return view
+
+
+def _check_losses(config: FromageConfig) -> None:
+    for name in ("contrastive_label_smoothing", "captioning_label_smoothing"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"`{name}` must be in [0, 1), got {getattr(config, name)}.")
+    if config.contrastive_label_smoothing and config.contrastive_loss_type == "siglip":
+        raise ValueError(
+            "`contrastive_label_smoothing` spreads a target over the batch, and SigLIP's loss decides each pair by "
+            'itself. Set it to 0, or take `contrastive_loss_type="infonce"`.'
+        )
+    first = math.exp(config.logit_scale_init_value)
+    if config.logit_scale_max is not None and config.logit_scale_max < first * (1 - 1e-6):
+        raise ValueError(
+            f"`logit_scale_max` ({config.logit_scale_max}) is below what the scale starts at, the exponential of "
+            f"`logit_scale_init_value` ({first:.6g}). Raise the one, or lower the other."
+        )
 
 
 def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -163,9 +163,9 @@ def _smoothing(lm: FrozenLM) -> float:
 
 def _up_to_the_last(is_needed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`mask` (B, L) without what follows a row's last needed token, on which nothing depends: with the authors'
-    captions, a row's last token."""
+    captions, a row's last token. A row without any stays whole, for a pass of no tokens is none."""
     is_before = is_needed.flip(1).cumsum(1).flip(1).bool()
-    return mask.bool() & is_before if bool(is_before.any()) else mask
+    return mask.bool() & (is_before | ~is_before.any(dim=1, keepdim=True))
 
 
 __all__ = ["Retrievals", "sequence_losses"]

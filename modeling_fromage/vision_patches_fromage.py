@@ -46,7 +46,7 @@ def _grid_of_tokens(
             before = total - rows * columns
             if before in (0, 1, 1 + (fields.get("num_register_tokens") or 0)):  # none, CLS, or registers too
                 return hidden[:, before:].transpose(1, 2).unflatten(2, (rows, columns))
-        elif layer == -1:
+        elif layer == -1 and fields.get("num_query_pool", len(fields["depths"])) >= len(fields["depths"]) - 1:
             merged = math.isqrt(rows * columns // total)
             if merged and (rows // merged) * (columns // merged) == total:
                 return hidden.transpose(1, 2).unflatten(2, (rows // merged, columns // merged))

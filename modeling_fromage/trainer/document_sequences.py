@@ -66,12 +66,26 @@ class DocumentLayout:
             raise
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise BadExampleError("malformed document", str(error)[:200]) from error
-        ids = self._sequence(self.processor.token_ids(text))
+        whole = self.processor.token_ids(text)
+        self._check_images(whole, len(images))
+        ids = self._sequence(whole)
         count = ids.input_ids.count(self.processor.image_token_id) // self.processor.num_image_tokens
         if not count:
             found = "none" if not images else f"the first of {len(images)} is beyond {self.max_length} tokens"
             raise BadExampleError("document without an image", found)
+        if all(label == -100 for label in ids.labels):
+            raise BadExampleError("document without a text", "and none of its images has anything before it")
         return ids, images[:count]
+
+    def _check_images(self, ids: list[int], count: int) -> None:
+        """Raise a `BadExampleError` where a chat template leaves images out, repeats them, or parts them from their
+        `[RET]`."""
+        image_id, last_ret = self.processor.image_token_id, self.processor.ret_token_ids[-1]
+        shown = ids.count(image_id) // self.processor.num_image_tokens
+        alone = sum(now == last_ret and after != image_id for now, after in zip(ids, [*ids[1:], None], strict=True))
+        if shown != count or alone:
+            told = f"the chat template shows {shown} of {count} images, and {alone} apart from their [RET]"
+            raise BadExampleError("malformed document", told)
 
     def _of_messages(self, messages: Any) -> tuple[str, list[Any]]:
         rows: list[dict[str, Any]] = []

@@ -240,6 +240,32 @@ def test_images_are_shown_without_a_ret_by_chance():
 
 
 @pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m['content'] | replace('[RET]', '[RET]\n') }}{% endfor %}", "2 apart from their"),
+        ("{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}", "shows 1 of 2 images"),
+        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "shows 4 of 2 images"),
+    ],
+)
+def test_a_chat_template_that_moves_images_is_told_of(template, words):
+    """Else a `[RET]` would be to find an image of another document."""
+    processor = make_processor()
+    processor.chat_template = template
+    chat = [{"role": "assistant", "content": [text, {"type": "image", "image": "x.png"}]} for text in ("one", "two")]
+    with pytest.raises(ValueError, match=words):
+        collate({"messages": chat}, processor=processor)
+
+
+def test_a_row_that_teaches_nothing_has_no_part_in_a_chunk_of_its_own():
+    model = double_model("opt_clip", gradient_cache_chunk_size=1)
+    batch = make_batch(model, torch.rand(6, 3, 32, 32, dtype=torch.double))
+    batch["labels"][1], batch["ret_targets"][1] = -100, -100
+    output = model(**batch)
+    model.config.gradient_cache_chunk_size = None
+    torch.testing.assert_close(model(**batch).loss, output.loss)
+
+
+@pytest.mark.parametrize(
     ("document", "words"),
     [
         ({"document": ["a [RET] b", {"type": "image"}]}, "special token"),

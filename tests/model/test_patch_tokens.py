@@ -127,8 +127,11 @@ def test_half_precision_and_a_width_that_is_measured():
         (lambda: DeiTConfig(**SIZES), ("mean", -1, 4), "The 18 tokens of DeiTModel .*Set `vision_patch_tokens=0`"),
         (lambda: HieraConfig(image_size=[64, 64], embed_dim=8, depths=[1, 1], num_heads=[1, 2], num_query_pool=1,
                              masked_unit_size=[8, 8]), ("mean", 0, 4), "HieraModel .*not known to be a grid"),
+        (lambda: HieraConfig(image_size=[64, 64], embed_dim=8, depths=[1, 1, 1], num_heads=[1, 2, 4], num_query_pool=1,
+                             masked_unit_size=[8, 8]), ("mean", -1, 4), "HieraModel .*not known to be a grid"),
     ],
-    ids=["too many", "no such layer", "narrow pooler", "detection tokens", "a second token", "another order"],
+    ids=["too many", "no such layer", "narrow pooler", "detection tokens", "a second token", "another order",
+         "units"],
 )  # fmt: skip
 def test_what_an_encoder_has_not_is_refused(make, options, message):
     with pytest.raises(ValueError, match=message):

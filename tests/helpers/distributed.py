@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,24 @@ def record(trainer: FromageTrainer) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return {"logs": [[entry[name] for name in names] for entry in logs], "weights": weights}
+
+
+def save_averages(rank: int, folder: str, found: Iterable[tuple[Any, tuple[torch.Tensor, dict]]]) -> None:
+    """Average losses and gradients over two processes, as DDP does, and let the first save them to `result.pt`.
+
+    Args:
+        found: A case with its loss and its gradients; begun once the processes know each other.
+    """
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    averages = {}
+    for case, (loss, grads) in found:
+        for value in (loss, *grads.values()):
+            torch.distributed.all_reduce(value)
+            value /= 2
+        averages[case] = loss, grads
+    if rank == 0:
+        torch.save(averages, f"{folder}/result.pt")
+    torch.distributed.destroy_process_group()
 
 
 def in_two_processes(function, *arguments: Any) -> None:

@@ -10,38 +10,7 @@ from modeling_fromage.losses_fromage import contrastive_loss
 from tests.helpers.backbones import make_processor
 from tests.helpers.batches import CAPTIONS, IMAGE, RET, double_model
 from tests.helpers.documents import document_rows, make_batch
-
-
-class PlainPass:
-    """One sequence, by the LM as it is.
-
-    Args:
-        images: (number of images, k, D), its visual tokens.
-    """
-
-    def __init__(self, model, ids, images):
-        self.model, adapter, lm = model, model.adapter, model.language_model
-        ret_out, rows, images = (adapter.ret_lm_head or adapter.ret_embedding).weight, [], iter(images)
-        ret_in = adapter.ret_embedding.weight[0] * model.config.ret_embedding_scale
-        for place, token in enumerate(ids):
-            if token == IMAGE and ids[max(place - 1, 0) : place] != [IMAGE]:
-                rows += list(next(images))
-            elif token != IMAGE:
-                rows.append(ret_in if token == RET else lm.get_input_embeddings()(torch.tensor(token)))
-        self.out = lm(inputs_embeds=torch.stack(rows)[None], output_hidden_states=True, use_cache=False)
-        hidden, frozen = self.out.hidden_states[-1][0], self.out.logits[0][:, :RET]
-        ret = model.frozen_lm().transform(hidden @ ret_out.t())
-        filler = frozen.new_full((len(frozen), RET - frozen.shape[1]), torch.finfo(frozen.dtype).min)
-        self.log_probs = torch.cat([frozen, filler, ret], 1).log_softmax(-1)
-
-    def losses(self, ids):
-        """Of each token but the first, -100 for none: those of words, and those of `[RET]`."""
-        found = [(token, -self.log_probs[place, token]) for place, token in enumerate(ids[1:]) if token >= 0]
-        return [loss for token, loss in found if token != RET], [loss for token, loss in found if token == RET]
-
-    def embed(self, place):
-        layers = zip(self.model.config.text_embed_layers, self.model.adapter.text_projection, strict=True)
-        return F.normalize(sum(p(self.out.hidden_states[n][0, place]) for n, p in layers), dim=-1)
+from tests.helpers.stacked import PlainPass
 
 
 def plain_losses(model, pixels, captions=()):
@@ -56,15 +25,15 @@ def plain_losses(model, pixels, captions=()):
         words, of_rets = one.losses(labels)
         captioning, rets = captioning + words, rets + of_rets
         places = [place for place, found in enumerate(finds) if found >= 0]
-        texts += [one.embed(place) for place in places]
+        texts += [one.queries(place)[0] for place in places]
         targets += [finds[place] for place in places]
     for number, caption in enumerate(captions, start=image):
         words = [-100] * k + CAPTIONS[caption]
         captioning += PlainPass(model, [IMAGE] * k + CAPTIONS[caption], visual[number][None]).losses(words)[0]
         text = CAPTIONS[caption] + [RET]
-        one = PlainPass(model, text, [])
+        one = PlainPass(model, text)
         rets += sum(one.losses(text), [])
-        texts.append(one.embed(-1))
+        texts.append(one.queries(len(text) - 1)[0])
         targets.append(number)
     images, targets = F.normalize(adapter.visual_projection(pooled), dim=-1), torch.tensor(targets)
     similarity = images @ torch.stack(texts).t() * adapter.logit_scale.exp()

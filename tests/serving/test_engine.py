@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import StoppingCriteriaList
 
-from modeling_fromage.serving.engine import Engine, EngineClosedError, QueueFullError
+from modeling_fromage.serving.engine import EngineClosedError, QueueFullError
 from modeling_fromage.serving.text_stream import TextStream
 from tests.helpers.pipelines import COLOURS, NEWLINE, RET, picture, plain, scripted
-from tests.helpers.talking import ALWAYS, NEVER, make_talker
+from tests.helpers.talking import ALWAYS, NEVER
 
 CAT = 373  # a token
 CHAT = [{"role": "user", "content": [picture("red"), "what is it?"]}]
@@ -28,14 +28,6 @@ OPTIONS = [
     {"max_new_tokens": 9, "stop_strings": ["a", "e"], "ret_bias": NEVER},
     {"max_new_tokens": 6, "feed_images_back": True, "ret_bias": 0.4, "min_tokens_before_ret": 2},
 ]
-
-
-@pytest.fixture
-def talker():
-    pipe, pace = make_talker()
-    engine = Engine(pipe, wait_seconds=0.2)
-    yield engine, pace
-    engine.close()
 
 
 def read(answer):

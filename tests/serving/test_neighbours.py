@@ -6,18 +6,9 @@ import pytest
 
 from modeling_fromage import FromageChat
 from modeling_fromage.serving.conversation import Conversation
-from modeling_fromage.serving.engine import Engine
 from modeling_fromage.serving.retrieval import embed
 from tests.helpers.pipelines import picture, plain
-from tests.helpers.talking import ALWAYS, NEVER, make_talker
-
-
-@pytest.fixture
-def talker():
-    pipe, pace = make_talker()
-    engine = Engine(pipe, wait_seconds=0.2)
-    yield engine, pace
-    engine.close()
+from tests.helpers.talking import ALWAYS, NEVER
 
 
 class Watched:

@@ -5,12 +5,18 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from modeling_fromage.trainer.rank_batches import RankBatches
 from tests.helpers.batches import double_model
-from tests.helpers.distributed import assert_close, in_two_processes, make_trainer, pixel_examples, record
+from tests.helpers.distributed import (
+    assert_close,
+    in_two_processes,
+    make_trainer,
+    pixel_examples,
+    record,
+    save_averages,
+)
 from tests.helpers.documents import make_batch as documents_and_pairs
 from tests.helpers.processes import run_ranks
 from tests.helpers.training_runs import examples
@@ -40,16 +46,9 @@ def gradients(captions: list[int], documents: list[int], options: dict) -> tuple
 
 
 def worker(rank: int, folder: str):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {}
-    for (case, shares), (kind, options) in itertools.product(SHARES.items(), LOSSES.items()):
-        found[case, kind] = loss, grads = gradients(*shares[rank], options)
-        for value in (loss, *grads.values()):
-            dist.all_reduce(value)
-            value /= 2  # as DDP averages
-    if rank == 0:
-        torch.save(found, f"{folder}/result.pt")
-    dist.destroy_process_group()
+    cases = itertools.product(SHARES.items(), LOSSES.items())
+    found = (((case, kind), gradients(*shares[rank], options)) for (case, shares), (kind, options) in cases)
+    save_averages(rank, folder, found)
 
 
 def test_two_processes_equal_one(tmp_path):

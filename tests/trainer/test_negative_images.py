@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from PIL import Image
 from torch.nn import functional as F
@@ -13,7 +12,7 @@ from modeling_fromage import FromageDataCollator, FromageTrainer
 from modeling_fromage.trainer.bad_examples import BadExampleError
 from tests.helpers.backbones import make_model, make_processor
 from tests.helpers.batches import double_model, make_batch
-from tests.helpers.distributed import make_trainer
+from tests.helpers.distributed import make_trainer, save_averages
 from tests.helpers.documents import make_batch as documents_and_pairs
 from tests.helpers.processes import run_ranks
 from tests.helpers.training_runs import arguments, examples
@@ -112,18 +111,12 @@ SHARES = {
 
 
 def worker(rank: int, folder: str):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {}
-    for case, shares in SHARES.items():
+    def of_this_rank(shares):
         first = sum(count for _, _, count in shares[:rank])
         captions, documents, count = shares[rank]
-        found[case] = loss, grads = gradients_of(captions, documents, range(first, first + count))
-        for value in (loss, *grads.values()):
-            dist.all_reduce(value)
-            value /= 2  # as DDP averages
-    if rank == 0:
-        torch.save(found, f"{folder}/result.pt")
-    dist.destroy_process_group()
+        return gradients_of(captions, documents, range(first, first + count))
+
+    save_averages(rank, folder, ((case, of_this_rank(shares)) for case, shares in SHARES.items()))
 
 
 def gradients_of(captions, documents, negatives):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -17,6 +16,7 @@ from modeling_fromage.trainer.warm_start import CachedRetrieval
 from modeling_fromage.training_losses_fromage import ret_hidden_states
 from tests.helpers.backbones import make_processor
 from tests.helpers.checkpoints import TRAINED_KEYS, assemble, keys_of
+from tests.helpers.distributed import save_averages
 from tests.helpers.processes import run_ranks
 from tests.helpers.stacked import AGGREGATIONS, pairs, stacked_double_model, stacked_model
 from tests.helpers.strangers import ask_stranger
@@ -149,17 +149,7 @@ def gradients(aggregation, captions):
 
 
 def worker(rank: int, folder: str):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {}
-    for aggregation in AGGREGATIONS:
-        loss, grads = gradients(aggregation, SHARES[rank])
-        for value in (loss, *grads.values()):
-            dist.all_reduce(value)
-            value /= 2  # as DDP averages
-        found[aggregation] = loss, grads
-    if rank == 0:
-        torch.save(found, f"{folder}/result.pt")
-    dist.destroy_process_group()
+    save_averages(rank, folder, ((aggregation, gradients(aggregation, SHARES[rank])) for aggregation in AGGREGATIONS))
 
 
 def test_two_processes_equal_one(tmp_path):

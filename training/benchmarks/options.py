@@ -17,13 +17,11 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
+from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.messages_fromage import as_parts
-from modeling_fromage.trainer.evaluation import evaluating
-from modeling_fromage.trainer.ranking import recall_in_both_directions
 
 from ..data.captioned_images import load_captioned_images
 from ..evaluation.documents import DocumentsEvaluator
-from ..evaluation.prompts import embed_prompts, image_embeds
 from ..publishing.provenance import provenance
 from .warm_start import read_rows
 
@@ -179,8 +177,7 @@ class Side:
     @torch.no_grad()
     def features(self, model: FromageForConditionalGeneration, processor: FromageProcessor) -> dict[str, torch.Tensor]:
         """The vector of each image, by its path, for the model's settings of the encoder."""
-        key = repr([(name, value) for name, value in model.config.to_dict().items() if name.startswith("vision_")
-                    and name != "vision_config"])  # fmt: skip
+        key = str(ImageVector.of(model.config))
         if key not in self._features:
             paths = {row["image"] for row in (*self.data.train, *self.data.held_out)}
             paths |= {part["image"] for row in self.data.documents for part in as_parts(row["document"])
@@ -256,18 +253,21 @@ def run(side: Side, option: Option, seed: int, steps: int) -> dict[str, Any]:
     collator = _collator(processor, side.plan, option, seed)
     features = side.features(model, processor)
     rows = side.rows(option, features, collator)
+    held_out = _with_features(side.data.held_out, features)
     with tempfile.TemporaryDirectory() as folder:
         trainer = FromageTrainer(
-            model, _arguments(folder, side.plan, option, steps, seed), collator, train_dataset=rows, **option.trainer
-        )
+            model, _arguments(folder, side.plan, option, steps, seed), collator, train_dataset=rows, eval_samples=0,
+            **option.trainer,
+        )  # fmt: skip
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
+        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(held_out).items()}
     model.eval()
     found = {
-        "seed": seed, "steps": steps, "seconds": seconds,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        **_test_pairs(side, model, processor, collator, features),
+        "seed": seed, "steps": steps, "seconds": seconds, "parameters": model.num_parameters(only_trainable=True),
+        "recall": {name: value for name, value in metrics.items() if "R@" in name},
+        "captioning_loss": metrics["captioning_loss"],
     }  # fmt: skip
     if side.data.test_documents is not None:
         evaluator = DocumentsEvaluator(
@@ -278,28 +278,6 @@ def run(side: Side, option: Option, seed: int, steps: int) -> dict[str, Any]:
         found["documents"] = {name: own["ours"]["R@10"] for name, own in contexts.items()}
         found["documents R@1"] = {name: own["ours"]["R@1"] for name, own in contexts.items()}
     return found
-
-
-@torch.no_grad()
-def _test_pairs(
-    side: Side,
-    model: FromageForConditionalGeneration,
-    processor: FromageProcessor,
-    collator: FromageDataCollator,
-    features: Mapping[str, torch.Tensor],
-) -> dict[str, Any]:
-    held_out = _with_features(side.data.held_out, features)
-    texts = [processor.retrieval_text(row["caption"]) for row in held_out]
-    images = image_embeds(model, torch.stack([row["pooled_image_features"] for row in held_out]))
-    recall = recall_in_both_directions(images, embed_prompts(model, processor, texts))
-    losses, counts = [], []
-    with evaluating(collator):
-        for start in range(0, len(held_out), 32):
-            batch = collator(held_out[start : start + 32])
-            losses.append(model(**batch, return_logits=False).captioning_loss.item())
-            counts.append(int((batch["labels"] != -100).sum()))
-    loss = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
-    return {"recall": recall, "captioning_loss": loss}
 
 
 def measure(
@@ -319,11 +297,11 @@ def measure(
             if option.documents and not data.documents:
                 continue
             own = plain if name == "plain" else step_seconds(side, option)
-            steps = {"equal steps": max(2, int(60 * plan.minutes / plain))}
-            if not abs(own / plain - 1) < EQUAL:
+            steps = {}
+            if not option.documents:  # of which a step is another amount of data
+                steps["equal steps"] = max(2, int(60 * plan.minutes / plain))
+            if option.documents or not abs(own / plain - 1) < EQUAL:
                 steps["equal time"] = max(2, int(60 * plan.minutes / own))
-            if option.documents:  # of a step another amount of data
-                del steps["equal steps"]
             found["options"][name] = {"step_seconds": own, **{kind: [] for kind in steps}}
             for seed in range(plan.seeds):
                 for kind, count in steps.items():

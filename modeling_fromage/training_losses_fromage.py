@@ -89,11 +89,11 @@ def retrieval_losses(
     if input_ids is not None and count:
         numbers = torch.arange(count, device=pooled.device) if images is None else images
         found.insert(0, _of_texts(lm, input_ids, attention_mask, numbers))
-    loss, targets = (sum(values[1:], values[0]) for values in list(zip(*found, strict=True))[:2])
-    embeds, numbers = (torch.cat(values) for values in list(zip(*found, strict=True))[2:])
-    matches = None
+    losses, counts, all_embeds, all_numbers = zip(*found, strict=True)
+    loss, targets = sum(losses[1:], losses[0]), sum(counts[1:], counts[0])
+    embeds, matches = torch.cat(all_embeds), None
     if images is not None or of_documents is not None:
-        matches, order = numbers.sort(stable=True)
+        matches, order = torch.cat(all_numbers).sort(stable=True)
         embeds = embeds[order]
     return {
         "ret_token_loss": mean_over_targets(loss, targets, across_processes),

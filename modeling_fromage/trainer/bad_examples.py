@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ..images_fromage import UnreadableImageError, printable
 from .bad_example_list import BadExampleList
-from .draws import number_of
+from .draws import drawn_number
 from .row_contents import contents_of
 
 ENOUGH = 256  # examples to judge by how many are bad
@@ -256,7 +256,7 @@ class GoodExamples(Dataset):
         if hasattr(self.dataset, "substitutes"):
             yield from itertools.islice(self.dataset.substitutes(index), _NEIGHBOURS)
         for attempt in range(_ATTEMPTS):
-            number = number_of(repr((self.seed, "substitute", index, attempt)).encode()) % len(self)
+            number = drawn_number(self.seed, "substitute", index, attempt) % len(self)
             if number != index:
                 yield number
 

@@ -15,9 +15,9 @@ from .bad_examples import BadExampleError, PreparedExample
 from .captions import check_caption, usable_captions
 from .document_sequences import DocumentLayout, sequences_of
 from .documents import document_of
-from .draws import number_of
+from .draws import drawn_number
 from .image_batches import image_tensors, pooled_features
-from .negative_images import check_negatives, draw_negatives
+from .negative_images import check_negatives, draw_negatives, has_negatives
 
 
 @dataclass
@@ -123,8 +123,10 @@ class FromageDataCollator:
             raise ValueError("The batch is empty.")
         self.check_format(self.processor)
         prepared = [self._prepare_row(row, example) for row, example in enumerate(examples)]
-        seed = repr((self.seed, "negatives", [_text_of(example) for example in prepared]))
-        negatives = draw_negatives(self.processor, prepared, self.hard_negatives if self.training else 0, seed)
+        negatives: dict[str, torch.Tensor] = {}
+        if self.training and self.hard_negatives and any(map(has_negatives, prepared)):
+            seed = drawn_number(self.seed, "negatives", list(map(_text_of, prepared)))
+            negatives = draw_negatives(self.processor, prepared, self.hard_negatives, seed)
         pixels = image_tensors(self.processor, prepared)  # as above: other examples come in where images are bad
         examples = self._draw(prepared)
         if any("document_ids" in example for example in examples):
@@ -222,8 +224,7 @@ class FromageDataCollator:
             return list(examples)
         generator = torch.Generator()
         if self.training:
-            texts = [_text_of(example) for example in examples]
-            generator.manual_seed(number_of(repr((self.seed, texts)).encode()))
+            generator.manual_seed(drawn_number(self.seed, list(map(_text_of, examples))))
         drawn = [
             example
             | {
@@ -251,10 +252,8 @@ class FromageDataCollator:
 
     def _concatenates(self, captions: Sequence[CaptionIds]) -> bool:
         """Draw whether this batch's captions are concatenated."""
-        if not self.training:
-            return False
         tokens = [caption.caption_ids for caption in captions]
-        return number_of(repr((self.seed, tokens)).encode()) / 2**56 < self.concat_captions_prob
+        return self.training and drawn_number(self.seed, tokens) / 2**56 < self.concat_captions_prob
 
     def image_inputs(self, examples: MutableSequence[Any]) -> dict[str, torch.Tensor]:
         """`pixel_values` or `pooled_image_features` of examples, as in a batch. One whose image the processor refuses

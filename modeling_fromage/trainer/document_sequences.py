@@ -60,7 +60,7 @@ class DocumentLayout:
             if "messages" in document:
                 text, images = self._of_messages(document["messages"])
             else:
-                parts = _with_rets(as_parts(_listed(document["document"])), is_first=True)
+                parts = with_rets(as_parts(_listed(document["document"])))
                 text, images = self.processor.join_parts(_checked(parts, self.processor)), _images(parts)
         except BadExampleError:
             raise
@@ -93,7 +93,7 @@ class DocumentLayout:
             message = with_parts(message)
             parts = message["content"]
             if message.get("role") == "assistant":
-                parts = _with_rets(parts, is_first=not rows)
+                parts = with_rets(parts, is_first=not rows)
             rows.append({**message, "content": _checked(parts, self.processor)})
         images = [image for message in rows for image in _images(message["content"])]
         return self.processor.apply_chat_template(rows, tokenize=False), images  # type: ignore[return-value]  # a text
@@ -150,8 +150,8 @@ def _checked(parts: Sequence[Part], processor: FromageProcessor) -> list[Part]:
     return list(parts)
 
 
-def _with_rets(parts: Sequence[Part], is_first: bool) -> list[Part]:
-    """Parts with a `[RET]` before each image but one that nothing precedes."""
+def with_rets(parts: Sequence[Part], is_first: bool = True) -> list[Part]:
+    """Parts with a `[RET]` before each image but one that nothing precedes: the first, where `is_first`."""
     found: list[Part] = []
     for part in parts:
         if part["type"] == "ret":
@@ -166,4 +166,4 @@ def _images(parts: Sequence[Part]) -> list[Any]:
     return [image_source(part) for part in parts if part["type"] == "image"]
 
 
-__all__ = ["DocumentIds", "DocumentLayout", "sequences_of"]
+__all__ = ["DocumentIds", "DocumentLayout", "sequences_of", "with_rets"]

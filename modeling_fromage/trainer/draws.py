@@ -1,6 +1,7 @@
 """Draws that a resumed run, and every process, repeats."""
 
 import hashlib
+from typing import Any
 
 
 def number_of(data: bytes) -> int:
@@ -8,4 +9,9 @@ def number_of(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 
 
-__all__ = ["number_of"]
+def drawn_number(*what: Any) -> int:
+    """[`number_of`] of what a draw depends on: a seed, what is drawn, and for what."""
+    return number_of(repr(what).encode())
+
+
+__all__ = ["drawn_number", "number_of"]

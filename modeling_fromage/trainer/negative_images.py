@@ -8,7 +8,6 @@ from transformers.utils import logging
 from ..images_fromage import load_rgb_image
 from ..processing_fromage import FromageProcessor
 from .bad_examples import BadExampleError, as_bad
-from .draws import number_of
 
 logger = logging.get_logger(__name__)
 
@@ -32,16 +31,18 @@ def check_negatives(example: dict[str, Any], count: int) -> None:
         )
 
 
-def draw_negatives(processor: FromageProcessor, examples: list[Any], count: int, seed: str) -> dict[str, torch.Tensor]:
+def has_negatives(example: dict[str, Any]) -> bool:
+    return any(example.get(name) is not None for name in ("negative_images", "negative_image_features"))
+
+
+def draw_negatives(processor: FromageProcessor, examples: list[Any], count: int, seed: int) -> dict[str, torch.Tensor]:
     """`negative_pixel_values` or `negative_image_features` (num_negatives, ...): `count` of each example's, drawn
     without replacement, or all where it has fewer; nothing where no example has any.
 
     One that cannot be read is passed over for another. An example of which none can be read makes way in the list for
     its substitute, if it has one.
     """
-    if not count:
-        return {}
-    generator = torch.Generator().manual_seed(number_of(seed.encode()))
+    generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[torch.Tensor]] = {"negative_pixel_values": [], "negative_image_features": []}
     for row in range(len(examples)):
         features = examples[row].get("negative_image_features")
@@ -82,4 +83,4 @@ def _pictures(
     return pixels
 
 
-__all__ = ["check_negatives", "draw_negatives"]
+__all__ = ["check_negatives", "draw_negatives", "has_negatives"]

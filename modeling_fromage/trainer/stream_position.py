@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 from transformers.utils import is_datasets_available
 
-from .draws import number_of
+from .draws import drawn_number
 
 _NAME = "stream_position"  # in a checkpoint's `trainer_state.json`
 
@@ -79,7 +79,7 @@ class StreamPosition(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         epoch = self.epoch if self._is_counted else int(state.epoch or 0)
-        self._generator.manual_seed(number_of(repr((args.seed, "stream", epoch)).encode()))
+        self._generator.manual_seed(drawn_number(args.seed, "stream", epoch))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from tqdm.auto import tqdm
 
 from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.backbones_fromage import context_length
@@ -22,13 +21,14 @@ from modeling_fromage.io.command_line import at_least
 from modeling_fromage.late_interaction_fromage import similarities
 from modeling_fromage.messages_fromage import Part, as_parts, image_source
 from modeling_fromage.prompts_fromage import token_id
+from modeling_fromage.trainer.document_sequences import with_rets
 from modeling_fromage.trainer.documents import document_of
 
 from ..data.captioned_images import load_captioned_images
 from .evaluator import Evaluation, Evaluator
 from .images import EncodedImages, encode_images
 from .metrics import rank_metrics, target_ranks, wilson_interval
-from .prompts import has_special_token, image_embeds
+from .prompts import embed_prompts, has_special_token, image_embeds
 
 ALL = "all texts"
 
@@ -107,7 +107,7 @@ def _parts(document: dict[str, Any] | None) -> list[Part]:
     parts = as_parts(content)
     if any(part["type"] not in ("text", "image") for part in parts):
         raise ValueError("A document has texts and images.")
-    return [dict(part) for part in parts]
+    return [{name: value for name, value in part.items() if name != "ret_index"} for part in parts]
 
 
 def _content_of(message: dict[str, Any]) -> Sequence[Any]:
@@ -161,11 +161,7 @@ def make_prompts(
     which any are among these."""
     prompts = Prompts([], [], 0)
     for context in contexts:
-        shown: list[Part] = []
-        for part in context:
-            if part["type"] == "image" and rets_in_context and shown:
-                shown.append({"type": "ret"})
-            shown.append({name: value for name, value in part.items() if name != "ret_index"})
+        shown = with_rets(context) if rets_in_context else context
         ids = processor.token_ids(processor.join_parts([*shown, {"type": "ret"}]))
         is_cut = len(ids) > max_tokens
         if is_cut:
@@ -185,33 +181,6 @@ def _last_tokens(processor: FromageProcessor, ids: list[int], count: int) -> lis
     while kept.count(processor.image_token_id) % processor.num_image_tokens:
         kept = kept[1:]
     return kept if bos and bos[0] in kept else bos + kept
-
-
-@torch.no_grad()
-def embed(
-    model: FromageForConditionalGeneration,
-    prompts: Prompts,
-    images: EncodedImages,
-    pad_token_id: int,
-    batch_size: int = 16,
-) -> torch.Tensor:
-    """Unit-norm embeddings (N, q) of prompts, or (N, r, q) of several queries each, on the CPU, in fp32."""
-    order = sorted(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
-    embeds: list[torch.Tensor] = [torch.empty(0)] * len(order)
-    for start in tqdm(range(0, len(order), batch_size), desc="Embedding contexts"):
-        some = order[start : start + batch_size]
-        width = len(prompts.ids[some[-1]])
-        ids = torch.full((len(some), width), pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, number in enumerate(some):
-            length = len(prompts.ids[number])
-            ids[row, width - length :], mask[row, width - length :] = torch.tensor(prompts.ids[number]), 1
-        rows = images.rows_of([image for number in some for image in prompts.images[number]])
-        features = images.features[rows].to(model.device) if rows else None
-        found = model.get_text_embeds(ids.to(model.device), mask.to(model.device), pooled_image_features=features)
-        for number, embedding in zip(some, found.float().cpu(), strict=True):
-            embeds[number] = embedding
-    return torch.stack(embeds)
 
 
 @dataclass(kw_only=True)
@@ -285,7 +254,8 @@ class DocumentsEvaluator(Evaluator):
                 name = ALL if texts is None else f"{texts} text{'s' * (texts > 1)}"
                 name += " + images" * with_images
                 prompts = self._prompts(model, processor, queries, texts, with_images)
-                embeds = embed(model, prompts, images, int(processor.tokenizer.pad_token_id or 0), self.batch_size)
+                features = [images.features[images.rows_of(shown)] for shown in prompts.images]
+                embeds = embed_prompts(model, processor, prompts.ids, features, self.batch_size)
                 figures[name] = {"ours": _with_intervals(_ranks(similarities(embeds, gallery), queries, images))}
                 cut[name] = prompts.num_cut
         candidates = sum(len(images.ids) - len(_earlier(query)) for query in queries) / len(queries)
@@ -333,5 +303,5 @@ def _with_intervals(ranks: torch.Tensor) -> dict[str, Any]:
     return {**found, "95%": {name: list(wilson_interval(value, len(ranks))) for name, value in recall.items()}}
 
 
-__all__ = ["Documents", "DocumentsEvaluator", "Prompts", "Query", "embed", "make_prompts", "queries_of",
+__all__ = ["Documents", "DocumentsEvaluator", "Prompts", "Query", "make_prompts", "queries_of",
            "read_documents"]  # fmt: skip

@@ -1,5 +1,6 @@
 """Embeddings of interleaved prompts that end in `[RET]`, from cached image features."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from modeling_fromage import FromageForConditionalGeneration, FromageProcessor
 from modeling_fromage.backbones_fromage import context_length
 
 
-def tokenize(processor: FromageProcessor, prompts: list[str], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask (N, L), padded on the left, of prompts that already contain placeholders and BOS."""
-    inputs = processor.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+def tokenize(processor: FromageProcessor, prompts: Sequence[Any], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask (N, L), padded on the left, of prompts that already contain placeholders and BOS, or are token
+    ids."""
+    if isinstance(prompts[0], str):
+        inputs = processor.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+    else:
+        inputs = processor.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(device)
     return inputs["input_ids"], inputs["attention_mask"]
 
 
@@ -31,7 +36,7 @@ def is_too_long(model: FromageForConditionalGeneration, processor: FromageProces
 def embed_prompts(
     model: FromageForConditionalGeneration,
     processor: FromageProcessor,
-    prompts: list[str],
+    prompts: Sequence[Any],
     features: list[torch.Tensor] | None = None,
     batch_size: int = 32,
     first_projection_only: bool = False,
@@ -40,6 +45,7 @@ def embed_prompts(
     each token makes a query.
 
     Args:
+        prompts: Texts, or lists of token ids.
         features: Pooled features (num_images, vision_width) of each prompt's images.
         first_projection_only: Apply the first text projection to the last hidden state, whatever layers the model's
             projections are for, as the authors' VIST script does.

@@ -171,7 +171,8 @@ def test_options_benchmark_runs(tmp_path, capsys, monkeypatch):
     for found in (*pairs.values(), *documents.values()):
         runs = [run for kind in ("equal steps", "equal time") for run in found.get(kind, [])]
         assert len(runs) in (2, 4) and all(run["seconds"] > 0 and run["captioning_loss"] > 0 for run in runs)
-    assert "equal steps" not in documents["documents and pairs"]
+    for name in ("documents and pairs", "retrieval first"):
+        assert "equal steps" not in documents[name] and len(documents[name]["equal time"]) == 2
     assert set(documents["plain"]["equal steps"][0]["documents"]) >= {"1 text", "all texts + images"}
     assert pairs["LoRA"]["equal steps"][0]["parameters"] > pairs["plain"]["equal steps"][0]["parameters"]
     text = capsys.readouterr().out

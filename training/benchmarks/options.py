@@ -356,9 +356,10 @@ def table(results: dict[str, Any]) -> str:
         lines.append("")
     plan = results["plan"]
     lines.append(
-        f"Per cent, mean ± standard deviation of {plan['seeds']} seeds; {plan['minutes']:g} minutes of training for the "
-        f"plain model, in seconds of the processor by its threads; {results['hardware']}, {results['threads']} threads, "
-        f"{plan['dtype']}. A plain model's option whose steps are as long as its own, within {EQUAL:.0%}, has one row."
+        f"Per cent, mean ± standard deviation of {plan['seeds']} seeds; {plan['minutes']:g} minutes of training for "
+        f"the plain model, in seconds of the processor by its threads; {results['hardware']}, {results['threads']} "
+        f"threads, {plan['dtype']}. A plain model's option whose steps are as long as its own, within {EQUAL:.0%}, has "
+        "one row."
     )
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from ..processing_fromage import FromageProcessor
 from ..prompts_fromage import CaptionFormat, CaptionIds
 from .bad_examples import BadExampleError, PreparedExample
 from .captions import check_caption, usable_captions
+from .document_contexts import Prompt
 from .document_sequences import DocumentLayout, sequences_of
 from .documents import document_of
 from .draws import drawn_number
@@ -34,8 +35,7 @@ class FromageDataCollator:
     beside cached features, `"negative_image_features"` of shape `(num_negatives, vision_width)`. In training,
     `hard_negatives` of them are drawn in every batch.
 
-    [`CaptionIds`] describes the two sequences of a caption. Those for retrieval are never concatenated, and beside
-    documents none is.
+    [`CaptionIds`] describes the two sequences of a caption. Those for retrieval, or beside documents, stand alone.
 
     A document is `{"messages": ...}`, a chat, or `{"document": [...]}`, a list of texts and images in order; see
     [`document_of`] for other names. [`DocumentLayout`] lays it out as one sequence. Its images may be cached too:
@@ -240,11 +240,13 @@ class FromageDataCollator:
                 example["document_ids"] = example["document_ids"].without_rets(set(shown), len(self._layout.ret_ids))
         return drawn
 
-    def retrieval_inputs(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`retrieval_input_ids` and `retrieval_attention_mask` of captions alone, as in a batch."""
-        for caption in captions:
-            check_caption(caption, self.processor)
-        return self._retrieval_inputs(self._layout.retrieval_ids(captions))
+    def retrieval_inputs(self, captions: Sequence[str | Prompt]) -> dict[str, torch.Tensor]:
+        """`retrieval_input_ids` and `retrieval_attention_mask` of captions, as in a batch; or of prompts, token ids."""
+        texts = [caption for caption in captions if not isinstance(caption, tuple)]
+        for text in texts:
+            check_caption(text, self.processor)
+        encoded = iter(self._layout.retrieval_ids(texts) if texts else ())
+        return self._retrieval_inputs([list(own) if isinstance(own, tuple) else next(encoded) for own in captions])
 
     def _retrieval_inputs(self, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         input_ids, mask = _pad(rows, self.processor.tokenizer.pad_token_id)

@@ -1,6 +1,7 @@
 """Pairs of images and captions as cached vectors: an encoder's features, a language model's states at `[RET]`.
 
-A pair may have several captions and several views of its image. Axes: N pairs, W the encoder's width.
+A pair may have several captions and several views of its image. The images of documents are pairs too, with the texts
+before them. Axes: N pairs, W the encoder's width.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from transformers.utils.logging import tqdm
 
 from ..modeling_fromage import FromageForConditionalGeneration
 from .data_collator import FromageDataCollator, retrieval_caption
+from .document_contexts import text_contexts
 from .documents import document_of
 from .draws import number_of
 from .ret_states import RetStates, as_stored, cache_ret_states
@@ -149,19 +151,17 @@ def _read(
     found, counts = [], array("q")
     captions: list[Sequence[Any]] = []
     for start in tqdm(range(0, len(dataset), 64), desc="Reading image features"):
-        rows = [dataset[i] for i in range(start, min(len(dataset), start + 64))]
-        if any(document_of(row) is not None for row in rows):
-            raise ValueError(
-                "The warm start trains on pairs of an image and its caption, and there are documents in the data: what "
-                "stands before their images holds trained visual tokens. Train on the pairs first, then on both."
-            )
+        read = [dataset[i] for i in range(start, min(len(dataset), start + 64))]
+        rows = [pair for row in read for pair in _pairs_of(collator, row)]
+        if not rows:
+            continue
         if "pooled_image_features" in rows[0]:
             views = [torch.as_tensor(row["pooled_image_features"]) for row in rows]
             views = [view if view.dim() == 2 else view[None] for view in views]
             counts.extend(len(view) for view in views)
             found += views
         else:
-            if not start:
+            if not found:
                 logger.info(
                     "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
                 )
@@ -169,10 +169,24 @@ def _read(
             counts.extend([1] * len(rows))
             found.append(model.get_pooled_image_features(**inputs).cpu())
         captions += retrieval_captions(rows)
+    if len(counts) < 2:
+        raise ValueError(f"The warm start needs two images or more with a text before them, got {len(counts)}.")
     starts = itertools.accumulate(counts, initial=0)
     views_of = Choices(range(start, end) for start, end in itertools.pairwise(starts))
     features = torch.cat(found)[:, : model.adapter.feature_width]  # retrieval reads no patches
     return as_stored(features), views_of, captions
+
+
+def _pairs_of(collator: FromageDataCollator, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A pair as it is; of a document its images, each with the texts before it as captions. What stands there with
+    images holds trained visual tokens, and is left to joint training."""
+    document = document_of(row)
+    if document is None:
+        return [row]
+    prepared = collator.prepare(row)
+    own = "image" if prepared.get("pooled_image_features") is None else "pooled_image_features"
+    found = text_contexts(collator.processor, document, prepared["document_ids"], collator.max_document_length)
+    return [{own: prepared[own][image], "caption": prompts} for image, prompts in found.items()]
 
 
 def statistics_of(rows: torch.Tensor) -> Statistics:

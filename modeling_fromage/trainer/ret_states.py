@@ -20,9 +20,11 @@ from ..file_writing_fromage import replace_file
 from ..modeling_fromage import FromageForConditionalGeneration
 from ..training_losses_fromage import ret_hidden_states
 from .data_collator import FromageDataCollator
+from .document_contexts import Prompt
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 8192  # captions
+_TEXTS, _PLACES = 256, 16_384  # of a pass
 
 
 def describe(model: FromageForConditionalGeneration, collator: FromageDataCollator, count: int) -> dict[str, Any]:
@@ -80,9 +82,8 @@ def shard_paths(directory: Path, count: int) -> list[Path]:
 def cache_ret_states(
     model: FromageForConditionalGeneration,
     collator: FromageDataCollator,
-    captions: Sequence[str],
+    captions: Sequence[str | Prompt],
     directory: Path,
-    batch_size: int = 256,
 ) -> None:
     """Run the frozen language model once over captions, and keep its hidden states at `[RET]`.
 
@@ -92,9 +93,8 @@ def cache_ret_states(
     Args:
         model ([`FromageForConditionalGeneration`]): With a frozen language model, and `[RET]` as it will be.
         collator ([`FromageDataCollator`]): Lays captions out.
-        captions (`Sequence[str]`): N captions.
+        captions (`Sequence[str | Prompt]`): N captions, or prompts, tuples of token ids that end in `[RET]`.
         directory (`Path`): Folder of the cache; made if needed.
-        batch_size (`int`, defaults to 256): Captions a pass.
 
     Raises:
         ValueError: `directory` has states of another language model, `[RET]`, tokenizer, layout or other captions.
@@ -107,7 +107,7 @@ def cache_ret_states(
         ids, mask = collator.retrieval_inputs(own).values()
         digest = _digest(ids.numpy().tobytes())
         if (known := _captions_of(path, len(own))) is None:
-            states = _encode(model, ids, mask, batch_size)
+            states = _encode(model, ids, mask)
             replace_file(path, save(states, {"captions": digest}))
         elif known != digest:
             raise ValueError(
@@ -116,14 +116,12 @@ def cache_ret_states(
             )
 
 
-def _encode(
-    model: FromageForConditionalGeneration, ids: torch.Tensor, mask: torch.Tensor, batch_size: int
-) -> dict[str, torch.Tensor]:
+def _encode(model: FromageForConditionalGeneration, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """States of texts (N, L), those of one shard, by the names that they have in its file, which sort by layer."""
     lm, found = model.frozen_lm(), []
     # In alphabetical order, so to speak: texts that begin alike share a pass.
     order = torch.tensor(sorted(range(len(ids)), key=ids.tolist().__getitem__))
-    for rows in tqdm(order.split(batch_size), desc="Captions", leave=False):
+    for rows in tqdm(_passes(order, mask.sum(-1)), desc="Captions", leave=False):
         used = mask[rows].any(0)
         batch = (tensor[rows][:, used].to(model.device) for tensor in (ids, mask))
         found.append([layer.cpu() for layer in ret_hidden_states(lm, *batch)])
@@ -135,6 +133,19 @@ def _encode(
             "bfloat16 or float32."
         )
     return {f"layer-{number:03d}": as_stored(layer) for number, layer in enumerate(layers)}
+
+
+def _passes(order: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Texts in `order`, split so that a pass has at most as many, and places with those of padding, as is set above."""
+    passes: list[list[int]] = [[]]
+    longest = 0
+    for number in order.tolist():
+        longest = max(longest, int(lengths[number]))
+        if passes[-1] and (len(passes[-1]) == _TEXTS or (len(passes[-1]) + 1) * longest > _PLACES):
+            passes.append([])
+            longest = int(lengths[number])
+        passes[-1].append(number)
+    return [torch.tensor(rows) for rows in passes]
 
 
 def as_stored(rows: torch.Tensor) -> torch.Tensor:

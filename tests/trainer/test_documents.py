@@ -5,6 +5,9 @@ import torch
 from PIL import Image
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageTrainer
+from modeling_fromage.trainer.document_contexts import text_contexts
+from modeling_fromage.trainer.document_sequences import DocumentLayout
+from modeling_fromage.trainer.pair_states import read_pairs
 from tests.helpers.backbones import make_model, make_processor
 from tests.helpers.distributed import in_two_processes
 from tests.helpers.training_runs import arguments
@@ -77,14 +80,65 @@ def test_pairs_and_documents_train_together(tmp_path):
     assert all("document" in rows[i] for i in longest_batch(trainer, rows, 4).indices)
 
 
-def test_a_warm_start_on_documents_is_refused(tmp_path):
-    processor = make_processor()
+def test_a_warm_start_finds_a_documents_images_from_the_texts_before_them(tmp_path):
+    """By states that are those of prompts of the same texts; and joint training goes on with the documents."""
+    processor, model, rows = make_processor(), make_model("opt_clip"), documents(4)
+    collator = FromageDataCollator(processor)
+    pairs = read_pairs(
+        model, collator, rows + [{"image": rows[0]["document"][3], "caption": "a pair"}], tmp_path, seed=0
+    )
+    assert len(pairs) == 2 * 4 + 1
+    seen = {}
+    for _ in range(20):
+        batch = pairs.__getitems__(torch.randperm(len(pairs)).tolist())
+        for number, state in zip(batch["labels"].tolist(), batch["ret_states"][0], strict=True):
+            seen.setdefault(number, {})[tuple(state.tolist())] = state
+    text, _, more, *_ = rows[1]["document"]
+    for number, contexts in {2: [[text]], 3: [[text, more], [more]], 8: [["a pair"]]}.items():
+        prompts = ["".join([processor.bos_text, *context, "[RET]"]) for context in contexts]
+        ids = [processor(text=prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
+        expected = [model.get_text_embeds(each) for each in ids]
+        found = [model.adapter.text_embeds([state[None]]) for state in seen[number].values()]
+        assert len(found) == len(expected)
+        for embeds in expected:
+            assert min((embeds - each).abs().max() for each in found) < 1e-3
+
     trainer = FromageTrainer(
-        make_model("opt_clip"), arguments(tmp_path), train_dataset=documents(4), processing_class=processor,
-        retrieval_warm_start_steps=2,
+        model, arguments(tmp_path / "run", max_steps=2), train_dataset=rows, processing_class=processor,
+        retrieval_warm_start_steps=2, retrieval_warm_start_batch_size=4,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="there are documents in the data.*Train on the pairs first"):
-        trainer.train()
+    assert trainer.train().global_step == 2
+
+
+def test_contexts_of_a_chat_and_of_a_document():
+    """Of a chat's images those of the assistant, after all that was said; long contexts keep BOS and their end."""
+    processor, image = make_processor(), Image.new("RGB", (32, 32))
+    parts = ["one", image, "two", "three", image, image]
+    ids, _ = DocumentLayout(processor, 64).encode({"document": parts})
+    found = text_contexts(processor, {"document": parts}, ids, 64)
+    told = {number: [processor.tokenizer.decode(prompt) for prompt in own] for number, own in found.items()}
+    bos = processor.bos_text
+    assert told[0] == [f"{bos}one[RET]"]
+    assert told[1] == told[2] == [f"{bos}onetwothree[RET]", f"{bos}twothree[RET]", f"{bos}three[RET]"]
+    short = text_contexts(processor, {"document": parts}, ids, 4)[1][0]
+    assert len(short) == 4 and processor.tokenizer.decode(short).startswith(bos)
+    assert short[1:] == found[1][0][-3:]
+    shown = {"type": "image", "image": image}
+    said = [
+        {"role": "user", "content": [shown, {"type": "text", "text": "more"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "here"}, shown]},
+    ]
+    ids, images = DocumentLayout(processor, 64).encode({"messages": said})
+    contexts = text_contexts(processor, {"messages": said}, ids, 64)
+    assert len(images) == 2 and list(contexts) == [1]
+    text = processor.tokenizer.decode(contexts[1][0])
+    assert "more" in text and text.endswith("here[RET]") and "image" not in text
+
+
+def test_a_warm_start_needs_texts_before_images(tmp_path):
+    rows = [{"document": [Image.new("RGB", (32, 32)), "text"]}] * 4
+    with pytest.raises(ValueError, match="two images or more with a text before them, got 0"):
+        read_pairs(make_model("opt_clip"), FromageDataCollator(make_processor()), rows, tmp_path)
 
 
 def test_a_bad_document_is_passed_over(tmp_path):

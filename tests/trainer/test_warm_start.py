@@ -110,8 +110,9 @@ def test_standardisation_is_folded_into_the_projections(collator, tmp_path):
 
 def test_the_cache_keeps_whole_shards_and_gives_rows_in_any_order(collator, tmp_path, monkeypatch):
     monkeypatch.setattr(ret_states, "SHARD_SIZE", 8)
+    monkeypatch.setattr(ret_states, "_TEXTS", 3)
     model = make_model("opt_clip", **LAYERS)
-    cache_ret_states(model, collator, CAPTIONS, tmp_path, batch_size=3)
+    cache_ret_states(model, collator, CAPTIONS, tmp_path)
     _, cached = batch_of(model, collator, examples(20))
     order = torch.tensor([19, 0, 7, 8, 15, 16, 3])
     for found, exact in zip(RetStates(tmp_path, 20).rows(order), cached["ret_states"], strict=True):
@@ -119,7 +120,8 @@ def test_the_cache_keeps_whole_shards_and_gives_rows_in_any_order(collator, tmp_
     paths = shard_paths(tmp_path, 20)
     kept = {path: path.stat().st_mtime_ns for path in paths}
     paths[1].write_bytes(paths[1].read_bytes()[:200])  # as an interruption without fsync leaves a file
-    cache_ret_states(model, collator, CAPTIONS, tmp_path, batch_size=5)
+    monkeypatch.setattr(ret_states, "_PLACES", 30)
+    cache_ret_states(model, collator, CAPTIONS, tmp_path)
     assert [path for path in paths if path.stat().st_mtime_ns != kept[path]] == [paths[1]]
 
 

@@ -20,7 +20,7 @@ from modeling_fromage.images_fromage import is_url
 from modeling_fromage.io.command_line import at_least
 from modeling_fromage.late_interaction_fromage import similarities
 from modeling_fromage.messages_fromage import Part, as_parts, image_source
-from modeling_fromage.prompts_fromage import token_id
+from modeling_fromage.trainer.document_contexts import last_parts, last_tokens
 from modeling_fromage.trainer.document_sequences import with_rets
 from modeling_fromage.trainer.documents import document_of
 
@@ -56,13 +56,7 @@ class Query:
 
     def context(self, texts: int | None, with_images: bool) -> list[Part]:
         """The last `texts` texts, or all; with the images from the first of these on."""
-        found: list[Part] = []
-        for part in reversed(self.before):
-            if texts is not None and sum(each["type"] == "text" for each in found) == texts:
-                break
-            if with_images or part["type"] == "text":
-                found.append(part)
-        return found[::-1]
+        return last_parts(self.before, texts, with_images)
 
 
 def read_documents(data: str, processor: FromageProcessor, folder: Path | None = None) -> Documents:
@@ -163,24 +157,14 @@ def make_prompts(
     for context in contexts:
         shown = with_rets(context) if rets_in_context else context
         ids = processor.token_ids(processor.join_parts([*shown, {"type": "ret"}]))
-        is_cut = len(ids) > max_tokens
-        if is_cut:
-            ids = _last_tokens(processor, ids, max_tokens)
+        whole = len(ids)
+        ids = last_tokens(processor, ids, max_tokens)
         count = ids.count(processor.image_token_id) // processor.num_image_tokens
         images = [part["id"] for part in context if part["type"] == "image"]
         prompts.ids.append(ids)
         prompts.images.append(images[len(images) - count :])
-        prompts.num_cut += is_cut
+        prompts.num_cut += len(ids) < whole
     return prompts
-
-
-def _last_tokens(processor: FromageProcessor, ids: list[int], count: int) -> list[int]:
-    """BOS, and the last of a prompt's tokens, without the rest of an image that is cut."""
-    bos = [token_id(processor.tokenizer, processor.bos_text)] if processor.bos_text else []
-    kept = ids[len(ids) - count + len(bos) :]
-    while kept.count(processor.image_token_id) % processor.num_image_tokens:
-        kept = kept[1:]
-    return kept if bos and bos[0] in kept else bos + kept
 
 
 @dataclass(kw_only=True)

@@ -114,7 +114,7 @@ def _draw(path: Path, results: dict[str, Any]) -> None:
     curves, *bars = bottom.subplots(1, 1 + len(results["tests"]))
     history = [entry for entry in results["log_history"] if "contrastive_loss" in entry]
     for name in ("captioning_loss", "ret_token_loss", "contrastive_loss"):
-        curves.plot([e["step"] for e in history], [e[name] for e in history], label=name.replace("_", " "))
+        curves.plot([e["step"] for e in history], [e[name] for e in history], label=name.replace("_", " "), marker=".")
     curves.set(title="Losses of joint training", xlabel="step", ylim=(0, None))
     curves.legend()
     for axis, (name, test) in zip(bars, results["tests"].items(), strict=True):

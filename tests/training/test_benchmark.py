@@ -155,9 +155,7 @@ def test_options_benchmark_runs(tmp_path, capsys, monkeypatch):
     options = {
         "plain": study.OPTIONS["plain"], "documents and pairs": study.OPTIONS["documents and pairs"],
         "LoRA": dataclasses.replace(study.OPTIONS["LoRA"], lora_rank=2),
-        "retrieval first": study.Option(
-            trainer={"retrieval_warm_start_steps": 2, "retrieval_warm_start_batch_size": 4}
-        ),
+        "retrieval first": study.Option(warm_start_steps=2),
     }  # fmt: skip
     monkeypatch.setattr(study, "OPTIONS", options)
     output = tmp_path / "options.json"

@@ -19,15 +19,15 @@ from transformers import TrainingArguments, set_seed
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageProcessor, FromageTrainer
 from modeling_fromage.image_vectors_fromage import ImageVector
 from modeling_fromage.messages_fromage import as_parts
+from modeling_fromage.trainer.warm_start import RetrievalWarmStart
 
-from ..data.captioned_images import load_captioned_images
-from ..evaluation.documents import DocumentsEvaluator
+from ..evaluation.documents import DocumentsEvaluator, read_documents
+from ..evaluation.images import EncodedImages, encode_images
 from ..publishing.provenance import provenance
-from .warm_start import read_rows
+from .study_data import Rows, StudyData, read_document_sets, read_pairs
 
 logger = logging.getLogger(__name__)
 
-Rows = list[dict[str, Any]]
 EQUAL = 0.1  # steps whose times differ by less count as equally long
 _LORA = {"target_modules": r"language_model\..*\.(q_proj|v_proj)", "modules_to_save": ["adapter"]}
 
@@ -43,6 +43,7 @@ class Option:
         lora_rank: Train LoRA in the language model too.
         documents: Train on documents, in the place of the pairs in them.
         pairs: Train on pairs beside documents.
+        warm_start_steps: Train retrieval first, for so many steps on cached vectors.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -51,22 +52,18 @@ class Option:
     lora_rank: int | None = None
     documents: bool = False
     pairs: bool = True
-
-    @property
-    def is_retrieval_first(self) -> bool:
-        return bool(self.trainer.get("retrieval_warm_start_steps"))
+    warm_start_steps: int = 0
 
 
-_RETRIEVAL_FIRST: Mapping[str, Any] = {
-    "retrieval_warm_start_steps": 400,
-    "learning_rates": {"visual_projection": 1e-5, "text_projection": 1e-5, "logit_scale": 1e-5, "ret_embedding": 1e-5},
-}
+_RATES = {"visual_projection": 1e-5, "text_projection": 1e-5, "logit_scale": 1e-5, "ret_embedding": 1e-5}
 
 
 def _retrieval_first(documents: bool = False, pairs: bool = True, **config: Any) -> Option:
     """`[RET]`'s input row is untied, so that it can stay where the warm start has seen it."""
     untied = {"tie_ret_embedding": False, **config}
-    return Option(config=untied, trainer=_RETRIEVAL_FIRST, documents=documents, pairs=pairs)
+    return Option(
+        config=untied, trainer={"learning_rates": _RATES}, documents=documents, pairs=pairs, warm_start_steps=400
+    )
 
 
 _LAYERS = {"text_embed_layers": [8, 16, 24, -1]}
@@ -131,45 +128,6 @@ class Plan:
     dtype: str = "float32"
 
 
-@dataclass
-class StudyData:
-    """One set: pairs to train on and held out, with `image` and `caption`; and documents where it has them."""
-
-    name: str
-    train: Rows
-    held_out: Rows
-    documents: Rows = field(default_factory=list)
-    test_documents: str | None = None
-
-
-def read_pairs(name: str, source: str) -> StudyData:
-    train, held_out = read_rows(source)
-    return StudyData(name, train, held_out)
-
-
-def read_document_sets(name: str, source: str) -> StudyData:
-    """Of `TRAIN,TEST`, tables of documents. A pair is an image and the text before it."""
-    train, _, test = source.partition(",")
-    if not test:
-        raise ValueError(f"--documents takes NAME=TRAIN,TEST, got {source!r}.")
-    documents = [{"document": row["document"]} for row in load_captioned_images(train)]
-    held_out = [row for row in load_captioned_images(test)]
-    return StudyData(name, _pairs_of(documents), _pairs_of(held_out), documents, test)
-
-
-def _pairs_of(documents: Rows) -> Rows:
-    pairs, seen = [], set()
-    for row in documents:
-        before = None
-        for part in as_parts(row["document"]):
-            if part["type"] == "text":
-                before = part["text"]
-            elif before is not None and (before, part["image"]) not in seen:
-                seen.add((before, part["image"]))
-                pairs.append({"image": part["image"], "caption": before})
-    return pairs
-
-
 class Side:
     """A set of data for one kind of model: image features are computed once for all options that share the encoder's
     settings."""
@@ -177,6 +135,7 @@ class Side:
     def __init__(self, backbones: tuple[str, str], data: StudyData, plan: Plan):
         self.backbones, self.data, self.plan = backbones, data, plan
         self._features: dict[str, dict[str, torch.Tensor]] = {}
+        self._encoded: dict[str, EncodedImages] = {}
 
     def assemble(self, option: Option, seed: int) -> tuple[FromageForConditionalGeneration, FromageProcessor]:
         set_seed(seed)
@@ -208,6 +167,20 @@ class Side:
                 found.append(model.get_pooled_image_features(**collator.image_inputs(rows)).float())
             self._features[key] = dict(zip(ordered, torch.cat(found), strict=True))
         return self._features[key]
+
+    def next_images(
+        self, option: Option, model: FromageForConditionalGeneration, processor: FromageProcessor
+    ) -> dict[str, Any]:
+        """Recall of the images of held-out documents, by what they are found from."""
+        evaluator = DocumentsEvaluator(
+            data=str(self.data.test_documents), texts=[1], max_tokens=self.plan.max_document_length,
+            max_queries=self.plan.max_queries, batch_size=16, rets_in_context=option.documents,
+        )  # fmt: skip
+        documents = read_documents(evaluator.data, processor)
+        key = str(ImageVector.of(model.config))
+        if key not in self._encoded:
+            self._encoded[key] = encode_images(model, processor, documents.sources)
+        return evaluator.rank(model, processor, documents, self._encoded[key]).results["contexts"]
 
     def rows(self, option: Option, features: Mapping[str, torch.Tensor], collator: FromageDataCollator) -> Rows:
         """What an option trains on."""
@@ -272,19 +245,30 @@ def _collator(processor: FromageProcessor, plan: Plan, option: Option, seed: int
     )  # fmt: skip
 
 
-def run(side: Side, option: Option, seed: int, steps: int) -> dict[str, Any]:
-    """Train and test once: seconds of training, parameters, and figures of what was held out."""
+def run(side: Side, option: Option, seed: int, steps: int | None, step: float = 1.0) -> dict[str, Any]:
+    """Train and test once: seconds of training, parameters, and figures of what was held out.
+
+    Args:
+        steps: Of joint training; `None` for as many as the plan's minutes leave when retrieval has been trained, each
+            of `step` seconds.
+    """
     model, processor = side.assemble(option, seed)
     collator = _collator(processor, side.plan, option, seed)
     features = side.features(model, processor)
     rows = side.rows(option, features, collator)
     held_out = _with_features(side.data.held_out, features)
+    start = _seconds()
     with tempfile.TemporaryDirectory() as folder:
+        if option.warm_start_steps:
+            arguments = _arguments(folder, side.plan, option, 1, seed)
+            warm_start = RetrievalWarmStart(retrieval_warm_start_steps=option.warm_start_steps)
+            warm_start.run(model, collator, arguments, rows, None, None)
+        if steps is None:
+            steps = max(2, int((60 * side.plan.minutes - (_seconds() - start)) / step))
         trainer = FromageTrainer(
             model, _arguments(folder, side.plan, option, steps, seed), collator, train_dataset=rows, eval_samples=0,
             **option.trainer,
         )  # fmt: skip
-        start = _seconds()
         trainer.train()
         seconds = _seconds() - start
         metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(held_out).items()}
@@ -295,11 +279,7 @@ def run(side: Side, option: Option, seed: int, steps: int) -> dict[str, Any]:
         "captioning_loss": metrics["captioning_loss"],
     }  # fmt: skip
     if side.data.test_documents is not None:
-        evaluator = DocumentsEvaluator(
-            data=side.data.test_documents, texts=[1], max_tokens=side.plan.max_document_length,
-            max_queries=side.plan.max_queries, batch_size=16, rets_in_context=option.documents,
-        )  # fmt: skip
-        contexts = evaluator.run(model, processor).results["contexts"]
+        contexts = side.next_images(option, model, processor)
         found["documents"] = {name: own["ours"]["R@10"] for name, own in contexts.items()}
         found["documents R@1"] = {name: own["ours"]["R@1"] for name, own in contexts.items()}
     return found
@@ -322,16 +302,15 @@ def measure(
             if option.documents and not data.documents:
                 continue
             own = plain if name == "plain" else step_seconds(side, option)
-            steps = {}
-            warm_start = run(side, option, 0, 1)["seconds"] - own if option.is_retrieval_first else 0.0
-            if not option.documents and not option.is_retrieval_first:  # steps of theirs are not those of the plain one
+            steps: dict[str, int | None] = {}
+            if not option.documents and not option.warm_start_steps:  # steps of theirs are not those of the plain one
                 steps["equal steps"] = max(2, int(60 * plan.minutes / plain))
             if not steps or not abs(own / plain - 1) < EQUAL:
-                steps["equal time"] = max(2, int((60 * plan.minutes - warm_start) / own))
+                steps["equal time"] = None
             found["options"][name] = {"step_seconds": own, **{kind: [] for kind in steps}}
             for seed in range(plan.seeds):
                 for kind, count in steps.items():
-                    found["options"][name][kind].append(run(side, option, seed, count))
+                    found["options"][name][kind].append(run(side, option, seed, count, own))
                     logger.info("%s, %s, %s: %s", data.name, name, kind, found["options"][name][kind][-1])
                     yield results
 

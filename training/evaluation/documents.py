@@ -223,7 +223,18 @@ class DocumentsEvaluator(Evaluator):
         documents = read_documents(self.data, processor, self.images)
         if not documents.sources:
             raise ValueError(f"{self.data} has no images in its documents: {dict(documents.left_out)}.")
-        images = encode_images(model, processor, documents.sources, batch_size=self.batch_size)
+        return self.rank(
+            model, processor, documents, encode_images(model, processor, documents.sources, batch_size=self.batch_size)
+        )
+
+    def rank(
+        self,
+        model: FromageForConditionalGeneration,
+        processor: FromageProcessor,
+        documents: Documents,
+        images: EncodedImages,
+    ) -> Evaluation:
+        """The evaluation of documents whose images are encoded already."""
         queries = queries_of(documents, images)
         if not queries:
             raise ValueError(f"{self.data} has no image with a text before it: {dict(documents.left_out)}.")

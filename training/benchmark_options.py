@@ -31,6 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=at_least(2), default=plan.batch_size)
     parser.add_argument("--documents-batch-size", type=at_least(1), default=plan.documents_batch_size)
     parser.add_argument("--learning-rate", type=at_least(0, float), default=plan.learning_rate)
+    parser.add_argument("--warm-start-steps", type=at_least(1), default=plan.warm_start_steps)
+    parser.add_argument("--warm-start-learning-rate", type=at_least(0, float), default=plan.warm_start_learning_rate)
     parser.add_argument("--max-length", type=at_least(4), default=plan.max_length)
     parser.add_argument("--max-document-length", type=at_least(8), default=plan.max_document_length)
     parser.add_argument("--max-queries", type=at_least(1), default=plan.max_queries)
@@ -48,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("Name data: --pairs NAME=TRAIN, --documents NAME=TRAIN,TEST.")
         plan = study.Plan(
             options.minutes, options.seeds, options.batch_size, options.documents_batch_size, options.learning_rate,
-            options.max_length, options.max_document_length, options.max_queries,
-            str(options.dtype or "float32").removeprefix("torch."),
+            options.warm_start_steps, options.warm_start_learning_rate, options.max_length,
+            options.max_document_length, options.max_queries, str(options.dtype or "float32").removeprefix("torch."),
         )  # fmt: skip
         sets = [study.read_pairs(*_named(given)) for given in options.pairs]
         sets += [study.read_document_sets(*_named(given)) for given in options.documents]

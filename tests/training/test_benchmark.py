@@ -155,13 +155,13 @@ def test_options_benchmark_runs(tmp_path, capsys, monkeypatch):
     options = {
         "plain": study.OPTIONS["plain"], "documents and pairs": study.OPTIONS["documents and pairs"],
         "LoRA": dataclasses.replace(study.OPTIONS["LoRA"], lora_rank=2),
-        "retrieval first": study.Option(warm_start_steps=2),
+        "retrieval first": study.Option(retrieval_first=True),
     }  # fmt: skip
     monkeypatch.setattr(study, "OPTIONS", options)
     output = tmp_path / "options.json"
     backbones = [str(case / "language_model"), str(case / "vision_model")]
     data = ["--pairs", f"pairs={table},{table}", "--documents", f"pages={pages},{pages}"]
-    sizes = ["--minutes", "0.005", "--seeds", "2", "--batch-size", "4", "--documents-batch-size", "2"]
+    sizes = "--minutes 0.005 --seeds 2 --batch-size 4 --documents-batch-size 2 --warm-start-steps 2".split()
     benchmark_options.main([*backbones, *data, *sizes, "--options", *options, "--output", str(output)])
     results = json.loads(output.read_text())
     pairs, documents = results["sets"]["pairs"]["options"], results["sets"]["pages"]["options"]

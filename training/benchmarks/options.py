@@ -43,7 +43,7 @@ class Option:
         lora_rank: Train LoRA in the language model too.
         documents: Train on documents, in the place of the pairs in them.
         pairs: Train on pairs beside documents.
-        warm_start_steps: Train retrieval first, for so many steps on cached vectors.
+        retrieval_first: Train retrieval first, on cached vectors.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Option:
     lora_rank: int | None = None
     documents: bool = False
     pairs: bool = True
-    warm_start_steps: int = 0
+    retrieval_first: bool = False
 
 
 _RATES = {"visual_projection": 1e-5, "text_projection": 1e-5, "logit_scale": 1e-5, "ret_embedding": 1e-5}
@@ -62,7 +62,7 @@ def _retrieval_first(documents: bool = False, pairs: bool = True, **config: Any)
     """`[RET]`'s input row is untied, so that it can stay where the warm start has seen it."""
     untied = {"tie_ret_embedding": False, **config}
     return Option(
-        config=untied, trainer={"learning_rates": _RATES}, documents=documents, pairs=pairs, warm_start_steps=400
+        config=untied, trainer={"learning_rates": _RATES}, documents=documents, pairs=pairs, retrieval_first=True
     )
 
 
@@ -112,8 +112,9 @@ class Plan:
         seeds: Runs of each option.
         batch_size, documents_batch_size: Pairs, and documents, of a step.
         learning_rate: Its peak; a cosine to 0.
+        warm_start_steps, warm_start_learning_rate: Of training retrieval first.
         max_length, max_document_length: Tokens of a caption and of a document.
-        max_queries: Images of documents that are searched for.
+        max_queries: Images of documents that are searched for, and pairs that are held out, at most.
         dtype: Of the frozen models.
     """
 
@@ -122,6 +123,8 @@ class Plan:
     batch_size: int = 32
     documents_batch_size: int = 8
     learning_rate: float = 1e-3
+    warm_start_steps: int = 400
+    warm_start_learning_rate: float = 2e-3
     max_length: int = 64
     max_document_length: int = 256
     max_queries: int = 150
@@ -256,12 +259,15 @@ def run(side: Side, option: Option, seed: int, steps: int | None, step: float = 
     collator = _collator(processor, side.plan, option, seed)
     features = side.features(model, processor)
     rows = side.rows(option, features, collator)
-    held_out = _with_features(side.data.held_out, features)
+    held_out = side.data.held_out[:: math.ceil(len(side.data.held_out) / side.plan.max_queries)]
     start = _seconds()
     with tempfile.TemporaryDirectory() as folder:
-        if option.warm_start_steps:
+        if option.retrieval_first:
             arguments = _arguments(folder, side.plan, option, 1, seed)
-            warm_start = RetrievalWarmStart(retrieval_warm_start_steps=option.warm_start_steps)
+            warm_start = RetrievalWarmStart(
+                retrieval_warm_start_steps=side.plan.warm_start_steps,
+                retrieval_warm_start_learning_rate=side.plan.warm_start_learning_rate,
+            )
             warm_start.run(model, collator, arguments, rows, None, None)
         if steps is None:
             steps = max(2, int((60 * side.plan.minutes - (_seconds() - start)) / step))
@@ -271,7 +277,10 @@ def run(side: Side, option: Option, seed: int, steps: int | None, step: float = 
         )  # fmt: skip
         trainer.train()
         seconds = _seconds() - start
-        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(held_out).items()}
+        metrics = {
+            name.removeprefix("eval_"): value
+            for name, value in trainer.evaluate(_with_features(held_out, features)).items()
+        }
     model.eval()
     found = {
         "seed": seed, "steps": steps, "seconds": seconds, "parameters": model.num_parameters(only_trainable=True),
@@ -303,7 +312,7 @@ def measure(
                 continue
             own = plain if name == "plain" else step_seconds(side, option)
             steps: dict[str, int | None] = {}
-            if not option.documents and not option.warm_start_steps:  # steps of theirs are not those of the plain one
+            if not option.documents and not option.retrieval_first:  # steps of theirs are not those of the plain one
                 steps["equal steps"] = max(2, int(60 * plan.minutes / plain))
             if not steps or not abs(own / plain - 1) < EQUAL:
                 steps["equal time"] = None

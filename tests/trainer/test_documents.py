@@ -62,6 +62,20 @@ def test_embeddings_in_training_are_those_of_the_pipelines_prompts():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("count", [1, 5, 6])
+def test_the_last_smaller_batch_is_evaluated_whole(tmp_path, count):
+    """It has more images than documents."""
+    trainer = make_trainer(tmp_path, documents(4))
+    metrics = trainer.evaluate(documents(count))
+    assert metrics["eval_num_pairs"] == 2 * count
+    batches = [trainer.data_collator(documents(count)[start : start + 4]) for start in range(0, count, 4)]
+    with torch.no_grad():
+        losses = [float(trainer.model(**batch).loss) for batch in batches]
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / count
+    assert metrics["eval_loss"] == pytest.approx(mean, rel=1e-5)
+
+
 def test_pairs_and_documents_train_together(tmp_path):
     pairs = [
         {"image": Image.new("RGB", (32, 32), color), "caption": f"a {color} square"}

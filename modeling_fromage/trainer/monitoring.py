@@ -45,7 +45,8 @@ class TrainingMonitor(TrainerCallback):
     def _clear(self) -> None:
         """Begin a new interval of logging."""
         self._sums: dict[str, torch.Tensor] = {}
-        self._weight = self.seconds = self.waited = 0.0
+        self._weights: dict[str, float] = {}  # batches of documents may have no accuracies
+        self.seconds = self.waited = 0.0
         self._examples, self._tokens = 0, torch.tensor(0)
 
     # ---- during a step ---------------------------------------------------------------------------------------------
@@ -75,9 +76,9 @@ class TrainingMonitor(TrainerCallback):
             self.parts |= in_batch_accuracies(logits.detach())
 
     def add(self, weight: float) -> None:
-        self._weight += weight
         for name, value in self.parts.items():
             self._sums[name] = self._sums.get(name, 0) + weight * value
+            self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         seconds = time.perf_counter() - self._start
@@ -92,10 +93,10 @@ class TrainingMonitor(TrainerCallback):
 
     def means(self, accelerator: Any, model: Any) -> dict[str, float]:
         """What is logged of the steps since the last call; all processes must call this together."""
-        if not self._weight:
+        if not self._weights:
             return {}
         device = accelerator.device
-        local = [sums.float().to(device) / self._weight for sums in self._sums.values()]
+        local = [sums.float().to(device) / self._weights[name] for name, sums in self._sums.items()]
         numbers = [self.seconds, self.waited / self.seconds, self._examples, self._tokens.item(), *memory_in_gb()]
         names = [*self._sums, "seconds", "data_wait_share", "examples", "tokens", "memory_gb", "gpu_memory_gb"]
         row = torch.stack([*local, *(torch.tensor(float(number), device=device) for number in numbers)])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerCallback
 
 from modeling_fromage import FromageDataCollator, FromageTrainer
@@ -98,6 +99,17 @@ def test_accuracies_are_means_under_accumulation(tmp_path):
     one, two, three = (batch_accuracies(trainer, data[i : i + 2]) for i in (0, 2, 4))
     for name in ACCURACIES:
         assert entry[name] == pytest.approx(((one[name] + two[name]) / 2 + three[name]) / 2)
+
+
+def test_batches_without_accuracies_do_not_lower_the_mean(tmp_path):
+    """Of documents, in steps that are logged together: images that stand first have no text."""
+    image = Image.new("RGB", (32, 32))
+    data = [{"document": ["one", image]}, {"document": [image, "one"]}]
+    options = {"per_device_train_batch_size": 1, "max_steps": 2, "logging_steps": 2}
+    trainer = make_trainer(tmp_path, data, **{**FIXED, **options})
+    trainer.train()
+    (entry,) = logged(trainer)
+    assert [entry[name] for name in ACCURACIES] == [1, 1]
 
 
 def run_in_two(rank: int, folder: str):

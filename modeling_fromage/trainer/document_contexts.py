@@ -1,12 +1,13 @@
 """What the images of documents are found by: the last texts before them, or all."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..messages_fromage import Part, as_parts
+from ..messages_fromage import Part, as_parts, with_parts
 from ..processing_fromage import FromageProcessor
 from ..prompts_fromage import token_id
-from .document_sequences import DocumentIds
+from .document_sequences import DocumentIds, DocumentLayout
 
 CONTEXT_TEXTS = (None, 4, 2, 1)  # of a context in the warm start; all, first, is what is evaluated
 Prompt = tuple[int, ...]
@@ -24,22 +25,25 @@ def last_parts(before: Sequence[Part], texts: int | None, with_images: bool) -> 
 
 
 def last_tokens(processor: FromageProcessor, ids: list[int], count: int) -> list[int]:
-    """A prompt that is longer than `count` tokens: BOS, and its last tokens, without the rest of an image that is
-    cut."""
+    """A prompt that is longer than `count` tokens: BOS, behind leading images as in any prompt, and its last tokens,
+    without the rest of an image or of a `[RET]` that is cut."""
     if len(ids) <= count:
         return ids
     bos = [token_id(processor.tokenizer, processor.bos_text)] if processor.bos_text else []
     kept = ids[len(ids) - count + len(bos) :]
-    while kept.count(processor.image_token_id) % processor.num_image_tokens:
+    torn, image = processor.ret_token_ids[1:], processor.image_token_id
+    while kept and (kept[0] in torn or kept.count(image) % processor.num_image_tokens):
         kept = kept[1:]
-    return kept if bos and bos[0] in kept else bos + kept
+    start = next((place for place, token in enumerate(kept) if token != image), len(kept))
+    has_bos = kept[start : start + 1] == bos  # not elsewhere: it may be the token that ends texts, too
+    return kept if has_bos else kept[:start] + bos + kept[start:]
 
 
 def text_contexts(
     processor: FromageProcessor, document: dict[str, Any], ids: DocumentIds, max_length: int
 ) -> dict[int, list[Prompt]]:
-    """Of each image of a document that is to be found and has a text before it, by its number: the prompts that find
-    it by texts alone, token ids that end in `[RET]`, different ones. Of a list of texts and images these are the last
+    """Of each image of a document that is to be found and has words before it, by its number: the prompts that find it
+    by texts alone, token ids that end in `[RET]`, different ones. Of a list of texts and images these are the last
     texts, as many as `CONTEXT_TEXTS`; of a chat all that stands before the image.
 
     Args:
@@ -47,36 +51,61 @@ def text_contexts(
         ids ([`DocumentIds`]): Its sequence, which may end before some of its images.
         max_length (`int`): Tokens of a prompt. A longer one loses its beginning.
     """
+    found = {image for image in ids.finds if image != -100}
     if "messages" in document:
-        prompts = {image: [prompt] for image, prompt in _before_images(processor, ids).items()}
+        text, _ = DocumentLayout(processor, max_length).text_of(document)
+        contexts = _of_chat(processor, document["messages"], text)
     else:
-        found = {image for image in ids.finds if image != -100}
-        parts = as_parts(document["document"])
-        places = [place for place, part in enumerate(parts) if part["type"] == "image"]
-        prompts = {
-            image: [
-                processor.token_ids(processor.join_parts([*last_parts(parts[:place], texts, False), {"type": "ret"}]))
-                for texts in CONTEXT_TEXTS
-            ]
-            for image, place in enumerate(places)
-            if image in found and any(part["type"] == "text" for part in parts[:place])
-        }
+        contexts = _of_parts(processor, as_parts(document["document"]))
     return {
-        image: list(dict.fromkeys(tuple(last_tokens(processor, prompt, max_length)) for prompt in own))
-        for image, own in prompts.items()
+        image: list(dict.fromkeys(tuple(last_tokens(processor, processor.token_ids(t), max_length)) for t in texts))
+        for image, texts in contexts.items()
+        if image in found and texts
     }
 
 
-def _before_images(processor: FromageProcessor, ids: DocumentIds) -> dict[int, list[int]]:
-    """The tokens before each image that is to be found, without images and their `[RET]`s, and `[RET]`."""
-    rets, texts = processor.ret_token_ids, {}
-    text: list[int] = []
-    for token, image in zip(ids.input_ids, ids.finds, strict=True):
-        if image != -100 and text:
-            texts[image] = [*text, *rets]
-        if token != processor.image_token_id and token not in rets:
-            text.append(token)
-    return texts
+def _of_parts(processor: FromageProcessor, parts: Sequence[Part]) -> dict[int, list[str]]:
+    places = [place for place, part in enumerate(parts) if part["type"] == "image"]
+    contexts = {
+        image: [last_parts(parts[:place], texts, with_images=False) for texts in CONTEXT_TEXTS]
+        for image, place in enumerate(places)
+    }
+    return {
+        image: [processor.join_parts([*context, {"type": "ret"}]) for context in own if _has_words(context)]
+        for image, own in contexts.items()
+    }
+
+
+def _of_chat(processor: FromageProcessor, messages: Sequence[Any], text: str) -> dict[int, list[str]]:
+    """What of a chat, rendered as `text`, stands before each image that has a `[RET]`, without images and theirs. As a
+    text again, for a tokenizer may join what an image has parted."""
+    run, image_token = "".join(processor.ret_tokens), processor.image_token
+    told, contexts = _told(messages), dict[int, list[str]]()
+    before, images = "", 0
+    for piece in re.split(f"({re.escape(run)}|{re.escape(image_token)})", text):
+        if piece == image_token:
+            images += 1
+        elif piece != run:
+            before += piece
+        elif images in told:
+            contexts[images] = [before + run]
+    return contexts
+
+
+def _told(messages: Sequence[Any]) -> set[int]:
+    """The images of a chat that words of its messages stand before: not those of its template alone."""
+    told, images, has_words = set[int](), 0, False
+    for part in (part for message in messages for part in with_parts(message)["content"]):
+        if part["type"] == "image":
+            told |= {images} if has_words else set()
+            images += 1
+        else:
+            has_words = has_words or _has_words([part])
+    return told
+
+
+def _has_words(parts: Sequence[Part]) -> bool:
+    return any(part["type"] == "text" and part["text"].strip() for part in parts)
 
 
 __all__ = ["CONTEXT_TEXTS", "Prompt", "last_parts", "last_tokens", "text_contexts"]

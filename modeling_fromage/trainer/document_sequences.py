@@ -57,11 +57,7 @@ class DocumentLayout:
             BadExampleError: It is malformed, a text contains a special token, or there is no image in `max_length`.
         """
         try:
-            if "messages" in document:
-                text, images = self._of_messages(document["messages"])
-            else:
-                parts = with_rets(as_parts(_listed(document["document"])))
-                text, images = self.processor.join_parts(_checked(parts, self.processor)), _images(parts)
+            text, images = self.text_of(document)
         except BadExampleError:
             raise
         except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -76,6 +72,13 @@ class DocumentLayout:
         if all(label == -100 for label in ids.labels):
             raise BadExampleError("document without a text", "and none of its images has anything before it")
         return ids, images[:count]
+
+    def text_of(self, document: dict[str, Any]) -> tuple[str, list[Any]]:
+        """A document as a text, not cut, with `<|image|>` and `[RET]`; and its images."""
+        if "messages" in document:
+            return self._of_messages(document["messages"])
+        parts = with_rets(as_parts(_listed(document["document"])))
+        return self.processor.join_parts(_checked(parts, self.processor)), _images(parts)
 
     def _check_images(self, ids: list[int], count: int) -> None:
         """Raise a `BadExampleError` where a chat template leaves images out, repeats them, or parts them from their
@@ -151,13 +154,15 @@ def _checked(parts: Sequence[Part], processor: FromageProcessor) -> list[Part]:
 
 
 def with_rets(parts: Sequence[Part], is_first: bool = True) -> list[Part]:
-    """Parts with a `[RET]` before each image but one that nothing precedes: the first, where `is_first`."""
+    """Parts with a `[RET]` before each image but one that nothing precedes, or blank texts: the first, where
+    `is_first`."""
     found: list[Part] = []
     for part in parts:
         if part["type"] == "ret":
             raise ValueError("A document has its [RET]s from its images. Leave parts of type 'ret' out.")
-        if part["type"] == "image" and (found or not is_first):
+        if part["type"] == "image" and not is_first:
             found.append({"type": "ret"})
+        is_first = is_first and part["type"] == "text" and not part["text"].strip()
         found.append({name: value for name, value in part.items() if name != "ret_index"})
     return found
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageTrainer
-from modeling_fromage.trainer.document_contexts import text_contexts
+from modeling_fromage.trainer.document_contexts import last_tokens, text_contexts
 from modeling_fromage.trainer.document_sequences import DocumentLayout
 from modeling_fromage.trainer.pair_states import read_pairs
 from tests.helpers.backbones import make_model, make_processor
@@ -147,6 +147,52 @@ def test_contexts_of_a_chat_and_of_a_document():
     assert len(images) == 2 and list(contexts) == [1]
     text = processor.tokenizer.decode(contexts[1][0])
     assert "more" in text and text.endswith("here[RET]") and "image" not in text
+
+
+def as_parts(*content):
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+
+
+def test_a_chat_is_tokenised_as_the_pipelines_prompt_of_its_texts():
+    """An image that is left out parts no tokens."""
+    processor, shown = make_processor(), {"type": "image", "image": Image.new("RGB", (32, 32))}
+    said = [
+        {"role": "user", "content": as_parts(shown, "more of the cats")},
+        {"role": "assistant", "content": as_parts("here it is", shown, " and", shown)},
+    ]
+    ids, _ = DocumentLayout(processor, 512).encode({"messages": said})
+    contexts = text_contexts(processor, {"messages": said}, ids, 512)
+    for image, words in {1: "here it is", 2: "here it is and"}.items():
+        prompt = processor(text=f"Q: more of the cats\nA: {words}[RET]")["input_ids"][0]
+        assert contexts[image] == [tuple(prompt)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_cut_begins_with_bos_and_a_whole_ret(count):
+    """Also where the token that begins texts ends some, too; and behind images that a prompt begins with."""
+    processor = make_processor(num_ret_tokens=count)
+    bos = processor.token_ids("a")[0]
+    ids = processor.token_ids("one two [RET]<|image|> three</s> four <|image|> five[RET]")
+    for length in range(count + 2, len(ids)):
+        kept = last_tokens(processor, ids, length)
+        rest = [token for token in kept if token != processor.image_token_id]
+        shown = kept.count(processor.image_token_id)
+        assert len(kept) <= length and shown % 2 == 0 and rest[0] == bos
+        assert bos in (kept[0], kept[2])
+        assert sum(token in processor.ret_token_ids for token in kept) % count == 0
+
+
+def test_an_image_with_no_words_before_it_is_not_to_be_found_by_words():
+    processor, shown = make_processor(), {"type": "image", "image": Image.new("RGB", (32, 32))}
+    for document, found, told in [
+        ({"document": ["", shown, "one"]}, [], []),
+        ({"document": [" \n", shown, "one", shown]}, [1], [1]),
+        ({"document": [shown, " ", shown, "one", " ", shown]}, [1, 2], [2]),
+        ({"messages": [{"role": "user", "content": [shown]}, {"role": "assistant", "content": [shown]}]}, [1], []),
+    ]:
+        ids, _ = DocumentLayout(processor, 64).encode(document)
+        assert [image for image in ids.finds if image != -100] == found
+        assert list(text_contexts(processor, document, ids, 64)) == told
 
 
 def test_a_warm_start_needs_texts_before_images(tmp_path):

@@ -188,8 +188,10 @@ class FromageDataCollator:
         prepared = PreparedExample(example)
         if (document := document_of(example)) is not None:
             return self._prepare_document(prepared, document)
+        if example.get("retrieval_caption") is None:  # tables fill in absent keys
+            prepared.pop("retrieval_caption", None)
         for name in ("caption", "retrieval_caption"):
-            if name == "caption" or name in example:
+            if name == "caption" or name in prepared:
                 prepared[name] = usable_captions(example.get(name), self.processor)
         if example.get("pooled_image_features") is None:
             prepared.pop("pooled_image_features", None)
@@ -203,11 +205,8 @@ class FromageDataCollator:
         if features is None:
             prepared.pop("pooled_image_features", None)
             prepared["image"] = [load_rgb_image(image) for image in images]
-        elif len(features) < len(images):
-            told = f"{len(features)} of {len(images)} images"
-            raise BadExampleError("cached features of fewer images than a document has", told)
         else:
-            prepared["pooled_image_features"] = features[: len(images)]
+            prepared["pooled_image_features"] = _first_rows(features, len(images))
         return prepared
 
     def _prepare_row(self, row: int, example: dict[str, Any]) -> PreparedExample:
@@ -281,6 +280,20 @@ def _text_of(example: dict[str, Any]) -> Any:
     return example["caption"], retrieval_caption(example)
 
 
+def _first_rows(features: Any, count: int) -> torch.Tensor:
+    """Cached features (count, vision width) of a document's first images."""
+    try:
+        rows = torch.as_tensor(features)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadExampleError("cached features of a document are no numbers", str(error)) from error
+    if rows.dim() != 2:
+        told = f"expected (number of images, vision width), got {tuple(rows.shape)}"
+        raise BadExampleError("cached features of a document are no row an image", told)
+    if len(rows) < count:
+        raise BadExampleError("cached features of fewer images than a document has", f"{len(rows)} of {count} images")
+    return rows[:count]
+
+
 def takes_common_examples(collator: Any) -> bool:
     """Whether a collator is a [`FromageDataCollator`] whose examples are those: a subclass with a `__call__` of its own
     may take others."""
@@ -289,7 +302,8 @@ def takes_common_examples(collator: Any) -> bool:
 
 def retrieval_caption(example: dict[str, Any]) -> Any:
     """The text, or the texts, that an example's image is found by."""
-    return example.get("retrieval_caption", example["caption"])
+    found = example.get("retrieval_caption")
+    return example["caption"] if found is None else found
 
 
 def _choices(example: dict[str, Any]) -> dict[str, Any]:

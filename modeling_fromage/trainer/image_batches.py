@@ -17,9 +17,19 @@ def images_of(example: dict[str, Any]) -> list[Any]:
 
 def image_tensors(processor: FromageProcessor, examples: list[Any]) -> dict[str, torch.Tensor]:
     """`pixel_values` (num_images, ...) of prepared examples; nothing of cached features. An example with an image that
-    the image processor refuses makes way for its substitute in the list."""
-    if "pooled_image_features" in examples[0]:
+    the image processor refuses makes way for its substitute in the list.
+
+    Raises:
+        ValueError: Some examples have cached features, and others have not.
+    """
+    cached = ["pooled_image_features" in example for example in examples]
+    if all(cached):
         return {}
+    if any(cached):
+        raise ValueError(
+            f"Example {cached.index(True)} of a batch has cached `pooled_image_features`, and example "
+            f"{cached.index(False)} has an image. Give features to all examples, or to none."
+        )
     try:
         return _process(processor, examples)
     except Exception:  # whatever it raises for a picture says nothing about others

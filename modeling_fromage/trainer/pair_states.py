@@ -7,7 +7,7 @@ before them. Axes: N pairs, W the encoder's width.
 import itertools
 import logging
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from .data_collator import FromageDataCollator, retrieval_caption
 from .document_contexts import text_contexts
 from .documents import document_of
 from .draws import number_of
+from .image_batches import image_tensors
 from .ret_states import RetStates, as_stored, cache_ret_states
 
 logger = logging.getLogger(__name__)
 
 Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and scale, (width,) each
 _SAMPLE = 65_536  # pairs that means and scales are taken of
+_IMAGES = 64  # that are read at a time
 _SMALLEST_SCALE = 0.1  # of the mean deviation: entries that hardly vary are not blown up
 
 
@@ -150,25 +152,24 @@ def _read(
     pass, since a data set with errors in it gives other examples for bad ones."""
     found, counts = [], array("q")
     captions: list[Sequence[Any]] = []
-    for start in tqdm(range(0, len(dataset), 64), desc="Reading image features"):
-        read = [dataset[i] for i in range(start, min(len(dataset), start + 64))]
-        rows = [pair for row in read for pair in _pairs_of(collator, row)]
-        if not rows:
-            continue
-        if "pooled_image_features" in rows[0]:
-            views = [torch.as_tensor(row["pooled_image_features"]) for row in rows]
-            views = [view if view.dim() == 2 else view[None] for view in views]
-            counts.extend(len(view) for view in views)
+    for rows in _some_images(collator, dataset):
+        pixels = image_tensors(collator.processor, rows).get("pixel_values")  # first: others come in for bad ones
+        texts = [_texts_of(collator, row) for row in rows]
+        captions += [own for of_row in texts for own in of_row.values()]
+        if pixels is None:
+            views = [own for row, of_row in zip(rows, texts, strict=True) for own in _views_of(row, of_row)]
+            counts.extend(map(len, views))
             found += views
-        else:
-            if not found:
-                logger.info(
-                    "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
-                )
-            inputs = {name: tensor.to(model.device) for name, tensor in collator.image_inputs(rows).items()}
-            counts.extend([1] * len(rows))
-            found.append(model.get_pooled_image_features(**inputs).cpu())
-        captions += retrieval_captions(rows)
+            continue
+        if not found:
+            logger.info(
+                "Images are encoded for the warm start, and again in training. `fromage cache-features` saves both."
+            )
+        firsts = itertools.accumulate((row.get("num_images", 1) for row in rows), initial=0)
+        images = [first + image for first, of_row in zip(firsts, texts, strict=False) for image in of_row]
+        if images:
+            counts.extend([1] * len(images))
+            found.append(model.get_pooled_image_features(pixels[images].to(model.device)).cpu())
     if len(counts) < 2:
         raise ValueError(f"The warm start needs two images or more with a text before them, got {len(counts)}.")
     starts = itertools.accumulate(counts, initial=0)
@@ -177,16 +178,36 @@ def _read(
     return as_stored(features), views_of, captions
 
 
-def _pairs_of(collator: FromageDataCollator, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A pair as it is; of a document its images, each with the texts before it as captions. What stands there with
-    images holds trained visual tokens, and is left to joint training."""
+def _some_images(collator: FromageDataCollator, dataset: Any) -> Iterator[list[dict[str, Any]]]:
+    """The examples of a dataset, with decoded images, as many at a time as have some images."""
+    rows: list[dict[str, Any]] = []
+    for number in tqdm(range(len(dataset)), desc="Reading image features"):
+        row = dataset[number]
+        is_cached_pair = row.get("pooled_image_features") is not None and document_of(row) is None
+        rows.append(row if is_cached_pair else collator.prepare(row))
+        if sum(row.get("num_images", 1) for row in rows) >= _IMAGES:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _texts_of(collator: FromageDataCollator, row: dict[str, Any]) -> dict[int, Sequence[Any]]:
+    """The texts that find an example's images, by the number of each: a pair's captions; of a document the texts before
+    an image. What stands there with images holds trained visual tokens, and is left to joint training."""
     document = document_of(row)
     if document is None:
-        return [row]
-    prepared = collator.prepare(row)
-    own = "image" if prepared.get("pooled_image_features") is None else "pooled_image_features"
-    found = text_contexts(collator.processor, document, prepared["document_ids"], collator.max_document_length)
-    return [{own: prepared[own][image], "caption": prompts} for image, prompts in found.items()]
+        return {0: retrieval_captions([row])[0]}
+    contexts = text_contexts(collator.processor, document, row["document_ids"], collator.max_document_length)
+    return dict(contexts)
+
+
+def _views_of(row: dict[str, Any], images: Iterable[int]) -> list[torch.Tensor]:
+    """Cached features (number of views, W) of images of an example."""
+    features = torch.as_tensor(row["pooled_image_features"])
+    if "document_ids" in row:
+        return [features[image][None] for image in images]
+    return [features if features.dim() == 2 else features[None]]
 
 
 def statistics_of(rows: torch.Tensor) -> Statistics:

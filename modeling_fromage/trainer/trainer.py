@@ -270,7 +270,7 @@ class FromageTrainer(AveragingTrainer):
                 f"{description} on a streamed data set in {self.args.world_size} processes would count examples twice. "
                 "Give a data set with a length, or evaluate in one process."
             )
-        if self.args.world_size == 1:  # else the last batch is cut to as many rows as it has examples; documents have more
+        if self.args.world_size == 1:  # else the last batch is cut to a row an example, and documents have more
             self.gather_function = self.accelerator.gather
         with evaluating(self.data_collator):
             output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)

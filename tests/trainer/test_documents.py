@@ -5,10 +5,13 @@ import torch
 from PIL import Image
 
 from modeling_fromage import FromageDataCollator, FromageForConditionalGeneration, FromageTrainer
+from modeling_fromage.trainer import pair_states
+from modeling_fromage.trainer.bad_examples import BadExampleError
 from modeling_fromage.trainer.document_contexts import last_tokens, text_contexts
 from modeling_fromage.trainer.document_sequences import DocumentLayout
 from modeling_fromage.trainer.pair_states import read_pairs
 from tests.helpers.backbones import make_model, make_processor
+from tests.helpers.dirty_data import Refusing, picture
 from tests.helpers.distributed import in_two_processes
 from tests.helpers.training_runs import arguments
 from training.first_batch import sheet_of_batch
@@ -212,6 +215,75 @@ def test_a_bad_document_is_passed_over(tmp_path):
     )  # fmt: skip
     metrics = trainer.train().metrics
     assert metrics["bad_examples"] == 2
+
+
+@pytest.mark.parametrize("place", [2, 8])
+def test_a_warm_start_takes_another_example_for_a_picture_that_is_refused(tmp_path, place):
+    """Of a document, and of a pair for which a document comes in."""
+    rows = documents(12)
+    bad = {2: {"document": ["bad", picture(1), "next", picture(2)]}, 8: {"image": picture(1), "caption": "bad"}}
+    rows[place] = bad[place]
+    processor = make_processor()
+    processor.image_processor = Refusing(processor.image_processor, 1)
+    trainer = FromageTrainer(
+        make_model("opt_clip"), arguments(tmp_path, max_steps=2), train_dataset=rows, processing_class=processor,
+        retrieval_warm_start_steps=2, retrieval_warm_start_batch_size=4, on_bad_example="skip", max_bad_share=0.5,
+    )  # fmt: skip
+    assert trainer.train().metrics["bad_examples_image_processor_raises"] == 1
+
+
+def test_pictures_of_documents_are_encoded_some_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_states, "_IMAGES", 6)
+    model, processor, rows = make_model("opt_clip"), make_processor(), documents(5)
+    encode, sizes = model.get_pooled_image_features, []
+
+    def counted(pixel_values):
+        sizes.append(len(pixel_values))
+        return encode(pixel_values)
+
+    monkeypatch.setattr(model, "get_pooled_image_features", counted)
+    rows[1]["document"].insert(0, picture(3))  # which is not to be found
+    pairs = read_pairs(model, FromageDataCollator(processor), rows, tmp_path)
+    assert sizes == [6, 4] and len(pairs) == 10
+    shown = [part for row in rows for part in row["document"] if not isinstance(part, str)]
+    shown = [part["image"] if isinstance(part, dict) else part for part in shown if part is not rows[1]["document"][0]]
+    expected = encode(processor.image_processor(shown, return_tensors="pt")["pixel_values"])
+    torch.testing.assert_close(pairs.features.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_cached_features_that_are_no_row_an_image_are_told_of():
+    (row,) = documents(1)
+    collator = FromageDataCollator(make_processor())
+    for features, words in [
+        (torch.rand(24), "no row an image: expected .*got .24"),
+        ([[0.0] * 24, None], "no numbers"),
+        (torch.rand(1, 24), "1 of 2 images"),
+    ]:
+        with pytest.raises(BadExampleError, match=words):
+            collator([{**row, "pooled_image_features": features}])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_cached_features_beside_pictures_are_refused(tmp_path, is_first):
+    """Rather than skipped as bad examples."""
+    rows = [*documents(2), {"pooled_image_features": torch.rand(24), "caption": "a pair"}]
+    rows = rows[::-1] if is_first else rows
+    processor = make_processor()
+    trainer = FromageTrainer(
+        make_model("opt_clip"), arguments(tmp_path, train_sampling_strategy="sequential"), train_dataset=rows,
+        processing_class=processor, on_bad_example="skip", max_bad_share=0.5,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="to all examples, or to none"):
+        trainer.train()
+
+
+def test_an_absent_retrieval_caption_is_none():
+    """Tables fill in absent keys."""
+    collator = FromageDataCollator(make_processor(), concat_captions_prob=0)
+    rows = [{"image": picture(number), "caption": f"number {number}"} for number in range(2)]
+    expected = collator(rows)
+    found = collator([{**row, "retrieval_caption": None} for row in rows])
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def evaluate_in_two(rank: int, folder: str):

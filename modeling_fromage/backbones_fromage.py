@@ -237,7 +237,7 @@ def check_length(input_ids: torch.Tensor, text_config: PreTrainedConfig) -> None
     if input_ids.shape[1] > context_length(text_config):
         raise ValueError(
             f"The texts are {input_ids.shape[1]} tokens long, images included; the language model's context has "
-            f"{context_length(text_config)}. Shorten them."
+            f"{context_length(text_config)}. Shorten them; in training, by `max_length` and `max_document_length`."
         )
 
 

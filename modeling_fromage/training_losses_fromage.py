@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .adapter_fromage import FromageAdapter
-from .backbones_fromage import attention_window, no_activation_checkpointing
+from .backbones_fromage import attention_window, check_length, no_activation_checkpointing
 from .captioning_losses_fromage import Retrievals
 from .configuration_fromage import FromageConfig
 from .frozen_lm_fromage import FrozenLM
@@ -203,6 +203,7 @@ def ret_hidden_states(lm: FrozenLM, input_ids: torch.Tensor, attention_mask: tor
     constants.
 
     What several texts begin with runs once, where the LM takes that."""
+    check_length(input_ids, lm.config.text_config)
     numbers = _number_of_rets(lm, input_ids, attention_mask)
     is_right_padded = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
     if not (is_right_padded and lm.can_pack(attention_mask) and lm.takes("shared prefixes")):

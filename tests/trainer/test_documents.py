@@ -286,6 +286,18 @@ def test_an_absent_retrieval_caption_is_none():
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("steps", [0, 2], ids=["joint training", "warm start"])
+def test_documents_longer_than_the_context_are_refused(tmp_path, steps):
+    """Rather than a look-up that fails, on a GPU without words."""
+    rows = [{"document": [f"one two three four {number} " * 20, picture(number)]} for number in range(4)]
+    trainer = FromageTrainer(
+        make_model("opt_clip"), arguments(tmp_path, max_steps=1), train_dataset=rows, processing_class=make_processor(),
+        retrieval_warm_start_steps=steps, retrieval_warm_start_batch_size=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="context has 128. Shorten them; in training, by .*max_document_length"):
+        trainer.train()
+
+
 def evaluate_in_two(rank: int, folder: str):
     trainer = make_trainer(folder, documents(4), ddp_backend="gloo")
     with pytest.raises(ValueError, match="evaluate on them in one process"):

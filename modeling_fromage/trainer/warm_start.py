@@ -81,23 +81,24 @@ class RetrievalWarmStart:
         model.normalize_ret_embedding()  # as after each step of joint training
         directory = Path(self.ret_state_cache or Path(args.output_dir or "", "ret_states"))
         pairs = read_pairs(model, collator, train_dataset, directory / "train", args.seed)
-        held_out = None
-        if eval_dataset is not None:
-            held_out = read_pairs(model, collator, eval_dataset, directory / "eval")
+        held_out = {
+            name: read_pairs(model, collator, own, directory / "-".join(filter(None, ("eval", name))))
+            for name, own in _with_a_length(eval_dataset).items()
+        }
         widths = [linear.in_features for linear in CachedRetrieval.projections(model.adapter)]
         statistics = pairs.statistics(widths) if self.retrieval_warm_start_standardize else None
         module = CachedRetrieval(model, statistics, self.retrieval_warm_start_dropout)
         trainer = _CachedTrainer(
             module,
-            self._arguments(args, len(pairs), held_out is not None),
+            self._arguments(args, len(pairs), bool(held_out)),
             data_collator=_as_it_is,
             train_dataset=pairs,
-            eval_dataset=held_out,
+            eval_dataset=held_out.get("", held_out or None),
             compute_metrics=_recall,
             callbacks=[_ClampLogitScale()],
         )
         metrics = trainer.train(resume_from_checkpoint).metrics
-        if held_out is not None:
+        if held_out:
             metrics |= trainer.evaluate()
         trainer.save_state()
         module.fold_into(model)
@@ -255,6 +256,18 @@ def check_warm_start(model: Any, args: TrainingArguments, dataset: Any) -> None:
             f"The warm start runs in one process, and there are {args.world_size}. Run it by itself (`max_steps: 1`), "
             "and train its model in several."
         )
+
+
+def _with_a_length(dataset: Any) -> dict[str, Any]:
+    """Evaluation sets by name, one alone by none, that can be read by number."""
+    sets = dataset if isinstance(dataset, dict) else {"": dataset}
+    streams = [name for name, own in sets.items() if isinstance(own, IterableDataset)]
+    if streams:
+        logger.warning(
+            "The warm start is not evaluated on %s: a stream has no length.",
+            ", ".join(map(repr, filter(None, streams))) or "the evaluation data",
+        )
+    return {name: own for name, own in sets.items() if own is not None and name not in streams}
 
 
 def _recall(found: EvalPrediction) -> dict[str, float]:

@@ -200,6 +200,17 @@ def test_a_warm_start_finds_what_few_joint_steps_do_not(tmp_path):
     assert cold.evaluate()["eval_text_to_image_R@1"] < metrics["eval_text_to_image_R@1"] - 0.2
 
 
+@pytest.mark.parametrize("bad", ["raise", "skip"])
+def test_several_evaluation_sets_and_streams(tmp_path, caplog, bad):
+    trainer = warm_trainer(tmp_path, steps=2, on_bad_example=bad)
+    first, data = trainer.eval_dataset, examples(24)
+    trainer.eval_dataset = {"first": first, "second": data[19:], "third": Stream()}
+    trainer._train_retrieval(resume=False)
+    metrics = trainer.warm_start_metrics
+    assert (metrics["eval_first_num_pairs"], metrics["eval_second_num_pairs"]) == (19, 5)
+    assert "not evaluated on 'third': a stream" in caplog.text
+
+
 def test_bias_and_scale_are_warmed_up_too(tmp_path):
     config = {"contrastive_loss_type": "siglip", "logit_scale_max": 10.0}
     trainer = warm_trainer(tmp_path, steps=30, config=config, retrieval_warm_start_learning_rate=0.1)
@@ -272,6 +283,11 @@ def test_rates_per_part(tmp_path):
     assert torch.equal(trainer.model.adapter.logit_scale, scale)
     with pytest.raises(ValueError, match="names 'projector'.*'multi_modal_projector'.*are"):
         warm_trainer(tmp_path, steps=0, learning_rates={"projector": 1e-5}).train()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(examples(4))
 
 
 def test_what_cannot_be_cached_is_refused(tmp_path):

@@ -80,12 +80,17 @@ class FromageAdapter(nn.Module):
         vectors = self._features(pooled)[..., : self.feature_width]
         return nn.functional.normalize(self.visual_projection(vectors), dim=-1)
 
-    def _features(self, pooled: torch.Tensor) -> torch.Tensor:
-        if self.num_vectors > 1 and pooled.shape[-1] != self.num_vectors * self.feature_width:
+    def check_features(self, pooled: torch.Tensor) -> None:
+        """Raise a `ValueError` where pooled image features (N, vision width) are those of another encoder."""
+        if pooled.shape[-1] != self.num_vectors * self.feature_width:
+            vectors = f"{self.num_vectors} vectors of " if self.num_vectors > 1 else ""
             raise ValueError(
                 f"`pooled_image_features` has {pooled.shape[-1]} entries an image, and this model's images have "
-                f"{self.num_vectors} vectors of {self.feature_width}. Encode the images with this model."
+                f"{vectors}{self.feature_width}. Encode the images with this model."
             )
+
+    def _features(self, pooled: torch.Tensor) -> torch.Tensor:
+        self.check_features(pooled)
         return self.feature_dropout(pooled.to(self.logit_scale))
 
     def logits_per_image(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:

@@ -174,8 +174,9 @@ def _read(
         raise ValueError(f"The warm start needs two images or more with a text before them, got {len(counts)}.")
     starts = itertools.accumulate(counts, initial=0)
     views_of = Choices(range(start, end) for start, end in itertools.pairwise(starts))
-    features = torch.cat(found)[:, : model.adapter.feature_width]  # retrieval reads no patches
-    return as_stored(features), views_of, captions
+    features = torch.cat(found)
+    model.adapter.check_features(features)
+    return as_stored(features[:, : model.adapter.feature_width]), views_of, captions  # retrieval reads no patches
 
 
 def _some_images(collator: FromageDataCollator, dataset: Any) -> Iterator[list[dict[str, Any]]]:

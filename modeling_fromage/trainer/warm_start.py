@@ -78,6 +78,11 @@ class RetrievalWarmStart:
             ValueError: The states are no constants (LoRA, an unfrozen language model), or there is no list of pairs.
         """
         check_warm_start(model, args, train_dataset)
+        if not isinstance(collator, FromageDataCollator):
+            raise ValueError(
+                f"The warm start lays texts out with a FromageDataCollator, got {type(collator).__name__}. Leave "
+                "`retrieval_warm_start_steps` out, or give one."
+            )
         model.normalize_ret_embedding()  # as after each step of joint training
         directory = Path(self.ret_state_cache or Path(args.output_dir or "", "ret_states"))
         pairs = read_pairs(model, collator, train_dataset, directory / "train", args.seed)

@@ -298,10 +298,6 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
     with pytest.raises(ValueError, match="PEFT .LoRA. changes them"):
         trainer.train()
 
-    class Stream(IterableDataset):
-        def __iter__(self):
-            yield from examples(8)
-
     trainer = warm_trainer(tmp_path)
     trainer.train_dataset = Stream()
     with pytest.raises(ValueError, match="a Stream has no length"):
@@ -309,6 +305,15 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
     trainer = warm_trainer(tmp_path)
     next(trainer.model.language_model.parameters()).requires_grad_()
     with pytest.raises(ValueError, match="needs a frozen language model"):
+        trainer.train()
+    collate = FromageDataCollator(make_processor())
+    trainer = warm_trainer(tmp_path)
+    trainer.data_collator = lambda rows: collate(rows)
+    with pytest.raises(ValueError, match="with a FromageDataCollator, got function"):
+        trainer.train()
+    trainer = warm_trainer(tmp_path)
+    trainer.train_dataset = [{**row, "pooled_image_features": [0.5] * 48} for row in examples(8)]
+    with pytest.raises(ValueError, match="has 48 entries an image, and this model's images have 24"):
         trainer.train()
     assert not (tmp_path / "ret_states").exists()
     for wrong in ({"retrieval_warm_start_steps": -1}, {"retrieval_warm_start_batch_size": 1}):

@@ -233,7 +233,7 @@ def check_fits(prompt_tokens: int, new_tokens: int, text_config: PreTrainedConfi
 
 
 def check_length(input_ids: torch.Tensor, text_config: PreTrainedConfig) -> None:
-    """Raise a `ValueError` where texts (B, L) are longer than the LM's context."""
+    """Raise a `ValueError` where texts (B, L), or their embeddings (B, L, D), are longer than the LM's context."""
     if input_ids.shape[1] > context_length(text_config):
         raise ValueError(
             f"The texts are {input_ids.shape[1]} tokens long, images included; the language model's context has "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backbones_fromage import check_length
 from .frozen_lm_fromage import FrozenLM
 from .gradient_caching_fromage import in_chunks
 from .losses_fromage import mean_over_targets
@@ -46,6 +47,8 @@ def sequence_losses(
         options: For the LM, in one padded pass with all that it returns; those that are `None` are left out.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    if targets is not None:
+        check_length(embeds, lm.config.text_config)
     if ret_targets is not None:
         if targets is None or targets.shape != ret_targets.shape or options:
             raise ValueError(

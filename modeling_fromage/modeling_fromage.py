@@ -333,10 +333,6 @@ def _check(
     """Raise a `ValueError` where what comes does not belong together."""
     if ret_targets is not None:
         refuse_torn_rets(input_ids, lm.config, ret_targets)
-    has_targets = labels is not None or shift_labels is not None
-    for texts in (input_ids if has_targets else None, retrieval_input_ids):
-        if texts is not None:
-            check_length(texts, lm.config.text_config)
     if not training:
         return
     if retrieval_input_ids is not None and past_key_values is not None:

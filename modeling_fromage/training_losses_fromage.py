@@ -130,6 +130,7 @@ def _of_texts(
     lm: FrozenLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, images: torch.Tensor
 ) -> Retrievals:
     """What the `[RET]`s of texts (M, L) without images, at their ends, are to find: `images` (M,)."""
+    check_length(input_ids, lm.config.text_config)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     fallback = why_not_ret_only(lm, input_ids, mask)
     if lm.traits.is_sharded and largest_of_ranks(fallback is not None, input_ids.device) and fallback is None:

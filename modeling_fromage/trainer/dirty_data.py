@@ -70,6 +70,12 @@ class DirtyData:
         self._count = len(good) if is_training else self._count
         return good if is_training or not self.skips else self._only_good(collator, good, split)
 
+    def reading_evaluation(self, sets: Any) -> Any:
+        """[`reading`] of an evaluation set, or of each of several by name."""
+        if isinstance(sets, dict):
+            return {name: self.reading(dataset, name) for name, dataset in sets.items()}
+        return self.reading(sets, "eval")
+
     @staticmethod
     def as_given(dataset: Any) -> Any:
         """The user's own data set behind [`reading`], for samplers that know its columns."""

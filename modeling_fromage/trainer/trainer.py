@@ -154,11 +154,8 @@ class FromageTrainer(AveragingTrainer):
         """The warm start, from its last checkpoint with `resume`. Its metrics are `warm_start_metrics` afterwards."""
         checkpoint = last_complete_checkpoint(self.options.folder(self.args)) if resume else None
         model, collator = cast(Any, self.model), cast(Any, self.data_collator)
-        train, held_out = self.dirty_data.reading(self.train_dataset, "train"), self.eval_dataset
-        if isinstance(held_out, dict):
-            held_out = {name: self.dirty_data.reading(own, name) for name, own in held_out.items()}
-        else:
-            held_out = self.dirty_data.reading(held_out, "eval")
+        train = self.dirty_data.reading(self.train_dataset, "train")
+        held_out = self.dirty_data.reading_evaluation(self.eval_dataset)
         self.warm_start_metrics = self.options.run(model, collator, self.args, train, held_out, checkpoint)
         self.options.warn_where_undone(self.args.learning_rate, self.options.learning_rates or {})
 

@@ -12,6 +12,8 @@ from ..processing_fromage import FromageProcessor
 from ..training_losses_fromage import LOSS_WEIGHTS
 from .ranking import recall_in_both_directions
 
+_OF_RETRIEVAL = ("ret_token_loss", "contrastive_loss")
+
 
 @contextmanager
 def evaluating(collator: Any) -> Iterator[None]:
@@ -27,6 +29,16 @@ def evaluating(collator: Any) -> Iterator[None]:
         collator.training = was_training
 
 
+def kept_of(outputs: Any) -> dict[str, torch.Tensor]:
+    """What an evaluation keeps of a batch's outputs. The losses of retrieval are NaN where the batch has nothing to be
+    found."""
+    names = (*LOSS_WEIGHTS, "image_embeds", "text_embeds", "loss")
+    kept = {name: outputs[name].detach() for name in names if outputs.get(name) is not None}
+    if "text_embeds" in kept and not len(kept["text_embeds"]):
+        kept |= {name: torch.full_like(kept[name], torch.nan) for name in _OF_RETRIEVAL}
+    return kept
+
+
 def mean_losses_and_recall(predictions: dict[str, Any]) -> dict[str, float]:
     """Metrics of the outputs of an evaluation.
 
@@ -36,7 +48,8 @@ def mean_losses_and_recall(predictions: dict[str, Any]) -> dict[str, float]:
     """
     # The Trainer's own mean of the loss counts the last, smaller batch of a stream as a whole one.
     names = [name for name in ("loss", *LOSS_WEIGHTS) if name in predictions]
-    metrics = {name: float(torch.as_tensor(predictions[name]).float().mean()) for name in names}
+    means = {name: torch.nanmean if name in _OF_RETRIEVAL else torch.mean for name in names}
+    metrics = {name: float(mean(torch.as_tensor(predictions[name]).float())) for name, mean in means.items()}
     if "image_embeds" in predictions:
         embeds = (torch.as_tensor(predictions[name]) for name in ("image_embeds", "text_embeds"))
         metrics |= recall_in_both_directions(*embeds)
@@ -75,4 +88,4 @@ def generate_captions(
     return texts
 
 
-__all__ = ["evaluating", "generate_captions", "mean_losses_and_recall"]
+__all__ = ["evaluating", "generate_captions", "kept_of", "mean_losses_and_recall"]

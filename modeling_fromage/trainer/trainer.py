@@ -17,7 +17,6 @@ from transformers.trainer_utils import (
 )
 
 from ..processing_fromage import FromageProcessor
-from ..training_losses_fromage import LOSS_WEIGHTS
 from .averaging import AveragingTrainer, WeightAverage
 from .callbacks import (
     UNSUPPORTED_IN_EVALUATION,
@@ -31,7 +30,7 @@ from .checkpoints import last_complete_checkpoint, restore_trained, where_to_res
 from .data_collator import FromageDataCollator
 from .dirty_data import DirtyData
 from .epoch_order import SetEpochCallback, epoch_order_sampler
-from .evaluation import evaluating, mean_losses_and_recall
+from .evaluation import evaluating, kept_of, mean_losses_and_recall
 from .heartbeat import watched_processes
 from .monitoring import TrainingMonitor
 from .options import TrainerOptions, set_learning_rates
@@ -288,11 +287,9 @@ class FromageTrainer(AveragingTrainer):
         inputs = {**self._prepare_inputs(inputs), "return_logits": False}
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        names = (*LOSS_WEIGHTS, "image_embeds", "text_embeds", "loss")
-        self._output_names = [name for name in names if outputs.get(name) is not None]
-        count = len(inputs["input_ids"])
-        predictions = [outputs[name].detach() for name in self._output_names]
-        repeated = tuple(p.repeat(count) if p.dim() == 0 else p for p in predictions)  # a loss counts once a row
+        kept, count = kept_of(outputs), len(inputs["input_ids"])
+        self._output_names = list(kept)
+        repeated = tuple(p.repeat(count) if p.dim() == 0 else p for p in kept.values())  # a loss counts once a row
         return loss.detach(), repeated, inputs.get("labels")
 
 

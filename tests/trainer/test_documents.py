@@ -79,6 +79,15 @@ def test_the_last_smaller_batch_is_evaluated_whole(tmp_path, count):
     assert metrics["eval_loss"] == pytest.approx(mean, rel=1e-5)
 
 
+def test_batches_with_nothing_to_be_found_do_not_lower_the_losses_of_retrieval(tmp_path):
+    trainer = make_trainer(tmp_path, documents(4))
+    shown = [{"document": [picture(number), f"number {number}"]} for number in range(4)]
+    alone, both = trainer.evaluate(documents(4)), trainer.evaluate(documents(4) + shown)
+    for name in ("eval_ret_token_loss", "eval_contrastive_loss"):
+        assert both[name] == pytest.approx(alone[name], rel=1e-5)
+    assert both["eval_captioning_loss"] != pytest.approx(alone["eval_captioning_loss"], rel=1e-5)
+
+
 def test_pairs_and_documents_train_together(tmp_path):
     pairs = [
         {"image": Image.new("RGB", (32, 32), color), "caption": f"a {color} square"}

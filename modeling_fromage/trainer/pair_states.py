@@ -64,6 +64,10 @@ class Choices:
         return self.numbers[starts]
 
 
+class TooFewPairsError(ValueError):
+    """Data have fewer than two images with a text before them."""
+
+
 class PairStates(Dataset):
     """N pairs of an image and its caption, or one of its captions, as vectors.
 
@@ -171,7 +175,10 @@ def _read(
             counts.extend([1] * len(images))
             found.append(model.get_pooled_image_features(pixels[images].to(model.device)).cpu())
     if len(counts) < 2:
-        raise ValueError(f"The warm start needs two images or more with a text before them, got {len(counts)}.")
+        raise TooFewPairsError(
+            f"The warm start needs two images or more with a text before them, got {len(counts)} in {len(dataset)} "
+            "examples. Leave `retrieval_warm_start_steps` out, or give other data."
+        )
     starts = itertools.accumulate(counts, initial=0)
     views_of = Choices(range(start, end) for start, end in itertools.pairwise(starts))
     features = torch.cat(found)
@@ -218,4 +225,4 @@ def statistics_of(rows: torch.Tensor) -> Statistics:
     return rows.double().mean(0).float(), scale.float()
 
 
-__all__ = ["Choices", "PairStates", "read_pairs", "retrieval_captions", "statistics_of"]
+__all__ = ["Choices", "PairStates", "TooFewPairsError", "read_pairs", "retrieval_captions", "statistics_of"]

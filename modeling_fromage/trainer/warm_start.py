@@ -20,7 +20,7 @@ from transformers import EvalPrediction, SchedulerType, Trainer, TrainerCallback
 from ..modeling_fromage import FromageForConditionalGeneration
 from ..training_losses_fromage import matching_loss
 from .data_collator import FromageDataCollator
-from .pair_states import Statistics, read_pairs
+from .pair_states import PairStates, Statistics, TooFewPairsError, read_pairs
 from .ranking import recall_in_both_directions
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,7 @@ class RetrievalWarmStart:
         model.normalize_ret_embedding()  # as after each step of joint training
         directory = Path(self.ret_state_cache or Path(args.output_dir or "", "ret_states"))
         pairs = read_pairs(model, collator, train_dataset, directory / "train", args.seed)
-        held_out = {
-            name: read_pairs(model, collator, own, directory / "-".join(filter(None, ("eval", name))))
-            for name, own in _with_a_length(eval_dataset).items()
-        }
+        held_out = _held_out(model, collator, eval_dataset, directory)
         widths = [linear.in_features for linear in CachedRetrieval.projections(model.adapter)]
         statistics = pairs.statistics(widths) if self.retrieval_warm_start_standardize else None
         module = CachedRetrieval(model, statistics, self.retrieval_warm_start_dropout)
@@ -263,16 +260,24 @@ def check_warm_start(model: Any, args: TrainingArguments, dataset: Any) -> None:
         )
 
 
-def _with_a_length(dataset: Any) -> dict[str, Any]:
-    """Evaluation sets by name, one alone by none, that can be read by number."""
-    sets = dataset if isinstance(dataset, dict) else {"": dataset}
-    streams = [name for name, own in sets.items() if isinstance(own, IterableDataset)]
-    if streams:
-        logger.warning(
-            "The warm start is not evaluated on %s: a stream has no length.",
-            ", ".join(map(repr, filter(None, streams))) or "the evaluation data",
-        )
-    return {name: own for name, own in sets.items() if own is not None and name not in streams}
+def _held_out(
+    model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any, directory: Path
+) -> dict[str, PairStates]:
+    """The pairs of evaluation sets by name, of one alone by none; without sets that the warm start cannot be evaluated
+    on, which joint training may be."""
+    found = {}
+    for name, own in (dataset if isinstance(dataset, dict) else {"": dataset}).items():
+        if own is None:
+            continue
+        problem: Any = "it has no length"
+        try:
+            if not isinstance(own, IterableDataset) and hasattr(own, "__len__"):
+                found[name] = read_pairs(model, collator, own, directory / "-".join(filter(None, ("eval", name))))
+                continue
+        except TooFewPairsError as error:
+            problem = error
+        logger.warning("The warm start is not evaluated on the evaluation set %r: %s", name, problem)
+    return found
 
 
 def _recall(found: EvalPrediction) -> dict[str, float]:

@@ -204,11 +204,15 @@ def test_a_warm_start_finds_what_few_joint_steps_do_not(tmp_path):
 def test_several_evaluation_sets_and_streams(tmp_path, caplog, bad):
     trainer = warm_trainer(tmp_path, steps=2, on_bad_example=bad)
     first, data = trainer.eval_dataset, examples(24)
-    trainer.eval_dataset = {"first": first, "second": data[19:], "third": Stream()}
+    trainer.eval_dataset = {"first": first, "second": data[19:], "third": Stream(), "fourth": data[:1]}
     trainer._train_retrieval(resume=False)
     metrics = trainer.warm_start_metrics
     assert (metrics["eval_first_num_pairs"], metrics["eval_second_num_pairs"]) == (19, 5)
-    assert "not evaluated on 'third': a stream" in caplog.text
+    assert "not evaluated on the evaluation set 'third': it has no length" in caplog.text
+    assert "not evaluated on the evaluation set 'fourth': The warm start needs two images" in caplog.text
+    trainer.eval_dataset = data[:1]
+    trainer._train_retrieval(resume=False)
+    assert "eval_loss" not in trainer.warm_start_metrics
 
 
 def test_bias_and_scale_are_warmed_up_too(tmp_path):

@@ -1,5 +1,6 @@
 """Documents of texts and images to the token sequences that a model is trained on."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ class DocumentLayout:
         `[RET]`."""
         image_id, last_ret = self.processor.image_token_id, self.processor.ret_token_ids[-1]
         shown = ids.count(image_id) // self.processor.num_image_tokens
-        alone = sum(now == last_ret and after != image_id for now, after in zip(ids, [*ids[1:], None], strict=True))
+        alone = sum(now == last_ret and after != image_id for now, after in itertools.pairwise([*ids, None]))
         if shown != count or alone:
             told = f"the chat template shows {shown} of {count} images, and {alone} apart from their [RET]"
             raise BadExampleError("malformed document", told)

@@ -240,6 +240,7 @@ def test_a_row_that_teaches_nothing_has_no_part_in_a_chunk_of_its_own():
         ({"document": ["a [RET] b", {"type": "image"}]}, "special token"),
         ({"document": ["text alone"]}, "without an image"),
         ({"document": []}, "malformed document"),
+        ({"document": [""]}, "without an image"),
         ({"document": "a text"}, "malformed document"),
         ({"document": ["a", {"type": "video"}]}, "malformed document"),
         ({"document": ["a", {"type": "ret"}, {"type": "image"}]}, "Leave parts of type 'ret' out"),

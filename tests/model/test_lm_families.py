@@ -135,7 +135,9 @@ def test_long_texts_that_depend_on_what_stands_beside_them_are_refused(family, f
     monkeypatch.setattr(lm_stages, "CAPTIONS", [[2, *range(5, 9)], [2, 8], [2, 9, 10]])
     check_step(model, "right")  # within it
     ids = torch.arange(3, 13)[None]
-    with pytest.raises(ValueError, match="up to 9 tokens.*Beyond 8"):
+    with pytest.raises(ValueError, match="tokens.*Beyond 8"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="10 tokens long.*context has 8"):
         model(input_ids=ids, labels=ids)
 
 

@@ -137,6 +137,7 @@ class Side:
 
     def __init__(self, backbones: tuple[str, str], data: StudyData, plan: Plan):
         self.backbones, self.data, self.plan = backbones, data, plan
+        self.held_out = data.held_out[:: math.ceil(len(data.held_out) / plan.max_queries)]
         self._features: dict[str, dict[str, torch.Tensor]] = {}
         self._encoded: dict[str, EncodedImages] = {}
 
@@ -161,7 +162,7 @@ class Side:
         """The vector of each image, by its path, for the model's settings of the encoder."""
         key = str(ImageVector.of(model.config))
         if key not in self._features:
-            paths = {row["image"] for row in (*self.data.train, *self.data.held_out)}
+            paths = {row["image"] for row in (*self.data.train, *self.held_out)}
             paths |= {part["image"] for row in self.data.documents for part in as_parts(row["document"])
                       if part["type"] == "image"}  # fmt: skip
             collator, ordered, found = FromageDataCollator(processor), sorted(paths), []
@@ -248,7 +249,7 @@ def _collator(processor: FromageProcessor, plan: Plan, option: Option, seed: int
     )  # fmt: skip
 
 
-def run(side: Side, option: Option, seed: int, steps: int | None, step: float = 1.0) -> dict[str, Any]:
+def run(side: Side, option: Option, seed: int, steps: int | None, step: float) -> dict[str, Any]:
     """Train and test once: seconds of training, parameters, and figures of what was held out.
 
     Args:
@@ -259,7 +260,7 @@ def run(side: Side, option: Option, seed: int, steps: int | None, step: float = 
     collator = _collator(processor, side.plan, option, seed)
     features = side.features(model, processor)
     rows = side.rows(option, features, collator)
-    held_out = side.data.held_out[:: math.ceil(len(side.data.held_out) / side.plan.max_queries)]
+    held_out = _with_features(side.held_out, features)
     start = _seconds()
     with tempfile.TemporaryDirectory() as folder:
         if option.retrieval_first:
@@ -277,10 +278,7 @@ def run(side: Side, option: Option, seed: int, steps: int | None, step: float = 
         )  # fmt: skip
         trainer.train()
         seconds = _seconds() - start
-        metrics = {
-            name.removeprefix("eval_"): value
-            for name, value in trainer.evaluate(_with_features(held_out, features)).items()
-        }
+        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(held_out).items()}
     model.eval()
     found = {
         "seed": seed, "steps": steps, "seconds": seconds, "parameters": model.num_parameters(only_trainable=True),
@@ -302,7 +300,7 @@ def measure(
     for data in sets:
         side = Side(backbones, data, plan)
         found: dict[str, Any] = {
-            "pairs": len(data.train), "held_out": len(data.held_out), "documents": len(data.documents), "options": {}
+            "pairs": len(data.train), "held_out": len(side.held_out), "documents": len(data.documents), "options": {}
         }  # fmt: skip
         results["sets"][data.name] = found
         plain = step_seconds(side, OPTIONS["plain"])
@@ -335,7 +333,8 @@ def table(results: dict[str, Any]) -> str:
         heads = ["option", "at equal", "R@1 text to image", "image to text", "caption loss",
                  *(f"next image R@10, {context}" for context in contexts), "parameters", "seconds"]  # fmt: skip
         lines += [f"**{name}**: {found['pairs']:,} pairs, {found['held_out']:,} held out"
-                  + (f", {found['documents']:,} documents" if found["documents"] else ""), ""]  # fmt: skip
+                  + (f", {found['documents']:,} documents, at most {results['plan']['max_queries']} images of held-out "
+                     "ones to be found" if found["documents"] else ""), ""]  # fmt: skip
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for option, kinds in found["options"].items():
             for kind in ("equal steps", "equal time"):

@@ -7,7 +7,7 @@ from typing import Any
 from ..messages_fromage import Part, as_parts, with_parts
 from ..processing_fromage import FromageProcessor
 from ..prompts_fromage import token_id
-from .document_sequences import DocumentIds, DocumentLayout
+from .document_sequences import DocumentIds, DocumentLayout, has_words
 
 CONTEXT_TEXTS = (None, 4, 2, 1)  # of a context in the warm start; all, first, is what is evaluated
 Prompt = tuple[int, ...]
@@ -71,7 +71,7 @@ def _of_parts(processor: FromageProcessor, parts: Sequence[Part]) -> dict[int, l
         for image, place in enumerate(places)
     }
     return {
-        image: [processor.join_parts([*context, {"type": "ret"}]) for context in own if _has_words(context)]
+        image: [processor.join_parts([*context, {"type": "ret"}]) for context in own if any(map(has_words, context))]
         for image, own in contexts.items()
     }
 
@@ -80,7 +80,8 @@ def _of_chat(processor: FromageProcessor, messages: Sequence[Any], text: str) ->
     """What of a chat, rendered as `text`, stands before each image that has a `[RET]`, without images and theirs. As a
     text again, for a tokenizer may join what an image has parted."""
     run, image_token = "".join(processor.ret_tokens), processor.image_token
-    told, contexts = _told(messages), dict[int, list[str]]()
+    told = _told(messages)
+    contexts: dict[int, list[str]] = {}
     before, images = "", 0
     for piece in re.split(f"({re.escape(run)}|{re.escape(image_token)})", text):
         if piece == image_token:
@@ -94,18 +95,10 @@ def _of_chat(processor: FromageProcessor, messages: Sequence[Any], text: str) ->
 
 def _told(messages: Sequence[Any]) -> set[int]:
     """The images of a chat that words of its messages stand before: not those of its template alone."""
-    told, images, has_words = set[int](), 0, False
-    for part in (part for message in messages for part in with_parts(message)["content"]):
-        if part["type"] == "image":
-            told |= {images} if has_words else set()
-            images += 1
-        else:
-            has_words = has_words or _has_words([part])
-    return told
-
-
-def _has_words(parts: Sequence[Part]) -> bool:
-    return any(part["type"] == "text" and part["text"].strip() for part in parts)
+    parts = [part for message in messages for part in with_parts(message)["content"]]
+    images = [place for place, part in enumerate(parts) if part["type"] == "image"]
+    first = next((place for place, part in enumerate(parts) if has_words(part)), len(parts))
+    return {image for image, place in enumerate(images) if place > first}
 
 
 __all__ = ["CONTEXT_TEXTS", "Prompt", "last_parts", "last_tokens", "text_contexts"]

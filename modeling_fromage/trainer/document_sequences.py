@@ -163,13 +163,18 @@ def with_rets(parts: Sequence[Part], is_first: bool = True) -> list[Part]:
             raise ValueError("A document has its [RET]s from its images. Leave parts of type 'ret' out.")
         if part["type"] == "image" and not is_first:
             found.append({"type": "ret"})
-        is_first = is_first and part["type"] == "text" and not part["text"].strip()
+        is_first = is_first and part["type"] == "text" and not has_words(part)
         found.append({name: value for name, value in part.items() if name != "ret_index"})
     return found
+
+
+def has_words(part: Part) -> bool:
+    """Whether it is a text that is not blank: an image is found from no other."""
+    return part["type"] == "text" and bool(part["text"].strip())
 
 
 def _images(parts: Sequence[Part]) -> list[Any]:
     return [image_source(part) for part in parts if part["type"] == "image"]
 
 
-__all__ = ["DocumentIds", "DocumentLayout", "sequences_of", "with_rets"]
+__all__ = ["DocumentIds", "DocumentLayout", "has_words", "sequences_of", "with_rets"]

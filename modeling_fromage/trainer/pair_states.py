@@ -7,7 +7,7 @@ before them. Axes: N pairs, W the encoder's width.
 import itertools
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,14 +200,13 @@ def _some_images(collator: FromageDataCollator, dataset: Any) -> Iterator[list[d
         yield rows
 
 
-def _texts_of(collator: FromageDataCollator, row: dict[str, Any]) -> dict[int, Sequence[Any]]:
+def _texts_of(collator: FromageDataCollator, row: dict[str, Any]) -> Mapping[int, Sequence[Any]]:
     """The texts that find an example's images, by the number of each: a pair's captions; of a document the texts before
     an image. What stands there with images holds trained visual tokens, and is left to joint training."""
     document = document_of(row)
     if document is None:
         return {0: retrieval_captions([row])[0]}
-    contexts = text_contexts(collator.processor, document, row["document_ids"], collator.max_document_length)
-    return dict(contexts)
+    return text_contexts(collator.processor, document, row["document_ids"], collator.max_document_length)
 
 
 def _views_of(row: dict[str, Any], images: Iterable[int]) -> list[torch.Tensor]:

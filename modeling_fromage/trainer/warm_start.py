@@ -246,7 +246,7 @@ def check_warm_start(model: Any, args: TrainingArguments, dataset: Any) -> None:
         )
     if any(parameter.requires_grad for parameter in model.language_model.parameters()):
         raise ValueError(f"The warm start needs a frozen language model. {hint}freeze it: `model.freeze_backbones()`.")
-    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if not _is_numbered(dataset):
         raise ValueError(
             f"The warm start reads its pairs by number, and a {type(dataset).__name__} has no length. {hint}give a "
             "data set with a length."
@@ -260,6 +260,11 @@ def check_warm_start(model: Any, args: TrainingArguments, dataset: Any) -> None:
         )
 
 
+def _is_numbered(dataset: Any) -> bool:
+    """Whether examples can be read by their numbers: not those of a stream, nor of `None`."""
+    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+
+
 def _held_out(
     model: FromageForConditionalGeneration, collator: FromageDataCollator, dataset: Any, directory: Path
 ) -> dict[str, PairStates]:
@@ -271,7 +276,7 @@ def _held_out(
             continue
         problem: Any = "it has no length"
         try:
-            if not isinstance(own, IterableDataset) and hasattr(own, "__len__"):
+            if _is_numbered(own):
                 found[name] = read_pairs(model, collator, own, directory / "-".join(filter(None, ("eval", name))))
                 continue
         except TooFewPairsError as error:
